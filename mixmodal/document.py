@@ -1,0 +1,355 @@
+"""Documents of text and coded parts, and the one place that spells them as ids and parses them back."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple, Protocol
+
+import numpy as np
+
+from mixmodal.vocabulary import Vocabulary
+
+FormatName = Literal["cm3leon", "chameleon"]
+
+
+class SequenceError(ValueError):
+    """Ids or parts that the sequence format does not allow."""
+
+
+class TextCodec(Protocol):
+    """What a text tokenizer offers here: strings to piece indices and back, without control tokens."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, pieces: Sequence[int]) -> str: ...
+
+
+@dataclass(frozen=True)
+class Text:
+    """A run of text; never empty."""
+
+    text: str
+    modality: ClassVar[str] = "text"
+
+    def __post_init__(self) -> None:
+        if not self.text:
+            raise SequenceError("a text part is empty; leave the part out")
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A `<mask:index>` in place of text: what guidance puts for the prompt, and what infilling fills."""
+
+    index: int = 0
+    modality: ClassVar[str] = "text"
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """Codes of one thing, int64, of a fixed grid; a subclass names the modality, which is also its vocabulary range."""
+
+    codes: np.ndarray
+    modality: ClassVar[str]
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other) and np.array_equal(self.codes, other.codes)  # type: ignore[attr-defined]
+
+    def __hash__(self) -> int:
+        return hash((self.modality, self.codes.tobytes()))
+
+
+class Image(Coded):
+    """A picture as codes `(h, w)`, raster order when flattened."""
+
+    modality: ClassVar[str] = "image"
+
+
+Part = Text | Mask | Coded
+PART_TYPES: dict[str, type[Coded]] = {Image.modality: Image}
+
+
+@dataclass(frozen=True)
+class Document:
+    """An ordered list of parts. Adjacent texts are joined, so that equal sequences are equal documents."""
+
+    parts: tuple[Part, ...]
+
+    def __init__(self, parts: Iterable[Part]) -> None:
+        joined: list[Part] = []
+        for part in parts:
+            if isinstance(part, Text) and joined and isinstance(joined[-1], Text):
+                joined[-1] = Text(joined[-1].text + part.text)
+            else:
+                joined.append(part)
+        object.__setattr__(self, "parts", tuple(joined))
+
+
+class Run(NamedTuple):
+    """One part as ids: a stretch of one modality without its control tokens. `ids` is int64 `(n,)`."""
+
+    modality: str
+    ids: np.ndarray
+
+
+@dataclass(frozen=True)
+class Block:
+    """How a coded modality stands in a sequence: `length` codes after `open_id`, ended by `close_id`.
+
+    `close_id` is None where the next control token (`<break>` or `</s>`) ends it.
+    """
+
+    length: int
+    open_id: int
+    close_id: int | None
+
+
+class SequenceFormat(ABC):
+    """Spells documents as ids `(T,)` int64 and parses them back: `parse(spell(d)) == d`.
+
+    Args:
+        vocabulary: the id space.
+        grids: the shape of the codes of each coded modality, as `{"image": (4, 4)}`.
+        text_tokenizer: needed to spell or parse text; ids can be split and joined without it.
+    """
+
+    name: ClassVar[FormatName]
+    text_after_open: ClassVar[bool]
+    """Whether text, too, may follow the token that opens a coded block."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, grids: Mapping[str, Sequence[int]], text_tokenizer: TextCodec | None = None
+    ) -> None:
+        if set(grids) != set(vocabulary.config.codebook_sizes):
+            raise ValueError(f"sequence format: grids for {sorted(grids)}, codebooks for {vocabulary.modalities[1:]}")
+        self.vocabulary = vocabulary
+        self.grids = {modality: tuple(grid) for modality, grid in grids.items()}
+        self.text_tokenizer = text_tokenizer
+        self.blocks = {modality: self._block(modality, math.prod(grid)) for modality, grid in self.grids.items()}
+
+    @abstractmethod
+    def _block(self, modality: str, length: int) -> Block: ...
+
+    @abstractmethod
+    def _body(self, runs: Sequence[Run]) -> list[np.ndarray]:
+        """Ids of the runs with the control tokens between them, without `<s>` and `</s>`."""
+
+    @abstractmethod
+    def _runs(self, body: np.ndarray) -> list[Run]:
+        """The inverse of `_body`."""
+
+    @abstractmethod
+    def _lead(self, last: str | None, following: str) -> list[int]:
+        """Control tokens between a part of modality `last` (None: the start) and one of modality `following`."""
+
+    # documents -> ids
+
+    def runs(self, document: Document) -> list[Run]:
+        """The parts as runs of ids, in order."""
+        return [Run(part.modality, self._part_ids(part)) for part in document.parts]
+
+    def spell(self, document: Document) -> np.ndarray:
+        """A whole document, from `<s>` to `</s>`.
+
+        Raises:
+            SequenceError: for codes of another grid or outside the codebook, or an index without a sentinel.
+        """
+        return self.join(self.runs(document))
+
+    def spell_prompt(self, document: Document, following: str | None) -> np.ndarray:
+        """The start of a document, open for a part of modality `following`; None leaves the choice to the model."""
+        last = document.parts[-1].modality if document.parts else None
+        lead = [] if following is None else self._lead(last, following)
+        return np.concatenate([[self.vocabulary.bos], *self._body(self.runs(document)), lead]).astype(np.int64)
+
+    def spell_continuation(self, context: Document, continuation: Document) -> tuple[np.ndarray, np.ndarray]:
+        """A whole document and which of its tokens score `continuation`, both `(T,)`, int64 and bool.
+
+        Scored are the content tokens of the continuation and, where it ends with text, the `</s>` behind it, without
+        which a text would never lose against its own beginning.
+        """
+        following = continuation.parts[0].modality
+        start = len(self.spell_prompt(context, following))
+        ids = self.join([*self.runs(context), *self.runs(continuation)])
+        scored = np.asarray(self.vocabulary.is_content(ids))
+        scored[:start] = False
+        scored[-1] = continuation.parts[-1].modality == "text"
+        return ids, scored
+
+    def join(self, runs: Sequence[Run]) -> np.ndarray:
+        """Runs of ids to one sequence from `<s>` to `</s>`, `(T,)` int64."""
+        return np.concatenate([[self.vocabulary.bos], *self._body(runs), [self.vocabulary.eos]]).astype(np.int64)
+
+    # ids -> documents
+
+    def split(self, ids: np.ndarray) -> list[Run]:
+        """The inverse of `join`.
+
+        Raises:
+            SequenceError: where the ids are not a whole sequence of this format.
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        if len(ids) < 2 or ids[0] != self.vocabulary.bos or ids[-1] != self.vocabulary.eos:
+            raise SequenceError("a sequence must begin with <s> and end with </s>")
+        runs = self._runs(ids[1:-1])
+        for run in runs:
+            if run.modality in self.blocks and len(run.ids) != self.blocks[run.modality].length:
+                wanted = self.blocks[run.modality].length
+                raise SequenceError(f"a part of modality {run.modality} has {len(run.ids)} codes instead of {wanted}")
+        return runs
+
+    def parse(self, ids: np.ndarray) -> Document:
+        """The inverse of `spell`.
+
+        Raises:
+            SequenceError: where the ids are not a whole document of this format.
+        """
+        return Document(self._part(run) for run in self.split(ids))
+
+    # parts <-> ids
+
+    def _part_ids(self, part: Part) -> np.ndarray:
+        if isinstance(part, Mask):
+            if part.index not in range(self.vocabulary.config.num_sentinels):
+                raise SequenceError(f"there is no sentinel {part.index}")
+            return np.array([self.vocabulary.sentinel(part.index)], dtype=np.int64)
+        if isinstance(part, Text):
+            pieces = np.array(self._text().encode(part.text), dtype=np.int64)
+            return self.vocabulary.to_ids("text", pieces)
+        if part.modality not in self.grids:
+            raise SequenceError(f"modality {part.modality!r} has no grid in this format")
+        codes, size = np.asarray(part.codes, dtype=np.int64), len(self.vocabulary.ids(part.modality))
+        if codes.shape != self.grids[part.modality]:
+            raise SequenceError(f"{part.modality} codes of shape {codes.shape} instead of {self.grids[part.modality]}")
+        if codes.min() < 0 or codes.max() >= size:
+            raise SequenceError(f"{part.modality} codes must lie in 0 .. {size - 1}")
+        return self.vocabulary.to_ids(part.modality, codes.reshape(-1))
+
+    def _part(self, run: Run) -> Part:
+        if run.modality in self.grids:
+            codes = self.vocabulary.from_ids(run.modality, run.ids)
+            return PART_TYPES[run.modality](codes.reshape(self.grids[run.modality]))
+        if len(run.ids) == 1 and self.vocabulary.contains("sentinel", run.ids)[0]:
+            return Mask(int(run.ids[0] - self.vocabulary.sentinel(0)))
+        return Text(self._text().decode(self.vocabulary.from_ids("text", run.ids).tolist()))
+
+    def _text(self) -> TextCodec:
+        if self.text_tokenizer is None:
+            raise ValueError("sequence format: text can not be spelled or parsed without a text tokenizer")
+        return self.text_tokenizer
+
+    def _modality_runs(self, ids: np.ndarray) -> list[Run]:
+        """Stretches of equal modality; a sentinel is a text run of its own."""
+        runs: list[Run] = []
+        kinds = np.full(len(ids), -1)
+        for index, modality in enumerate(self.vocabulary.modalities):
+            kinds[self.vocabulary.contains(modality, ids)] = index
+        kinds[self.vocabulary.contains("sentinel", ids)] = len(self.vocabulary.modalities)
+        if (kinds < 0).any():
+            stray = self.vocabulary.name(int(ids[kinds < 0][0]))
+            raise SequenceError(f"{stray} can not stand inside a part")
+        starts = np.flatnonzero(np.diff(kinds, prepend=-1) | (kinds == len(self.vocabulary.modalities)))
+        for chunk in np.split(ids, starts[1:]) if len(ids) else []:
+            kind = kinds[starts[len(runs)]]
+            runs.append(Run("text" if kind == len(self.vocabulary.modalities) else self.vocabulary.modalities[kind], chunk))
+        return runs
+
+
+class CM3LeonFormat(SequenceFormat):
+    """One `<break>` at every change of modality and between two coded parts (CM3Leon, arXiv 2309.02591, figure 9)."""
+
+    name: ClassVar[FormatName] = "cm3leon"
+    text_after_open: ClassVar[bool] = True
+
+    def _block(self, modality: str, length: int) -> Block:
+        return Block(length, open_id=self.vocabulary.break_, close_id=None)
+
+    def _lead(self, last: str | None, following: str) -> list[int]:
+        return [] if last is None or (last == "text" and following == "text") else [self.vocabulary.break_]
+
+    def _body(self, runs: Sequence[Run]) -> list[np.ndarray]:
+        body: list[np.ndarray] = []
+        last = None
+        for run in runs:
+            body += [np.array(self._lead(last, run.modality), dtype=np.int64), run.ids]
+            last = run.modality
+        return body
+
+    def _runs(self, body: np.ndarray) -> list[Run]:
+        if not len(body):
+            return []
+        runs: list[Run] = []
+        for stretch in np.split(body, np.flatnonzero(body == self.vocabulary.break_)):
+            found = self._modality_runs(stretch[1:] if runs else stretch)
+            if not found:
+                raise SequenceError("nothing stands between two <break>")
+            modalities = {run.modality for run in found}
+            if len(modalities) > 1:
+                raise SequenceError(f"no <break> between parts of modality {' and '.join(sorted(modalities))}")
+            if runs and runs[-1].modality == found[0].modality == "text":
+                raise SequenceError("a <break> stands between two texts")
+            runs += found
+        return runs
+
+
+class ChameleonFormat(SequenceFormat):
+    """Images between begin-image (`<break>`) and end-image (`<eoss>`) tokens (Chameleon, arXiv 2405.09818)."""
+
+    name: ClassVar[FormatName] = "chameleon"
+    text_after_open: ClassVar[bool] = False
+
+    def _block(self, modality: str, length: int) -> Block:
+        if modality != "image":
+            raise ValueError(f"sequence format chameleon: it has tokens for images only, not for {modality!r}")
+        return Block(length, open_id=self.vocabulary.break_, close_id=self.vocabulary.end_of_span)
+
+    def _lead(self, last: str | None, following: str) -> list[int]:
+        return [] if following == "text" else [self.blocks[following].open_id]
+
+    def _body(self, runs: Sequence[Run]) -> list[np.ndarray]:
+        body: list[np.ndarray] = []
+        for run in runs:
+            block = self.blocks.get(run.modality)
+            body += [run.ids] if block is None else [[block.open_id], run.ids, [block.close_id]]  # type: ignore[list-item]
+        return body
+
+    def _runs(self, body: np.ndarray) -> list[Run]:
+        runs: list[Run] = []
+        while len(body):
+            opens = np.flatnonzero(body == self.vocabulary.break_)
+            text = body[: opens[0]] if len(opens) else body
+            found = self._modality_runs(text)
+            if any(run.modality != "text" for run in found):
+                raise SequenceError("image codes stand outside begin-image and end-image")
+            runs += found
+            if not len(opens):
+                break
+            body = body[opens[0] + 1 :]
+            closes = np.flatnonzero(body == self.vocabulary.end_of_span)
+            codes = self._modality_runs(body[: closes[0]]) if len(closes) else []
+            if len(codes) != 1 or codes[0].modality == "text":
+                raise SequenceError("begin-image must be followed by image codes and end-image")
+            runs += codes
+            body = body[closes[0] + 1 :]
+        return runs
+
+
+FORMATS: dict[FormatName, type[SequenceFormat]] = {"cm3leon": CM3LeonFormat, "chameleon": ChameleonFormat}
+
+
+def build_format(
+    name: FormatName,
+    vocabulary: Vocabulary,
+    grids: Mapping[str, Sequence[int]],
+    text_tokenizer: TextCodec | None = None,
+) -> SequenceFormat:
+    """The format by name.
+
+    Raises:
+        ValueError: for an unknown name, or grids that do not match the vocabulary's codebooks.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"sequence format {name!r} is unknown; choose {' or '.join(FORMATS)}")
+    return FORMATS[name](vocabulary, grids, text_tokenizer)
