@@ -82,8 +82,7 @@ class CausalMasked:
             max_len: fewer masks are drawn where the result would be longer, in tokens.
 
         Returns:
-            ids `(T + 3 n,)` int64 and the weights of predicting them, float32: 0 for the first token and for
-            sentinels, whose positions are random (section 2.1), and 1 for all others.
+            ids `(T + 3 n,)` int64 and their `weigh`ts.
 
         Raises:
             SequenceError: where the ids are not one document from `<s>` to `</s>`.
@@ -93,9 +92,16 @@ class CausalMasked:
         spans = self.draw_spans(ids, rng, max_len)
         if spans:
             ids = self._move(ids, spans)
+        return ids, self.weigh(ids)
+
+    def weigh(self, ids: np.ndarray) -> np.ndarray:
+        """The weights of predicting the tokens of one document, float32 `(T,)`.
+
+        0 for the first token and for sentinels, whose places are random (section 2), 1 for all others.
+        """
         weights = self._weights[ids]
         weights[0] = 0
-        return ids, weights
+        return weights
 
     def draw_spans(
         self, ids: np.ndarray, rng: np.random.Generator, max_len: int | None = None
