@@ -253,7 +253,9 @@ class SequenceFormat(ABC):
         starts = np.flatnonzero(np.diff(kinds, prepend=-1) | (kinds == len(self.vocabulary.modalities)))
         for chunk in np.split(ids, starts[1:]) if len(ids) else []:
             kind = kinds[starts[len(runs)]]
-            runs.append(Run("text" if kind == len(self.vocabulary.modalities) else self.vocabulary.modalities[kind], chunk))
+            runs.append(
+                Run("text" if kind == len(self.vocabulary.modalities) else self.vocabulary.modalities[kind], chunk)
+            )
         return runs
 
 
