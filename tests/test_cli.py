@@ -12,6 +12,7 @@ from typing import Literal
 import pytest
 
 from mixmodal import cli
+from mixmodal import config as configs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,8 +92,8 @@ def test_config_file_then_overrides_in_order(tmp_path: Path) -> None:
 
 def test_save_config_and_load_config_are_inverse(tmp_path: Path) -> None:
     config = OuterConfig(out=tmp_path, extra={"a": 1}, maybe=InnerConfig(kind="b"), lr=2.5e-05)
-    cli.save_config(config, tmp_path / "configs" / "a.yaml")
-    assert cli.load_config(OuterConfig, tmp_path / "configs" / "a.yaml") == config
+    configs.save_config(config, tmp_path / "configs" / "a.yaml")
+    assert configs.load_config(OuterConfig, tmp_path / "configs" / "a.yaml") == config
 
 
 def test_print_config_shows_the_resolved_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +186,7 @@ def test_every_command_has_its_config_and_function(name: str) -> None:
 
     entry = cli.COMMANDS[name]
     module = importlib.import_module(entry.module)
-    keys = dict(cli.config_keys(getattr(module, entry.config)))
+    keys = dict(configs.config_keys(getattr(module, entry.config)))
     assert keys
     assert callable(getattr(module, entry.function))
-    assert cli.build_parser(getattr(module, entry.config), name).format_help()
+    assert configs.build_parser(getattr(module, entry.config), name).format_help()
