@@ -1,4 +1,4 @@
-"""Configs as dataclasses: from arguments and YAML files, and back to YAML. A wrong key is named with the nearest one."""
+"""Configs as dataclasses: from arguments and YAML files, and back. A wrong key is named with the nearest one."""
 
 from __future__ import annotations
 
