@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= runs/quickstart
-PIP = $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP = $(BIN)/python -m pip --disable-pip-version-check
 export PYTHONUTF8 = 1
 
 .PHONY: quickstart test check fmt slow gpu bench clean
