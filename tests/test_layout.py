@@ -100,7 +100,9 @@ def test_a_room_imports_only_from_floors_below_it(path: Path) -> None:
     own = room(module_name(path))
     if own is None:
         return
-    wrong = [name for name in imports(path) if (other := room(name)) not in (None, own) and FLOORS[other] >= FLOORS[own]]
+    wrong = [
+        name for name in imports(path) if (other := room(name)) not in (None, own) and FLOORS[other] >= FLOORS[own]
+    ]
     assert not wrong, f"{own} (floor {FLOORS[own]}) imports {wrong}"
 
 
