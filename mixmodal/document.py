@@ -242,19 +242,16 @@ class SequenceFormat(ABC):
 
     def _modality_runs(self, ids: np.ndarray) -> list[Run]:
         """Stretches of equal modality; a sentinel is a text run of its own."""
-        runs: list[Run] = []
+        names = (*self.vocabulary.modalities, "sentinel")
         kinds = np.full(len(ids), -1)
-        for index, modality in enumerate(self.vocabulary.modalities):
-            kinds[self.vocabulary.contains(modality, ids)] = index
-        kinds[self.vocabulary.contains("sentinel", ids)] = len(self.vocabulary.modalities)
+        for kind, name in enumerate(names):
+            kinds[self.vocabulary.contains(name, ids)] = kind
         if (kinds < 0).any():
             stray = self.vocabulary.name(int(ids[kinds < 0][0]))
             raise SequenceError(f"{stray} can not stand inside a part")
-        starts = np.flatnonzero(np.diff(kinds, prepend=-1) | (kinds == len(self.vocabulary.modalities)))
-        for chunk in np.split(ids, starts[1:]) if len(ids) else []:
-            kind = kinds[starts[len(runs)]]
-            runs.append(Run("text" if kind == len(self.vocabulary.modalities) else self.vocabulary.modalities[kind], chunk))
-        return runs
+        starts = np.flatnonzero(np.diff(kinds, prepend=-1) | (kinds == len(names) - 1))
+        modalities = [*self.vocabulary.modalities, "text"]
+        return [Run(modalities[kinds[start]], chunk) for start, chunk in zip(starts, np.split(ids, starts[1:]))]
 
 
 class CM3LeonFormat(SequenceFormat):
