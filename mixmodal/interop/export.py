@@ -1,6 +1,6 @@
 """The folder of an exported model: everything that sampling and classification need, without pickle.
 
-    config.json  model.safetensors  text_tokenizer.model  image_tokenizer/  README.md
+config.json  model.safetensors  text_tokenizer.model  image_tokenizer/  README.md
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from mixmodal.document import SequenceFormat, build_format
 from mixmodal.models.transformer import Transformer, TransformerConfig, load_weights, save_weights
 from mixmodal.tokenization.codec import Codec
-from mixmodal.tokenization.image import ImageTokenizer
-from mixmodal.tokenization.text import TextTokenizer
 from mixmodal.vocabulary import Vocabulary
 
 CONFIG, WEIGHTS, TEXT_TOKENIZER, IMAGE_TOKENIZER, CARD = (
@@ -99,7 +96,8 @@ def save_export(
         shutil.copyfile(_existing(Path(text_tokenizer), "text tokenizer"), staging / TEXT_TOKENIZER)
         (staging / IMAGE_TOKENIZER).mkdir()
         for name in (CONFIG, WEIGHTS):  # named files only: nothing else of that folder may slip in
-            shutil.copyfile(_existing(Path(image_tokenizer) / name, "image tokenizer"), staging / IMAGE_TOKENIZER / name)
+            source = _existing(Path(image_tokenizer) / name, "image tokenizer")
+            shutil.copyfile(source, staging / IMAGE_TOKENIZER / name)
         save_weights(model, staging / WEIGHTS)
         replace_folder(staging, folder)
     finally:
@@ -131,11 +129,16 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu", dtype: t
     Raises:
         ExportError: naming folder and file, for what is missing, broken or of other shapes.
     """
+    # here: the bare network needs no tokenizer
+    from mixmodal.tokenization.codec import Codec
+    from mixmodal.tokenization.image import ImageTokenizer
+    from mixmodal.tokenization.text import TextTokenizer
+
     folder = Path(folder)
     config = _read_config(folder)
     for name in (TEXT_TOKENIZER, IMAGE_TOKENIZER):
         if not (folder / name).exists():
-            raise ExportError(f"{folder} is not a whole exported model: {name} is missing (has it been copied in part?)")
+            raise ExportError(f"{folder} is not a whole exported model: {name} is missing")
     model = load_transformer(folder, device, dtype)
     try:
         vocabulary = Vocabulary.from_dict(config["vocabulary"])
@@ -150,7 +153,7 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu", dtype: t
         raise ExportError(f"{folder} can not be loaded: {error}") from error
     if model.config.vocab_size < vocabulary.size:
         raise ExportError(
-            f"{folder / CONFIG}: model.vocab_size is {model.config.vocab_size}, the vocabulary has {vocabulary.size} ids"
+            f"{folder / CONFIG}: model.vocab_size is {model.config.vocab_size}, the vocabulary {vocabulary.size}"
         )
     return Export(model=model, codec=codec, vocabulary=vocabulary, format=codec.format)
 
@@ -173,41 +176,13 @@ def load_transformer(
         model = Transformer(TransformerConfig(**options))
     except (TypeError, ValueError) as error:
         raise ExportError(f"{folder / CONFIG}: section 'model' can not be used: {error}") from error
-    weights = folder / WEIGHTS
-    if not weights.is_file():
+    if not (folder / WEIGHTS).is_file():
         raise ExportError(f"{folder} is not an exported model: {WEIGHTS} is missing")
-    check_shapes(model, weights)
-    load_weights(model, weights)
-    return model.to(device=device, dtype=dtype).eval()
-
-
-def check_shapes(model: torch.nn.Module, weights: Path) -> None:
-    """Compares the names and shapes in a safetensors file with the model's, without reading the weights.
-
-    Raises:
-        ExportError: naming the first tensor that is missing, unknown or of another shape.
-    """
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    aliases = _aliases(model)
     try:
-        with safe_open(weights, framework="pt") as file:
-            given = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors raises a class of its own that derives from Exception
-        raise ExportError(f"{weights} can not be read as safetensors: {error}") from error
-    for name, shape in given.items():
-        if name not in wanted:
-            raise ExportError(f"{weights}: tensor {name} is not part of the model that config.json describes")
-        if shape != wanted[name]:
-            raise ExportError(f"{weights}: tensor {name} has shape {shape}, config.json asks for {wanted[name]}")
-    missing = [name for name in wanted if name not in given and not aliases[name] & given.keys()]
-    if missing:
-        raise ExportError(f"{weights}: tensor {missing[0]} is missing ({len(missing)} in all)")
-
-
-def _aliases(model: torch.nn.Module) -> dict[str, set[str]]:
-    """Names in the state that share memory: a tied weight is stored once."""
-    state = model.state_dict(keep_vars=True)
-    return {name: {other for other, one in state.items() if one is tensor} for name, tensor in state.items()}
+        load_weights(model, folder / WEIGHTS)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def write_card(card: Mapping[str, Any], config: Mapping[str, Any]) -> str:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from Picture import Image as Picture
 from torch import Tensor
 
 from mixmodal.document import Coded, Document, Image, Mask, Part, SequenceFormat, Text
-from mixmodal.tokenization.image import ImageTokenizer
 from mixmodal.tokenization.preprocessing import open_picture, resize_and_crop, to_pictures, to_tensor
-from mixmodal.tokenization.text import TextTokenizer
+
+if TYPE_CHECKING:
+    from mixmodal.tokenization.image import ImageTokenizer
+    from mixmodal.tokenization.text import TextTokenizer
 
 Content = str | Picture | Part
 """What a user may put into a document."""
@@ -31,7 +34,11 @@ class Codec:
     """
 
     def __init__(
-        self, text_tokenizer: TextTokenizer, image_tokenizer: ImageTokenizer, format: SequenceFormat, batch_size: int = 64
+        self,
+        text_tokenizer: TextTokenizer,
+        image_tokenizer: ImageTokenizer,
+        format: SequenceFormat,
+        batch_size: int = 64,
     ) -> None:
         vocabulary, grid = format.vocabulary, tuple(image_tokenizer.grid)
         wanted = {
@@ -41,7 +48,7 @@ class Codec:
         }
         for name, (given, expected) in wanted.items():
             if given != expected:
-                raise ValueError(f"codec: {name} of the tokenizer: {given}, of the vocabulary and the format: {expected}")
+                raise ValueError(f"codec: {name} of the tokenizer {given}, of vocabulary and format {expected}")
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
         self.format = type(format)(vocabulary, format.grids, text_tokenizer)
