@@ -12,14 +12,16 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mixmodal.document import SequenceFormat, build_format
 from mixmodal.models.transformer import Transformer, TransformerConfig, load_weights, save_weights
-from mixmodal.tokenization.codec import Codec
 from mixmodal.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from mixmodal.tokenization.codec import Codec
 
 CONFIG, WEIGHTS, TEXT_TOKENIZER, IMAGE_TOKENIZER, CARD = (
     "config.json",
