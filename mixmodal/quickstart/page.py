@@ -58,12 +58,13 @@ def tile(pictures: Sequence[tuple[str, str]], caption: str) -> str:
     return f'<figure><div class="pair">{cells}</div><figcaption>{caption}</figcaption></figure>'
 
 
-def tiles(items: Sequence[str], shown: int, rest: str) -> str:
+def tiles(items: Sequence[str], shown: int, rest: str, small: bool = False) -> str:
     """A grid of tiles; those beyond `shown` are folded away under the words `rest`."""
-    grid = f'<div class="tiles">{"".join(items[:shown])}</div>'
+    kind = _class("tiles small" if small else "tiles")
+    grid = f"<div{kind}>{''.join(items[:shown])}</div>"
     if len(items) <= shown:
         return grid
-    folded = f'<div class="tiles">{"".join(items[shown:])}</div>'
+    folded = f"<div{kind}>{''.join(items[shown:])}</div>"
     return f"{grid}<details><summary>{escape(rest)} ({len(items) - shown})</summary>{folded}</details>"
 
 

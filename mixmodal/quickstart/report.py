@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,7 @@ def _head(summary: Results) -> Iterator[str]:
         f"Trained from nothing on {counts['pictures']:,} demo pictures of {counts['concepts']:,} concepts in "
         f"{len(counts['styles'])} styles ({' and '.join(counts['styles'])}) in {summary['seconds'] / 60:.1f} minutes. "
         f"{counts['heldout']:,} pairs of concept and style were held out: the model has seen these concepts "
-        "in the other style only. What it makes of them is shown first; on the pairs it was trained on it may simply remember."
+        "in the other style only. What it makes of them is shown first; what it was trained on it may simply remember."
     )
     device = summary["versions"].get("device", "unknown device")
     yield paragraph(f"Commit {summary['commit']}, {device}.", "note")
@@ -155,14 +155,14 @@ def _image_to_text(run: Path, samples: Results) -> str:
     return section(
         "Image to text",
         "Each picture with the caption that the model wrote. A caption is right when it names the concept exactly.",
-        *_by_split(samples["image_to_text"], show),
+        *_by_split(samples["image_to_text"], show, small=True),
     )
 
 
-def _by_split(items: Sequence[Results], show: Any) -> Iterator[str]:
+def _by_split(items: Sequence[Results], show: Callable[[Results], str], small: bool = False) -> Iterator[str]:
     for heldout, title in ((True, "Held-out pairs"), (False, "Training pairs")):
         chosen = [show(item) for item in items if item["label"]["heldout"] == heldout]
-        yield f"<h3>{title}</h3>{tiles(chosen, SHOWN, 'all the others')}"
+        yield f"<h3>{title}</h3>{tiles(chosen, SHOWN, 'all the others', small)}"
 
 
 def _mixed(run: Path, mixed: Results) -> str:
@@ -185,7 +185,6 @@ def _classification(run: Path, results: Results) -> str:
         result = results[method]
         confusion = result["confusion"]
         parts.append(f"<h3>By {escape(words)}</h3>")
-        parts.append(figures([figure_of(Rate(result["hits"], result["count"]), "held-out pictures classified right")]))
         parts.append(heat_table(confusion["names"], np.array(confusion["counts"]), "true", "chosen"))
         if result["top_confusions"]:
             rows = [[true, chosen, times] for true, chosen, times in result["top_confusions"]]
@@ -203,7 +202,7 @@ def _classification(run: Path, results: Results) -> str:
         f"Each held-out picture against its true caption and {results['num_candidates'] - 1} captions of other "
         "concepts in the same style. The tables count categories: rows are true, columns chosen.",
         *parts,
-        tiles(examples, SHOWN // 2, "more pictures with the captions chosen"),
+        tiles(examples, SHOWN // 2, "more pictures with the captions chosen", small=True),
     )
 
 
@@ -240,9 +239,7 @@ def _curves(run: Path) -> str:
     tokenizer = read_metrics(run / "image_tokenizer" / "metrics.jsonl")
     names = {"text": "text", "image": "image"}
     curves = [_curve(pretrain, f"loss_{key}", name, name) for key, name in names.items()]
-    curves += [
-        _curve(pretrain, f"heldout/loss_{key}", f"{name}, h.o.", name, dashed=True) for key, name in names.items()
-    ]
+    curves += [_curve(pretrain, f"eval_loss_{key}", f"{name}, h.o.", name, dashed=True) for key, name in names.items()]
     charts = [
         line_chart("Transformer: nats per token; dashed on held-out pairs", curves),
         line_chart("Image tokenizer: loss", [_curve(tokenizer, "loss", "loss", "total")]),
