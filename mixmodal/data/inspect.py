@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from rich.text import Text
 
     from mixmodal.data.packing import Batch
@@ -86,7 +87,7 @@ def inspect(config: InspectConfig) -> None:
     plain = not console.is_terminal  # in a file or a pipe, lines are not cut to a width
     console.print(_legend(shards.vocabulary), soft_wrap=plain)
     tokens: Counter[str] = Counter()
-    weights: Counter[str] = Counter()
+    weights: defaultdict[str, float] = defaultdict(float)
     for number, batch in enumerate(islice(rows, config.num_rows)):
         used = int(batch.num_tokens)
         console.print(f"\nrow {number}: {batch.num_documents} documents, {used} of {config.seq_len} tokens")
@@ -183,7 +184,7 @@ def _legend(vocabulary: Vocabulary) -> Text:
     return legend.append("others underlined and marked", "underline")
 
 
-def _totals(tokens: Counter[str], weights: Counter[str]) -> object:
+def _totals(tokens: Counter[str], weights: Mapping[str, float]) -> Table:
     from rich.table import Table
 
     table = Table("kind", "tokens", "share", "loss weight")
@@ -191,6 +192,6 @@ def _totals(tokens: Counter[str], weights: Counter[str]) -> object:
         column.justify = "right"
     for kind, count in tokens.most_common():
         share = f"{count / tokens.total():.1%}"
-        table.add_row(kind, str(count), share, f"{weights[kind]:g}", style=_style(kind))
-    table.add_row("all", str(tokens.total()), "100.0%", f"{weights.total():g}")
+        table.add_row(kind, str(count), share, f"{weights.get(kind, 0):g}", style=_style(kind))
+    table.add_row("all", str(tokens.total()), "100.0%", f"{sum(weights.values()):g}")
     return table

@@ -80,7 +80,7 @@ def draw(scene: Scene, size: int, rng: np.random.Generator) -> Picture:
 
     Two things stand on opposite sides of the middle, so that the relation stays true.
     """
-    canvas = Pictures.new("RGB", (size * SUPERSAMPLING,) * 2, BACKGROUND)
+    canvas = Pictures.new("RGB", (size * SUPERSAMPLING, size * SUPERSAMPLING), BACKGROUND)
     things = [scene.first] if scene.second is None else [scene.first, scene.second]
     room = 0.3 if len(things) == 1 else 0.2  # largest radius, as a share of the side
     for thing, (x, y) in zip(things, _centers(scene.relation)):
@@ -91,7 +91,9 @@ def draw(scene: Scene, size: int, rng: np.random.Generator) -> Picture:
     return canvas.resize((size, size), Pictures.Resampling.LANCZOS)
 
 
-def synthetic_pairs(num_pairs: int, size: int, seed: int = 0, two_things_share: float = 0.5) -> Iterator[CaptionedPicture]:
+def synthetic_pairs(
+    num_pairs: int, size: int, seed: int = 0, two_things_share: float = 0.5
+) -> Iterator[CaptionedPicture]:
     """A corpus that depends on its arguments only; the first pairs of a longer one are the same.
 
     Args:

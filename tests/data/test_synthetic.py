@@ -5,7 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mixmodal.data.synthetic import BACKGROUND, COLORS, RELATIONS, SHAPES, Scene, Thing, all_scenes, draw, synthetic_pairs
+from mixmodal.data.synthetic import (
+    BACKGROUND,
+    COLORS,
+    RELATIONS,
+    SHAPES,
+    Scene,
+    Thing,
+    all_scenes,
+    draw,
+    synthetic_pairs,
+)
 
 
 def where(scene: Scene, thing: Thing, size: int = 32) -> tuple[float, float, int]:
