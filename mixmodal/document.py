@@ -260,7 +260,7 @@ class SequenceFormat(ABC):
             raise SequenceError(f"{stray} can not stand inside a part")
         modalities = (*self.vocabulary.modalities, "text")
         sentinel = len(modalities) - 1
-        starts = np.flatnonzero((kinds[1:] != kinds[:-1]) | (kinds[1:] == sentinel)) + 1
+        starts = ((kinds[1:] != kinds[:-1]) | (kinds[1:] == sentinel)).nonzero()[0] + 1
         edges = [0, *starts.tolist(), len(ids)]
         return [Run(modalities[kinds[start]], ids[start:stop]) for start, stop in zip(edges, edges[1:])]
 
@@ -300,7 +300,7 @@ class CM3LeonFormat(SequenceFormat):
         if not len(body):
             return []
         runs: list[Run] = []
-        edges = [-1, *np.flatnonzero(body == self.vocabulary.break_).tolist(), len(body)]
+        edges = [-1, *(body == self.vocabulary.break_).nonzero()[0].tolist(), len(body)]
         for before, after in zip(edges, edges[1:]):
             found = self._modality_runs(body[before + 1 : after])
             if not found:
@@ -338,7 +338,7 @@ class ChameleonFormat(SequenceFormat):
     def _runs(self, body: np.ndarray) -> list[Run]:
         runs: list[Run] = []
         while len(body):
-            opens = np.flatnonzero(body == self.vocabulary.break_)
+            opens = (body == self.vocabulary.break_).nonzero()[0]
             text = body[: opens[0]] if len(opens) else body
             found = self._modality_runs(text)
             if any(run.modality != "text" for run in found):
@@ -347,7 +347,7 @@ class ChameleonFormat(SequenceFormat):
             if not len(opens):
                 break
             body = body[opens[0] + 1 :]
-            closes = np.flatnonzero(body == self.vocabulary.end_of_span)
+            closes = (body == self.vocabulary.end_of_span).nonzero()[0]
             codes = self._modality_runs(body[: closes[0]]) if len(closes) else []
             if len(codes) != 1 or codes[0].modality == "text":
                 raise SequenceError("begin-image must be followed by image codes and end-image")

@@ -232,7 +232,8 @@ class PackedDocuments:
 
     def _vary(self, key: str, ids: np.ndarray, rng: np.random.Generator) -> Sample:
         """Drops the caption, or changes the order and draws masks."""
-        drop, turn = (rng.random(2) < (self.config.caption_dropout, self.config.image_first_share)).tolist()
+        drop = rng.random() < self.config.caption_dropout
+        turn = rng.random() < self.config.image_first_share
         if drop or turn:
             parts = _parts(self.sequence_format.split(ids))
             is_text = [part[0].modality == "text" for part in parts]
