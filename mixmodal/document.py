@@ -124,7 +124,11 @@ class SequenceFormat(ABC):
     ) -> None:
         if set(grids) != set(vocabulary.config.codebook_sizes):
             raise ValueError(f"sequence format: grids for {sorted(grids)}, codebooks for {vocabulary.modalities[1:]}")
+        unknown = [modality for modality in grids if modality not in PART_TYPES]
+        if unknown:
+            raise ValueError(f"sequence format: no part type for {unknown}; add a subclass of Coded to PART_TYPES")
         self.vocabulary = vocabulary
+        self._kinds = self._kind_table()
         self.grids = {modality: tuple(grid) for modality, grid in grids.items()}
         self.text_tokenizer = text_tokenizer
         self.blocks = {modality: self._block(modality, math.prod(grid)) for modality, grid in self.grids.items()}
@@ -170,6 +174,8 @@ class SequenceFormat(ABC):
         Scored are the content tokens of the continuation and, where it ends with text, the `</s>` behind it, without
         which a text would never lose against its own beginning.
         """
+        if not continuation.parts:
+            raise SequenceError("a continuation needs at least one part")
         following = continuation.parts[0].modality
         start = len(self.spell_prompt(context, following))
         ids = self.join([*self.runs(context), *self.runs(continuation)])
@@ -193,6 +199,8 @@ class SequenceFormat(ABC):
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) < 2 or ids[0] != self.vocabulary.bos or ids[-1] != self.vocabulary.eos:
             raise SequenceError("a sequence must begin with <s> and end with </s>")
+        if ids.min() < 0 or ids.max() >= self.vocabulary.size:
+            raise SequenceError(f"ids must lie in 0 .. {self.vocabulary.size - 1}; is this another vocabulary's data?")
         runs = self._runs(ids[1:-1])
         for run in runs:
             if run.modality in self.blocks and len(run.ids) != self.blocks[run.modality].length:
@@ -217,6 +225,8 @@ class SequenceFormat(ABC):
             return np.array([self.vocabulary.sentinel(part.index)], dtype=np.int64)
         if isinstance(part, Text):
             pieces = np.array(self._text().encode(part.text), dtype=np.int64)
+            if not len(pieces):
+                raise SequenceError(f"the text tokenizer has no pieces for the text {part.text!r}")
             return self.vocabulary.to_ids("text", pieces)
         if part.modality not in self.grids:
             raise SequenceError(f"modality {part.modality!r} has no grid in this format")
@@ -242,21 +252,28 @@ class SequenceFormat(ABC):
 
     def _modality_runs(self, ids: np.ndarray) -> list[Run]:
         """Stretches of equal modality; a sentinel is a text run of its own."""
-        runs: list[Run] = []
-        kinds = np.full(len(ids), -1)
-        for index, modality in enumerate(self.vocabulary.modalities):
-            kinds[self.vocabulary.contains(modality, ids)] = index
-        kinds[self.vocabulary.contains("sentinel", ids)] = len(self.vocabulary.modalities)
-        if (kinds < 0).any():
+        if not len(ids):
+            return []
+        kinds = self._kinds[ids]
+        if kinds.min() < 0:
             stray = self.vocabulary.name(int(ids[kinds < 0][0]))
             raise SequenceError(f"{stray} can not stand inside a part")
-        starts = np.flatnonzero(np.diff(kinds, prepend=-1) | (kinds == len(self.vocabulary.modalities)))
-        for chunk in np.split(ids, starts[1:]) if len(ids) else []:
-            kind = kinds[starts[len(runs)]]
-            runs.append(
-                Run("text" if kind == len(self.vocabulary.modalities) else self.vocabulary.modalities[kind], chunk)
-            )
-        return runs
+        modalities = (*self.vocabulary.modalities, "text")
+        sentinel = len(modalities) - 1
+        starts = ((kinds[1:] != kinds[:-1]) | (kinds[1:] == sentinel)).nonzero()[0] + 1
+        edges = [0, *starts.tolist(), len(ids)]
+        return [Run(modalities[kinds[start]], ids[start:stop]) for start, stop in zip(edges, edges[1:])]
+
+    def _kind_table(self) -> np.ndarray:
+        """What each id of the vocabulary is: the index of its modality, behind those a sentinel, or -1 for control.
+
+        One look-up instead of a comparison for each range, since every training document passes here.
+        """
+        table = np.full(self.vocabulary.size, -1, dtype=np.int16)
+        for kind, name in enumerate((*self.vocabulary.modalities, "sentinel")):
+            span = self.vocabulary.ids(name)
+            table[span.start : span.stop] = kind
+        return table
 
 
 class CM3LeonFormat(SequenceFormat):
@@ -283,10 +300,11 @@ class CM3LeonFormat(SequenceFormat):
         if not len(body):
             return []
         runs: list[Run] = []
-        for stretch in np.split(body, np.flatnonzero(body == self.vocabulary.break_)):
-            found = self._modality_runs(stretch[1:] if runs else stretch)
+        edges = [-1, *(body == self.vocabulary.break_).nonzero()[0].tolist(), len(body)]
+        for before, after in zip(edges, edges[1:]):
+            found = self._modality_runs(body[before + 1 : after])
             if not found:
-                raise SequenceError("nothing stands between two <break>")
+                raise SequenceError("nothing stands before or behind a <break>")
             modalities = {run.modality for run in found}
             if len(modalities) > 1:
                 raise SequenceError(f"no <break> between parts of modality {' and '.join(sorted(modalities))}")
@@ -320,7 +338,7 @@ class ChameleonFormat(SequenceFormat):
     def _runs(self, body: np.ndarray) -> list[Run]:
         runs: list[Run] = []
         while len(body):
-            opens = np.flatnonzero(body == self.vocabulary.break_)
+            opens = (body == self.vocabulary.break_).nonzero()[0]
             text = body[: opens[0]] if len(opens) else body
             found = self._modality_runs(text)
             if any(run.modality != "text" for run in found):
@@ -329,7 +347,7 @@ class ChameleonFormat(SequenceFormat):
             if not len(opens):
                 break
             body = body[opens[0] + 1 :]
-            closes = np.flatnonzero(body == self.vocabulary.end_of_span)
+            closes = (body == self.vocabulary.end_of_span).nonzero()[0]
             codes = self._modality_runs(body[: closes[0]]) if len(closes) else []
             if len(codes) != 1 or codes[0].modality == "text":
                 raise SequenceError("begin-image must be followed by image codes and end-image")

@@ -53,7 +53,11 @@ class Vocabulary:
                 raise ValueError(f"vocabulary: the number of {name} is {size}; it must be at least 1")
         self.config = config
         self._ranges: dict[str, range] = {}
-        first, *further = [*config.codebook_sizes] or [None]
+        taken = {"special", "control", "sentinel", "reserved", "text"} & set(config.codebook_sizes)
+        if taken:
+            raise ValueError(f"vocabulary: {sorted(taken)} can not name a coded modality; the name is taken")
+        # A file that sorts its keys must not move the image codes away from Chameleon's place.
+        first, *further = sorted(config.codebook_sizes, key=lambda name: name != "image") or [None]
         self._append("special", 4)
         if first:
             self._append(first, config.codebook_sizes[first])
@@ -97,7 +101,9 @@ class Vocabulary:
 
     def sentinel(self, index: int) -> int:
         """Id of `<mask:index>` (CM3, arXiv 2201.07520)."""
-        return self._ranges["sentinel"][index]
+        if not 0 <= index < self.config.num_sentinels:
+            raise ValueError(f"vocabulary: there is no <mask:{index}>; the last is {self.config.num_sentinels - 1}")
+        return self._ranges["sentinel"].start + index
 
     def is_content(self, ids: Ids) -> Ids:
         """Whether each id is text or a code, not a control token."""

@@ -1,0 +1,1 @@
+"""Corpora, shards and the batches that training reads."""

@@ -1,0 +1,103 @@
+"""Documents side by side in rows of one length: ids, positions, segment ids and loss weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Sample(NamedTuple):
+    """One document as it is trained on.
+
+    Args:
+        key: names it in messages.
+        ids: `(n,)` int64.
+        loss_weights: `(n,)` float32, the weight of predicting each token; the first is 0.
+    """
+
+    key: str
+    ids: np.ndarray
+    loss_weights: np.ndarray
+
+
+class Batch(NamedTuple):
+    """Packed rows.
+
+    Args:
+        tokens: ids `(B, T)` int64, `<pad>` behind the last document.
+        positions: `(B, T)` int64; they restart with every document and are 0 in padding.
+        segment_ids: `(B, T)` int64: 1, 2, 3 .. for the documents of a row, 0 for padding.
+        loss_weights: `(B, T)` float32, the weight of predicting each token; 0 at the start of a document.
+        keys: the documents of each row, in order.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segment_ids: Tensor
+    loss_weights: Tensor
+    keys: list[list[str]]
+
+    @property
+    def num_documents(self) -> int:
+        return sum(len(row) for row in self.keys)
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Tokens that are not padding, an int64 scalar."""
+        return (self.segment_ids != 0).sum()
+
+    def to(self, device: torch.device | str) -> Batch:
+        tensors = (tensor.to(device, non_blocking=True) for tensor in self[:4])
+        return Batch(*tensors, keys=self.keys)
+
+
+def pack(samples: Iterable[Sample], seq_len: int) -> Iterator[list[Sample]]:
+    """Fills rows of `seq_len` tokens in the order given (next fit): a row ends where the next sample does not fit.
+
+    Raises:
+        ValueError: for a sample of more than `seq_len` tokens.
+    """
+    row: list[Sample] = []
+    used = 0
+    for sample in samples:
+        if len(sample.ids) > seq_len:
+            raise ValueError(f"document {sample.key}: {len(sample.ids)} tokens do not fit a row of {seq_len}")
+        if row and used + len(sample.ids) > seq_len:
+            yield row
+            row, used = [], 0
+        row.append(sample)
+        used += len(sample.ids)
+    if row:
+        yield row
+
+
+def build_batch(rows: Sequence[Sequence[Sample]], seq_len: int, pad: int) -> Batch:
+    """Rows of samples to tensors.
+
+    Args:
+        rows: the samples of each row, at most `seq_len` tokens together; a row may be empty.
+        seq_len: T.
+        pad: id of `<pad>`.
+    """
+    shape = (len(rows), seq_len)
+    tokens = np.full(shape, pad, dtype=np.int64)
+    positions = np.zeros(shape, dtype=np.int64)
+    segment_ids = np.zeros(shape, dtype=np.int64)
+    loss_weights = np.zeros(shape, dtype=np.float32)
+    ramp = np.arange(seq_len)
+    for index, row in enumerate(rows):
+        start = 0
+        for segment, sample in enumerate(row, start=1):
+            stop = start + len(sample.ids)
+            tokens[index, start:stop] = sample.ids
+            positions[index, start:stop] = ramp[: stop - start]
+            segment_ids[index, start:stop] = segment
+            loss_weights[index, start:stop] = sample.loss_weights
+            loss_weights[index, start] = 0  # nothing of this document stands before its first token
+            start = stop
+    arrays = (tokens, positions, segment_ids, loss_weights)
+    return Batch(*map(torch.from_numpy, arrays), keys=[[sample.key for sample in row] for row in rows])

@@ -1,0 +1,158 @@
+"""Self-attention with grouped key-value heads, QK-norm and rotary positions, and its cache.
+
+Shapes: B batch, T tokens, D model, N heads, K kv heads, H head, S cache slots.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Rotary(NamedTuple):
+    """Cosines and sines of the rotary angles, each `(B, 1, T, H)` float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary(positions: Tensor, head_dim: int, theta: float) -> Rotary:
+    """Rotary angles (arXiv 2104.09864) of `positions` `(B, T)`, in the split-half layout of transformers."""
+    exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
+    angles = positions[:, None, :, None].float() * theta**-exponents
+    angles = torch.cat((angles, angles), dim=-1)
+    return Rotary(angles.cos(), angles.sin())
+
+
+def rotate(heads: Tensor, angles: Rotary) -> Tensor:
+    """Turns `heads` `(B, N, T, H)` by the angles of their positions."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * angles.cos + torch.cat((-second, first), dim=-1) * angles.sin
+
+
+class HeadNorm(nn.Module):
+    """LayerNorm over the head dimension with a weight and a bias of its own for every head (Chameleon's QK-norm)."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(num_heads, head_dim))
+        self.bias = nn.Parameter(torch.zeros(num_heads, head_dim))
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """`(B, T, N, H)` to the same, in float32."""
+        normed = F.layer_norm(heads.float(), heads.shape[-1:], eps=self.eps)
+        return normed * self.weight + self.bias
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, each `(B, K, S, H)`."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class KVCache:
+    """Static cache in which a token's slot is its position.
+
+    Rows of unequal length are padded on the right: a padded token writes a slot that its row's next real token
+    overwrites before any query sees it, because a query at position p sees the slots 0 .. p only.
+    """
+
+    def __init__(self, layers: list[LayerCache]) -> None:
+        self.layers = layers
+        self.used = 0
+        """Slots that may have been written, over all rows: attention looks no further."""
+
+    @property
+    def size(self) -> int:
+        """Slots of each row."""
+        return self.layers[0].keys.shape[2]
+
+    def extend(self, num_tokens: int) -> None:
+        """Makes room for one more forward of `num_tokens`.
+
+        Raises:
+            ValueError: when the cache is too small.
+        """
+        self.used += num_tokens
+        if self.used > self.size:
+            raise ValueError(f"the cache holds {self.size} tokens a row; {self.used} are needed")
+
+    def write(self, index: int, positions: Tensor, keys: Tensor, values: Tensor) -> LayerCache:
+        """Stores keys and values `(B, K, T, H)` at `positions` `(B, T)`; returns all that may be seen."""
+        layer = self.layers[index]
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        layer.keys[rows, :, positions] = keys.transpose(1, 2).to(layer.keys.dtype)
+        layer.values[rows, :, positions] = values.transpose(1, 2).to(layer.values.dtype)
+        return LayerCache(layer.keys[:, :, : self.used], layer.values[:, :, : self.used])
+
+    def select(self, rows: Tensor) -> KVCache:
+        """A copy whose rows are `rows` `(B',)` of this one: a shared prefix is computed once and repeated."""
+        chosen = KVCache([LayerCache(layer.keys[rows], layer.values[rows]) for layer in self.layers])
+        chosen.used = self.used
+        return chosen
+
+
+class Attention(nn.Module):
+    """Causal self-attention. The query, key and value projections are one matrix, in this order.
+
+    Args:
+        dim, num_heads, num_kv_heads, head_dim: sizes; every kv head serves `num_heads / num_kv_heads` heads.
+        qk_norm: normalise queries and keys per head before the rotation.
+    """
+
+    def __init__(self, *, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.qkv = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=False)
+        self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
+        self.q_norm = HeadNorm(num_heads, head_dim) if qk_norm else nn.Identity()
+        self.k_norm = HeadNorm(num_kv_heads, head_dim) if qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden: Tensor,
+        angles: Rotary | None,
+        mask: Tensor | None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """`(B, T, D)` to `(B, T, D)`.
+
+        Args:
+            angles: rotary angles; None where positions are learned.
+            mask: `(B, 1, T, S)` bool, true where a query sees a key; None is causal.
+            cache, layer, positions: where keys and values are kept, this layer's index, and slots `(B, T)`.
+        """
+        batch, length, _ = hidden.shape
+        heads = self.qkv(hidden).view(batch, length, -1, self.head_dim)
+        queries, keys, values = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=2)
+        queries, keys = self.q_norm(queries).transpose(1, 2), self.k_norm(keys).transpose(1, 2)
+        values = values.transpose(1, 2)
+        if angles is not None:
+            queries, keys = rotate(queries, angles), rotate(keys, angles)
+        queries, keys = queries.to(values.dtype), keys.to(values.dtype)
+        if cache is not None and positions is not None:
+            keys, values = (kept.to(values.dtype) for kept in cache.write(layer, positions, keys, values))
+        mixed = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_kv_heads < self.num_heads
+        )
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+
+def segment_mask(segment_ids: Tensor) -> Tensor:
+    """`(B, 1, T, T)` bool: a token sees itself and what stands before it in its own segment. `segment_ids` `(B, T)`."""
+    length = segment_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
+    return ((segment_ids[:, :, None] == segment_ids[:, None, :]) & causal)[:, None]
+
+
+def cache_mask(positions: Tensor, num_slots: int) -> Tensor:
+    """`(B, 1, T, S)` bool: a query at position p sees the slots 0 .. p. `positions` `(B, T)`."""
+    slots = torch.arange(num_slots, device=positions.device)
+    return (slots <= positions[:, :, None])[:, None]

@@ -1,0 +1,283 @@
+"""The decoder-only transformer of Chameleon (arXiv 2405.09818) and CM3Leon (arXiv 2309.02591).
+
+It knows tensors and logits, not what an id means. Shapes: B batch, T tokens, D model, F ffn, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mixmodal.models.attention import (
+    Attention,
+    KVCache,
+    LayerCache,
+    Rotary,
+    cache_mask,
+    rotary,
+    segment_mask,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Shape of the network.
+
+    Args:
+        vocab_size: rows of the embedding; 0 takes the size of the data's vocabulary when training.
+        dim: width of the residual stream.
+        num_layers: blocks.
+        num_heads: attention heads.
+        num_kv_heads: key-value heads; fewer than `num_heads` is grouped-query attention. 0 is `num_heads`.
+        head_dim: width of a head; 0 is `dim / num_heads`.
+        ffn_dim: inner width of the feed-forward layer.
+        max_seq_len: longest sequence, in tokens.
+        norm: `rmsnorm` with a weight, or `layernorm` without parameters (CM3Leon).
+        norm_eps: added to the variance.
+        norm_placement: `pre` before each sublayer (Chameleon-7B, CM3Leon), `post_sublayer` behind it (Chameleon-34B).
+        activation: `swiglu`, or `gelu` without a gate (CM3Leon).
+        position: `rope`, or a `learned` table of `max_seq_len` rows (CM3Leon).
+        rope_theta: base of the rotary angles.
+        qk_norm: LayerNorm with weight and bias per head on queries and keys, before the rotation (Chameleon).
+        dropout: share dropped of each sublayer's output.
+        tie_embeddings: the output matrix is the embedding.
+        init_std: standard deviation of the truncated normal (cut at 3) that weights start from.
+        position_init_std: the same for learned positions.
+        zero_init_output: start the output layer of every sublayer at 0 (how CM3Leon's "output layers 0" is read here).
+    """
+
+    vocab_size: int = 0
+    dim: int = 256
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    ffn_dim: int = 704
+    max_seq_len: int = 512
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-5
+    norm_placement: Literal["pre", "post_sublayer"] = "pre"
+    activation: Literal["swiglu", "gelu"] = "swiglu"
+    position: Literal["rope", "learned"] = "rope"
+    rope_theta: float = 10000.0
+    qk_norm: bool = True
+    dropout: float = 0.0
+    tie_embeddings: bool = False
+    init_std: float = 0.02
+    position_init_std: float = 0.0002
+    zero_init_output: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or (not self.head_dim and self.dim % self.num_heads):
+            raise ValueError(f"model: dim {self.dim} does not divide into num_heads {self.num_heads}")
+        if self.num_heads % (self.num_kv_heads or self.num_heads):
+            raise ValueError(f"model: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
+        if self.position == "rope" and self.attention_sizes["head_dim"] % 2:
+            raise ValueError(f"model: rotary positions need an even head_dim, not {self.attention_sizes['head_dim']}")
+
+    @property
+    def attention_sizes(self) -> dict[str, int]:
+        """`num_heads`, `num_kv_heads` and `head_dim` with the zeros filled in."""
+        return {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads or self.num_heads,
+            "head_dim": self.head_dim or self.dim // self.num_heads,
+        }
+
+
+class Norm(nn.Module):
+    """RMSNorm with a weight, or LayerNorm without parameters."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.dim)) if config.norm == "rmsnorm" else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`(..., D)` to the same."""
+        if self.weight is None:
+            return F.layer_norm(hidden, hidden.shape[-1:], eps=self.eps)
+        return F.rms_norm(hidden, hidden.shape[-1:], self.weight, self.eps)
+
+
+class FeedForward(nn.Module):
+    """SwiGLU (arXiv 2002.05202) with gate and value in one matrix, or GELU."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.gated = config.activation == "swiglu"
+        self.up = nn.Linear(config.dim, (1 + self.gated) * config.ffn_dim, bias=False)
+        self.out = nn.Linear(config.ffn_dim, config.dim, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`(B, T, D)` to `(B, T, D)`."""
+        if not self.gated:
+            return self.out(F.gelu(self.up(hidden)))
+        gate, value = self.up(hidden).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """Attention and feed-forward, each with its norm before or behind it."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.norm_first = config.norm_placement == "pre"
+        self.dropout = config.dropout
+        self.attention = Attention(dim=config.dim, qk_norm=config.qk_norm, **config.attention_sizes)
+        self.attention_norm = Norm(config)
+        self.ffn = FeedForward(config)
+        self.ffn_norm = Norm(config)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        angles: Rotary | None,
+        mask: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+        positions: Tensor,
+    ) -> Tensor:
+        """`(B, T, D)` to `(B, T, D)`; the arguments are those of `Attention`."""
+        context = (angles, mask, cache, layer, positions)
+        if self.norm_first:
+            hidden = hidden + self._drop(self.attention(self.attention_norm(hidden), *context))
+            return hidden + self._drop(self.ffn(self.ffn_norm(hidden)))
+        hidden = hidden + self._drop(self.attention_norm(self.attention(hidden, *context)))
+        return hidden + self._drop(self.ffn_norm(self.ffn(hidden)))
+
+    def _drop(self, hidden: Tensor) -> Tensor:
+        return F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
+
+
+class Transformer(nn.Module):
+    """Tokens `(B, T)` int64 to logits `(B, T, V)` float32.
+
+    Raises:
+        ValueError: for a `vocab_size` of 0, which only training can fill in.
+    """
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        if config.vocab_size < 1:
+            raise ValueError("model: vocab_size is 0; set it, or let training take it from the data's vocabulary")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.dim)
+        learned = config.position == "learned"
+        self.positions = nn.Embedding(config.max_seq_len, config.dim) if learned else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = Norm(config)
+        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draws every matrix anew; norms go back to 1 and 0."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2 and "_norm." not in name:
+                std = self.config.position_init_std if name.startswith("positions") else self.config.init_std
+                nn.init.trunc_normal_(parameter, std=std, a=-3 * std, b=3 * std, generator=generator)
+                if self.config.zero_init_output and name.startswith("blocks") and name.endswith("out.weight"):
+                    nn.init.zeros_(parameter)
+            else:
+                nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """The last block's normed output, `(B, T, D)`.
+
+        Args:
+            tokens: `(B, T)` int64.
+            positions: `(B, T)` int64; counted from 0 (or from the end of the cache) by default.
+            segment_ids: `(B, T)` int64; attention stays within equal ids. One segment by default.
+            cache: keys and values of what came before; extended by this call.
+
+        Raises:
+            ValueError: for segments together with a cache, or a cache that is too small.
+        """
+        if cache is not None and segment_ids is not None:
+            raise ValueError("a cache holds one document a row: segment_ids can not be given with it")
+        start = 0 if cache is None else cache.used
+        if positions is None:
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
+        mask = None if segment_ids is None else segment_mask(segment_ids)
+        if cache is not None:
+            cache.extend(tokens.shape[1])
+            mask = cache_mask(positions, cache.used)
+        hidden = self.embedding(tokens)
+        angles = None
+        if self.positions is not None:
+            hidden = hidden + self.positions(positions)
+        else:
+            angles = rotary(positions, self.config.attention_sizes["head_dim"], self.config.rope_theta)
+        for layer, block in enumerate(self.blocks):
+            hidden = block(hidden, angles, mask, cache, layer, positions)
+        return self.norm(hidden)
+
+    def logits(self, hidden: Tensor, ids: slice | None = None) -> Tensor:
+        """Logits `(..., V)` float32 of `hidden` `(..., D)`; `ids` computes a stretch of the columns only."""
+        weight = self.embedding.weight if self.output is None else self.output.weight
+        return F.linear(hidden, weight if ids is None else weight[ids]).float()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        return_hidden: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits `(B, T, V)` float32, and with `return_hidden` also `hidden`; the arguments are those of `hidden`."""
+        hidden = self.hidden(tokens, positions, segment_ids, cache)
+        return (self.logits(hidden), hidden) if return_hidden else self.logits(hidden)
+
+    def build_cache(
+        self, batch_size: int, max_len: int, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> KVCache:
+        """An empty cache of `max_len` slots a row, in the type and on the device of the weights by default."""
+        sizes, weight = self.config.attention_sizes, self.embedding.weight
+        shape = (batch_size, sizes["num_kv_heads"], max_len, sizes["head_dim"])
+        kind = {"dtype": dtype or weight.dtype, "device": device or weight.device}
+        return KVCache(
+            [LayerCache(torch.zeros(shape, **kind), torch.zeros(shape, **kind)) for _ in range(self.config.num_layers)]
+        )
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Writes every parameter and buffer of `model` to one safetensors file."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, path)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fills `model` from a safetensors file, tensor by tensor.
+
+    Raises:
+        FileNotFoundError: where there is no file.
+        ValueError: naming the file, for a damaged file, or a missing, unknown or differently shaped tensor.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    wanted = model.state_dict()
+    try:
+        with safe_open(path, framework="pt") as stored, torch.no_grad():
+            names = set(stored.keys())
+            for name in sorted(names ^ set(wanted)):
+                raise ValueError(f"{path}: tensor {name} is {'unknown to the model' if name in names else 'missing'}")
+            for name, tensor in wanted.items():
+                found = stored.get_slice(name).get_shape()
+                if tuple(found) != tuple(tensor.shape):
+                    raise ValueError(f"{path}: tensor {name} has shape {tuple(found)}, not {tuple(tensor.shape)}")
+                tensor.copy_(stored.get_tensor(name))
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error

@@ -1,0 +1,1 @@
+"""Text and pictures to token indices and back."""

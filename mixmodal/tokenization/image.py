@@ -1,0 +1,209 @@
+"""Pictures to codes and back: autoencoder and quantizer as one tokenizer, and its folder on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mixmodal.tokenization.autoencoder import AutoencoderConfig, Decoder, Encoder, channels_last, check_autoencoder
+from mixmodal.tokenization.quantizer import Quantized, QuantizerConfig, build_quantizer, check_quantizer
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+FORMAT_VERSION = 1
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTokenizerConfig:
+    """An image tokenizer.
+
+    Args:
+        image_size: height and width of the pictures, pixels.
+        autoencoder: encoder and decoder.
+        quantizer: how latents become codes.
+    """
+
+    image_size: int = 256
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
+
+
+class ImageTokenizer(nn.Module):
+    """Images `(B, 3, H, W)` in [-1, 1] to codes `(B, h, w)` and back.
+
+    Raises:
+        ValueError: naming the key of a value that can not work.
+    """
+
+    def __init__(self, config: ImageTokenizerConfig) -> None:
+        super().__init__()
+        check_autoencoder(config.autoencoder, config.image_size)
+        check_quantizer(config.quantizer)
+        self.config = config
+        self.quantizer = build_quantizer(config.quantizer)
+        self.encoder = Encoder(config.autoencoder, config.image_size, self.quantizer.codebook_dim)
+        self.decoder = Decoder(config.autoencoder, config.image_size, self.quantizer.codebook_dim)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    @property
+    def codebook_size(self) -> int:
+        """Number of codes."""
+        return self.quantizer.codebook_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Codes of a picture, `(h, w)`."""
+        side = self.config.image_size // self.config.autoencoder.downsampling
+        return side, side
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
+        """Images to their reconstructions `(B, 3, H, W)`, float32 and not clamped, and what the quantizer did."""
+        self._check_images(images)
+        quantized = self.quantizer(self.encoder(channels_last(images)))
+        return self.decoder(quantized.latents).float(), quantized
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Images `(B, 3, H, W)` in [-1, 1] to codes, int64 `(B, h, w)`.
+
+        In the precision of the weights whatever autocast says: the codes of a picture do not depend on the caller.
+        """
+        self._check_images(images)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.quantizer.latents_to_codes(self.encoder(channels_last(images.to(self.dtype))))
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes, int64 `(B, h, w)`, to images `(B, 3, H, W)` in [-1, 1], float32."""
+        self._check_codes(codes)
+        with torch.autocast(codes.device.type, enabled=False):
+            latents = self.quantizer.codes_to_latents(codes)
+            return self.decoder(latents.to(self.dtype)).float().clamp(-1, 1)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.encoder.conv_in.weight.dtype
+
+    def _check_images(self, images: Tensor) -> None:
+        side = self.config.image_size
+        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
+            shape = tuple(images.shape)
+            raise ValueError(f"image tokenizer: images of shape {shape} instead of (B, 3, {side}, {side})")
+
+    def _check_codes(self, codes: Tensor) -> None:
+        if codes.ndim != 3 or tuple(codes.shape[1:]) != self.grid:
+            raise ValueError(f"image tokenizer: codes of shape {tuple(codes.shape)} instead of (B, *{self.grid})")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
+            raise ValueError(f"image tokenizer: codes must lie in 0 .. {self.codebook_size - 1}")
+
+    def save(self, directory: Path | str) -> None:
+        """Write `config.json` and `model.safetensors`; the folder is made where it is missing."""
+        from safetensors.torch import save
+
+        folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        data = {"format_version": FORMAT_VERSION, "image_tokenizer": asdict(self.config)}
+        write_whole(folder / WEIGHTS_NAME, save(state))
+        write_whole(folder / CONFIG_NAME, (json.dumps(data, indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, directory: Path | str) -> ImageTokenizer:
+        """The tokenizer in a folder that `save` wrote, on the CPU and in evaluation mode.
+
+        Raises:
+            ValueError: naming the file, for a folder that is not one, or weights of another architecture.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(directory)
+        weights = folder / WEIGHTS_NAME
+        tokenizer = cls(read_config(folder))
+        try:
+            state = load_file(weights)
+        except SafetensorError as error:
+            raise ValueError(f"image tokenizer: {weights} is not a whole safetensors file: {error}") from error
+        wanted = {name: tuple(tensor.shape) for name, tensor in tokenizer.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        differing = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+        if differing:
+            name = differing[0]
+            raise ValueError(
+                f"image tokenizer: {weights} holds weights of another architecture than {folder / CONFIG_NAME}: "
+                f"{len(differing)} tensors differ, the first is {name}, {found.get(name, 'missing')} in the file and "
+                f"{wanted.get(name, 'not there')} in the config. Take both files from one training run"
+            )
+        tokenizer.load_state_dict(state)
+        return tokenizer.eval()
+
+    @staticmethod
+    def sha256(directory: Path | str) -> str:
+        """Hex SHA-256 of a saved tokenizer: equal digests mean equal codes and pictures.
+
+        Raises:
+            ValueError: where the folder does not hold a tokenizer.
+        """
+        check_folder(Path(directory))
+        digest = hashlib.sha256()
+        for name in (CONFIG_NAME, WEIGHTS_NAME):
+            digest.update(hashlib.sha256((Path(directory) / name).read_bytes()).digest())
+        return digest.hexdigest()
+
+
+def check_folder(folder: Path) -> None:
+    """Complain where a folder does not hold an image tokenizer."""
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"image tokenizer: {folder / name} does not exist; give the folder of a trained image tokenizer "
+                "(`mixmodal train-image-tokenizer` writes one to RUN/export)"
+            )
+
+
+def read_config(folder: Path) -> ImageTokenizerConfig:
+    """The config of a saved tokenizer.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    check_folder(folder)
+    path = folder / CONFIG_NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version, section = data["format_version"], data["image_tokenizer"]
+        if version != FORMAT_VERSION:
+            raise ValueError(f"format_version is {version}, this version reads {FORMAT_VERSION}")
+        autoencoder = config_from_dict(AutoencoderConfig, section["autoencoder"])
+        quantizer = config_from_dict(QuantizerConfig, section["quantizer"])
+        return ImageTokenizerConfig(image_size=section["image_size"], autoencoder=autoencoder, quantizer=quantizer)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"image tokenizer: {path} is not the config of an image tokenizer: {error}") from error
+
+
+def config_from_dict(config_type: type[Config], data: dict[str, Any]) -> Config:
+    """A flat config from JSON; lists become tuples again.
+
+    Raises:
+        ValueError: for a key that the config does not have.
+    """
+    unknown = set(data) - {entry.name for entry in fields(config_type)}  # type: ignore[arg-type]
+    if unknown:
+        raise ValueError(f"{config_type.__name__} has no key {', '.join(sorted(unknown))}")
+    return config_type(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file so that a reader finds the old one or the new one, never a part."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(data)
+    os.replace(part, path)

@@ -1,0 +1,121 @@
+"""Picture files to RGB pictures, and pictures to tensors in [-1, 1]: the only image preprocessing there is."""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    import torch
+
+MAX_PIXELS = 1 << 26
+"""Default cap on the pixels of a picture, 67 million: above it lies what only decompression bombs and maps reach."""
+MAX_ASPECT = 8
+"""Longer pictures, in short sides, are cropped before resizing, so that resizing can not blow a thin strip up."""
+# What PIL's decoders raise on broken files besides OSError.
+DECODING_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
+SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
+
+
+class PictureError(ValueError):
+    """A picture that can not be used; the message names it."""
+
+
+def open_picture(source: bytes | Path | Image.Image, key: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes a picture to RGB: the first frame, upright by its EXIF tag, transparency blended onto white.
+
+    Grey, palette, CMYK and 16-bit pictures are converted (without colour profiles).
+
+    Args:
+        source: the bytes of a picture file, its path, or a PIL picture.
+        key: names the picture in messages.
+        max_pixels: cap on width times height, checked against the header before anything is decoded.
+
+    Raises:
+        PictureError: where the file is no picture, broken, truncated, too large or of a mode without a defined range.
+    """
+    with warnings.catch_warnings():
+        # PIL warns about oversized and slightly irregular files; the cap here decides on the first, the others decode.
+        warnings.simplefilter("ignore")
+        picture = _open(source, key)
+        width, height = picture.size
+        if width * height > max_pixels:
+            raise PictureError(f"{key}: {width}x{height} pixels are more than the {max_pixels} of max_pixels")
+        if width * height == 0:
+            raise PictureError(f"{key}: the picture is empty ({width}x{height})")
+        try:
+            picture.load()
+            picture = ImageOps.exif_transpose(picture)
+            return _to_rgb(picture, key)
+        except PictureError:
+            raise
+        except DECODING_ERRORS as error:
+            raise PictureError(f"{key}: the picture is broken or truncated ({error})") from error
+
+
+def _open(source: bytes | Path | Image.Image, key: str) -> Image.Image:
+    """The picture with its header read and nothing decoded."""
+    if isinstance(source, Image.Image):
+        return source
+    try:
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"{key}: refused before decoding, too many pixels ({error})") from error
+    except FileNotFoundError as error:
+        raise PictureError(f"{key}: there is no file {source}") from error
+    except DECODING_ERRORS as error:
+        raise PictureError(f"{key}: not a picture that can be read ({error})") from error
+
+
+def _to_rgb(picture: Image.Image, key: str) -> Image.Image:
+    if picture.mode in SIXTEEN_BIT_MODES:
+        values = np.asarray(picture).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise PictureError(f"{key}: values of mode {picture.mode} lie outside 0 .. 65535")
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    if picture.mode.startswith("F"):
+        raise PictureError(f"{key}: floating-point pictures have no defined range; save it with 8 or 16 bits")
+    if picture.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def resize_and_crop(picture: Image.Image, size: int) -> Image.Image:
+    """Short side to `size` pixels (Lanczos), then the centre square with offsets rounded down, as Chameleon does it."""
+    width, height = picture.size
+    short = min(width, height)
+    if max(width, height) > MAX_ASPECT * short:
+        picture = _crop_centre(picture, min(width, MAX_ASPECT * short), min(height, MAX_ASPECT * short))
+    if picture.size == (size, size):
+        return picture
+    scale = size / short
+    picture = picture.resize((round(scale * picture.width), round(scale * picture.height)), Image.Resampling.LANCZOS)
+    return _crop_centre(picture, size, size)
+
+
+def _crop_centre(picture: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = (picture.width - width) // 2, (picture.height - height) // 2
+    return picture.crop((left, top, left + width, top + height))
+
+
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    """An RGB picture as float32 `(3, H, W)` in [-1, 1]."""
+    import torch
+
+    pixels = np.array(picture.convert("RGB"), dtype=np.float32)  # H W C
+    return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def to_pictures(images: torch.Tensor) -> list[Image.Image]:
+    """The inverse of `to_tensor` for a batch: `(B, 3, H, W)` to RGB pictures; values outside [-1, 1] are clamped."""
+    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
