@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from rich.progress import track
 
-from mixmodal.classification.autoregressive import METHODS, AutoregressiveClassifier, SequenceScorer
+from mixmodal.classification.autoregressive import METHODS
 from mixmodal.document import Document
-from mixmodal.interop.export import load_export
+from mixmodal.pipeline import MixedModal
 from mixmodal.quickstart.demo import Demo, choose, save_picture
 from mixmodal.quickstart.scoring import Label, confusion_by_category, draw_candidates, rate, top_confusions
 from mixmodal.tokenization.preprocessing import to_pictures
@@ -31,39 +31,35 @@ class ClassesConfig:
         max_pictures: held-out pictures, drawn by the seed where there are more.
         debias: weight of log p(caption) that is taken from log p(caption | image); 1 leaves no credit for a caption
             that is likely by itself.
-        batch_size: sequences in one forward.
         seed: of the pictures and the candidates.
     """
 
     num_candidates: int = 10
     max_pictures: int = 200
     debias: float = 0.0
-    batch_size: int = 64
     seed: int = 0
 
 
-def classify_heldout(run: Path, export: Path, demo: Demo, config: ClassesConfig) -> dict[str, Any]:
+def classify_heldout(run: Path, model: MixedModal, demo: Demo, config: ClassesConfig) -> dict[str, Any]:
     """Asks both directions about each held-out picture.
 
     Returns:
         For each method hits, count, confusion and most frequent mistakes, and a few examples with their pictures, which
         are saved under `run/classification`.
     """
-    loaded = load_export(export)
-    scorer = SequenceScorer(loaded.model, loaded.format, batch_size=config.batch_size)
     chosen = choose(demo.indices(heldout=True), config.max_pictures, config.seed)
     pictures = to_pictures(demo.images[chosen])
-    images = [loaded.codec.to_document([picture]) for picture in pictures]
+    images = [Document([image]) for image in model.codec.encode_pictures(pictures)]
     candidates = [
         draw_candidates(demo.labels, index, config.num_candidates - 1, np.random.default_rng((config.seed, index)))
         for index in chosen
     ]
     picked: dict[str, list[Label]] = {method: [] for method in METHODS}
     for image, places in track(list(zip(images, candidates, strict=True)), "classification"):
-        classes = [loaded.codec.to_document([demo.labels[place].caption]) for place in places]
+        captions = [demo.labels[place].caption for place in places]
         for method in METHODS:
             debias = config.debias if method == "text_given_image" else 0.0
-            picked[method].append(demo.labels[places[best_class(scorer, classes, method, debias, image)]])
+            picked[method].append(demo.labels[places[best_class(model, captions, method, debias, image)]])
     true = [demo.labels[index] for index in chosen]
     results: dict[str, Any] = {"num_candidates": config.num_candidates, "debias": config.debias}
     for method in METHODS:
@@ -85,9 +81,9 @@ def classify_heldout(run: Path, export: Path, demo: Demo, config: ClassesConfig)
     return results
 
 
-def best_class(scorer: SequenceScorer, classes: Sequence[Document], method: str, debias: float, image: Document) -> int:
-    """Index of the class with the best score; of a tie the last: the true class comes first and must gain nothing."""
-    tied = AutoregressiveClassifier(scorer, classes, method, debias=debias).score([image]).tied[0]
+def best_class(model: MixedModal, captions: Sequence[str], method: str, debias: float, image: Document) -> int:
+    """Index of the best caption; of a tie the last, so that the true one, which comes first, gains nothing."""
+    tied = model.build_classifier(captions, method, debias=debias).score([image]).tied[0]
     return int(np.flatnonzero(tied)[-1])
 
 

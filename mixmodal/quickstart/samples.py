@@ -6,16 +6,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
+from PIL.Image import Image
 from rich.progress import track
 
-from mixmodal.document import Coded, Document, Image, Mask, Part, Text
-from mixmodal.interop.export import Export
+from mixmodal.pipeline import MixedModal
 from mixmodal.quickstart.demo import Demo, choose, save_picture
 from mixmodal.quickstart.scoring import DISTANCE, named_concept, nearest_pictures
-from mixmodal.sampling.generator import SequenceGenerator
 from mixmodal.sampling.guidance import TokenSampling
 from mixmodal.tokenization.preprocessing import to_pictures, to_tensor
 
@@ -52,94 +51,54 @@ class SamplesConfig:
     seed: int = 0
 
 
-class Speed(NamedTuple):
-    """Tokens drawn and the seconds that took."""
-
-    tokens: int
-    seconds: float
-
-
-class Sampler:
-    """Continues documents by one part of a modality, in batches, and keeps account of the time.
-
-    Args:
-        export: the trained model with its tokenizers.
-        config: see there.
-    """
-
-    def __init__(self, export: Export, config: SamplesConfig) -> None:
-        self.export, self.config = export, config
-        self.generator = SequenceGenerator(export.model, export.format)
-        self.speed = Speed(0, 0.0)
-
-    def continue_documents(self, documents: Sequence[Document], output: str, name: str = "") -> list[Part | None]:
-        """The part that follows each document; None where the model wrote no text."""
-        size = self.config.batch_size
-        batches = [range(start, min(start + size, len(documents))) for start in range(0, len(documents), size)]
-        parts: list[Part | None] = []
-        for places in track(batches, name or output, disable=not name):
-            parts += self._continue_batch([documents[place] for place in places], output, list(places))
-        return parts
-
-    def _continue_batch(self, documents: Sequence[Document], output: str, places: Sequence[int]) -> list[Part | None]:
-        spell, scale = self.export.format.spell_prompt, self.config.guidance_scale if output == "image" else 1.0
-        started = time.perf_counter()
-        found = self.generator.generate(
-            [spell(document, output) for document in documents],
-            seeds=[(self.config.seed, place) for place in places],
-            output=output,
-            sampling={"image": self.config.image, "text": self.config.text},
-            guidance_prompts=[spell(masked(document), output) for document in documents] if scale != 1 else None,
-            guidance_scale=scale,
-            max_new_tokens=self.config.max_caption_tokens if output == "text" else None,
-        )
-        tokens = sum(len(ids) for ids in found)
-        self.speed = Speed(self.speed.tokens + tokens, self.speed.seconds + time.perf_counter() - started)
-        return [self._part(ids, output) for ids in found]
-
-    def _part(self, ids: Any, output: str) -> Part | None:
-        """The content of new ids; control tokens around it are left out."""
-        vocabulary = self.export.vocabulary
-        content = vocabulary.from_ids(output, ids[vocabulary.contains(output, ids)])
-        if output == "image":
-            return Image(content.reshape(self.export.format.grids[output]))
-        text = self.export.codec.text_tokenizer.decode(content.tolist())
-        return Text(text) if text else None
-
-
-def masked(document: Document) -> Document:
-    """The document without its texts: what guidance leads away from."""
-    return Document([Mask() if isinstance(part, Text) else part for part in document.parts])
-
-
-def sample_demo(run: Path, export: Export, demo: Demo, config: SamplesConfig) -> dict[str, Any]:
+def sample_demo(run: Path, model: MixedModal, demo: Demo, config: SamplesConfig) -> dict[str, Any]:
     """Samples for pairs of both splits, each beside what it should show.
 
     Returns:
         Plain data for the report; pictures are saved under `run/samples` and named relative to `run`.
     """
-    sampler = Sampler(export, config)
     splits = [demo.indices(heldout) for heldout in (True, False)]
     chosen = [index for indices in splits for index in choose(indices, config.prompts_per_split, config.seed)]
+    started = time.perf_counter()
+    prompts = [demo.labels[index].caption for index in chosen]
+    pictures = generate(model, prompts, "image", config, "text to image")
+    seconds = time.perf_counter() - started
     return {
         "distance": DISTANCE + REFERENCES[config.compare_with],
-        "text_to_image": draw_pictures(run, sampler, demo, chosen),
-        "image_to_text": write_captions(run, sampler, demo, chosen),
-        "mixed": write_mixed(run, sampler, config.mixed_prompt or demo.labels[chosen[0]].caption),
-        "tokens": sampler.speed.tokens,
-        "seconds": sampler.speed.seconds,
+        "text_to_image": judge_pictures(run, model, demo, chosen, pictures, config),
+        "image_to_text": write_captions(run, model, demo, chosen, config),
+        "mixed": write_mixed(run, model, config.mixed_prompt or prompts[0], config),
+        "tokens_per_second": len(chosen) * model.format.blocks["image"].length / seconds,
     }
 
 
-def draw_pictures(run: Path, sampler: Sampler, demo: Demo, chosen: Sequence[int]) -> list[dict[str, Any]]:
-    """A picture for each caption, and the demo picture nearest to it."""
-    codec = sampler.export.codec
-    prompts = [codec.to_document([demo.labels[index].caption]) for index in chosen]
-    coded = [part for part in sampler.continue_documents(prompts, "image", "text to image") if isinstance(part, Coded)]
-    pictures = codec.decode_images(coded)
-    generated = torch.stack([to_tensor(picture) for picture in pictures])
-    others = demo.images if sampler.config.compare_with == "original" else redrawn(sampler, demo)
-    nearest = nearest_pictures(generated, others)
+def generate(
+    model: MixedModal, prompts: Sequence[str | list[Any]], output: str, config: SamplesConfig, name: str
+) -> list[Any]:
+    """One sample for each prompt, in batches with a progress bar."""
+    starts = range(0, len(prompts), config.batch_size)
+    samples: list[Any] = []
+    for start in track(starts, name):
+        found = model.generate_batch(
+            prompts[start : start + config.batch_size],
+            output,
+            seed=config.seed,
+            guidance_scale=config.guidance_scale if output == "image" else 1.0,
+            temperature={"image": config.image.temperature, "text": config.text.temperature},
+            top_k={"image": config.image.top_k, "text": config.text.top_k},
+            top_p={"image": config.image.top_p, "text": config.text.top_p},
+            max_new_tokens=config.max_caption_tokens if output == "text" else None,
+        )
+        samples += [one[0] for one in found]
+    return samples
+
+
+def judge_pictures(
+    run: Path, model: MixedModal, demo: Demo, chosen: Sequence[int], pictures: Sequence[Image], config: SamplesConfig
+) -> list[dict[str, Any]]:
+    """Generated pictures with the demo picture nearest to each, and whether that is of the right concept and style."""
+    others = demo.images if config.compare_with == "original" else redraw(model, demo.images)
+    nearest = nearest_pictures(torch.stack([to_tensor(picture) for picture in pictures]), others)
     items = []
     for number, (index, picture) in enumerate(zip(chosen, pictures, strict=True)):
         label, place = demo.labels[index], int(nearest.indices[number])
@@ -161,22 +120,24 @@ def draw_pictures(run: Path, sampler: Sampler, demo: Demo, chosen: Sequence[int]
     return items
 
 
-def redrawn(sampler: Sampler, demo: Demo) -> torch.Tensor:
-    """All demo pictures through the image tokenizer and back, `(N, 3, H, W)`."""
-    tokenizer = sampler.export.codec.image_tokenizer
-    return torch.cat([tokenizer.decode(tokenizer.encode(part)) for part in demo.images.split(256)])
+def redraw(model: MixedModal, images: torch.Tensor) -> torch.Tensor:
+    """Images through the image tokenizer and back, `(N, 3, H, W)`."""
+    tokenizer = model.codec.image_tokenizer
+    parts = [tokenizer.decode(tokenizer.encode(part.to(model.codec.device))).cpu() for part in images.split(256)]
+    return torch.cat(parts)
 
 
-def write_captions(run: Path, sampler: Sampler, demo: Demo, chosen: Sequence[int]) -> list[dict[str, Any]]:
+def write_captions(
+    run: Path, model: MixedModal, demo: Demo, chosen: Sequence[int], config: SamplesConfig
+) -> list[dict[str, Any]]:
     """A caption for each picture, and whether it names the concept and the style."""
-    codec = sampler.export.codec
-    documents = codec.to_documents([[picture] for picture in to_pictures(demo.images[list(chosen)])])
-    found = sampler.continue_documents(documents, "text", "image to text")
+    prompts = [[picture] for picture in to_pictures(demo.images[list(chosen)])]
+    captions = generate(model, prompts, "text", config, "image to text")
     concepts = sorted({label.concept for label in demo.labels})
     styles = sorted({label.style for label in demo.labels})
     items = []
-    for index, part in zip(chosen, found, strict=True):
-        label, caption = demo.labels[index], part.text if isinstance(part, Text) else ""
+    for index, caption in zip(chosen, captions, strict=True):
+        label = demo.labels[index]
         items.append(
             {
                 "label": label._asdict(),
@@ -196,20 +157,17 @@ def rest_of(caption: str, concepts: Sequence[str]) -> str:
     return caption if concept is None or start < 0 else caption[:start] + caption[start + len(concept) :]
 
 
-def write_mixed(run: Path, sampler: Sampler, prompt: str) -> dict[str, Any]:
+def write_mixed(run: Path, model: MixedModal, prompt: str, config: SamplesConfig) -> dict[str, Any]:
     """One document that begins with `prompt` and goes on with `mixed_outputs`, each part given all before it."""
-    document = sampler.export.codec.to_document([prompt])
+    document: list[Any] = [prompt]
     parts: list[dict[str, str]] = []
-    for number, output in enumerate(sampler.config.mixed_outputs):
-        (part,) = sampler.continue_documents([document], output)
-        if part is None:
+    for number, output in enumerate(config.mixed_outputs):
+        (part,) = generate(model, [document], output, config, f"mixed document: {output}")
+        if isinstance(part, str) and not part:
             break
-        document = Document([*document.parts, part])
-        if isinstance(part, Coded):
-            (picture,) = sampler.export.codec.decode_images([part])
-            parts.append({"image": save_picture(picture, run, f"samples/mixed/{number}.png")})
-        elif isinstance(part, Text):
-            parts.append({"text": part.text})
+        document.append(part)
+        shown = part if isinstance(part, str) else save_picture(part, run, f"samples/mixed/{number}.png")
+        parts.append({output: shown})
     return {"prompt": prompt, "parts": parts}
 
 
