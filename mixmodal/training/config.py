@@ -1,15 +1,10 @@
-"""How to train: the part of a training config that every task shares, and the copy kept in the run folder."""
+"""How to train: the part of a training config that every task shares."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-import yaml
-
-from mixmodal.training.checkpoint import write_bytes
+from typing import Literal
 
 Precision = Literal["float32", "bfloat16", "autocast_bfloat16"]
 
@@ -69,20 +64,3 @@ class TrainerConfig:
             problems.append(f"trainer.peak_flops is {self.peak_flops}; it must be above 0")
         if problems:
             raise ValueError("; ".join(problems))
-
-
-def write_config(path: Path, resolved: Any) -> None:
-    """The resolved config as YAML that `--config` reads back."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, yaml.safe_dump(plain(resolved), sort_keys=False).encode())
-
-
-def plain(value: Any) -> Any:
-    """Configs as dicts, lists, numbers and strings."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {name: plain(entry) for name, entry in asdict(value).items()}
-    if isinstance(value, Mapping):
-        return {key: plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mixmodal.training.checkpoint import load_tensors, save_tensors
+from mixmodal.training.checkpoint import CheckpointError, load_tensors, save_tensors
 from mixmodal.training.config import Precision
 
 if TYPE_CHECKING:
@@ -239,13 +239,15 @@ class Engine:
         """Reads what `save` wrote, as plain data: nothing in the files can run code.
 
         Raises:
-            ValueError: where the files are damaged or of another model.
+            CheckpointError: where the files are damaged or of another model.
         """
         self.deepspeed_engine.checkpoint_engine = build_safe_checkpoint_engine()
-        with contextlib.redirect_stdout(io.StringIO()):
+        try:
             path, _ = self.deepspeed_engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        except RuntimeError as error:  # how torch says that names or shapes differ
+            raise CheckpointError(f"checkpoint {folder} is of another model: {error}") from error
         if path is None:
-            raise ValueError(f"checkpoint {folder}: DeepSpeed found nothing to load")
+            raise CheckpointError(f"checkpoint {folder}: DeepSpeed found nothing to load")
 
     def close(self) -> None:
         self.deepspeed_engine.destroy()

@@ -13,8 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mixmodal.config import save_config
 from mixmodal.training import checkpoint
-from mixmodal.training.config import TrainerConfig, write_config
+from mixmodal.training.config import TrainerConfig
 from mixmodal.training.ema import AveragedWeights
 from mixmodal.training.engine import Engine, Place, deepspeed_config, init_distributed
 from mixmodal.training.interrupt import StopSignal
@@ -79,7 +80,7 @@ class Trainer:
         try:
             run.restore(start)
             if place.rank == 0:
-                write_config(self.config.run_dir / "config.yaml", self.resolved)
+                save_config(self.resolved, self.config.run_dir / "config.yaml")
             return run.train()
         finally:
             run.engine.close()
