@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -216,6 +217,24 @@ class SequenceFormat(ABC):
         """
         return Document(self._part(run) for run in self.split(ids))
 
+    def parse_continuation(self, ids: np.ndarray, start: int) -> Document:
+        """What stands behind the first `start` tokens of a whole document `ids`; the model wrote it, mostly.
+
+        A text that `start` divides is given from there on, a coded part whole.
+
+        Raises:
+            SequenceError: where the ids are not a whole document of this format.
+        """
+        before = np.asarray(ids[:start])
+        skipped = int((self.vocabulary.is_content(before) | self.vocabulary.contains("sentinel", before)).sum())
+        parts = []
+        for run in self.split(ids):
+            divided = skipped < len(run.ids)
+            if divided:
+                parts.append(self._part(run if run.modality in self.blocks else Run(run.modality, run.ids[skipped:])))
+            skipped = 0 if divided else skipped - len(run.ids)
+        return Document(parts)
+
     # parts <-> ids
 
     def _part_ids(self, part: Part) -> np.ndarray:
@@ -260,9 +279,9 @@ class SequenceFormat(ABC):
             raise SequenceError(f"{stray} can not stand inside a part")
         modalities = (*self.vocabulary.modalities, "text")
         sentinel = len(modalities) - 1
-        starts = np.flatnonzero((kinds[1:] != kinds[:-1]) | (kinds[1:] == sentinel)) + 1
+        starts = ((kinds[1:] != kinds[:-1]) | (kinds[1:] == sentinel)).nonzero()[0] + 1
         edges = [0, *starts.tolist(), len(ids)]
-        return [Run(modalities[kinds[start]], ids[start:stop]) for start, stop in zip(edges, edges[1:])]
+        return [Run(modalities[kinds[start]], ids[start:stop]) for start, stop in pairwise(edges)]
 
     def _kind_table(self) -> np.ndarray:
         """What each id of the vocabulary is: the index of its modality, behind those a sentinel, or -1 for control.
@@ -300,8 +319,8 @@ class CM3LeonFormat(SequenceFormat):
         if not len(body):
             return []
         runs: list[Run] = []
-        edges = [-1, *np.flatnonzero(body == self.vocabulary.break_).tolist(), len(body)]
-        for before, after in zip(edges, edges[1:]):
+        edges = [-1, *(body == self.vocabulary.break_).nonzero()[0].tolist(), len(body)]
+        for before, after in pairwise(edges):
             found = self._modality_runs(body[before + 1 : after])
             if not found:
                 raise SequenceError("nothing stands before or behind a <break>")
@@ -338,7 +357,7 @@ class ChameleonFormat(SequenceFormat):
     def _runs(self, body: np.ndarray) -> list[Run]:
         runs: list[Run] = []
         while len(body):
-            opens = np.flatnonzero(body == self.vocabulary.break_)
+            opens = (body == self.vocabulary.break_).nonzero()[0]
             text = body[: opens[0]] if len(opens) else body
             found = self._modality_runs(text)
             if any(run.modality != "text" for run in found):
@@ -347,7 +366,7 @@ class ChameleonFormat(SequenceFormat):
             if not len(opens):
                 break
             body = body[opens[0] + 1 :]
-            closes = np.flatnonzero(body == self.vocabulary.end_of_span)
+            closes = (body == self.vocabulary.end_of_span).nonzero()[0]
             codes = self._modality_runs(body[: closes[0]]) if len(closes) else []
             if len(codes) != 1 or codes[0].modality == "text":
                 raise SequenceError("begin-image must be followed by image codes and end-image")

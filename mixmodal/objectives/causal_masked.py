@@ -62,7 +62,7 @@ class CausalMasked:
     def __init__(self, config: CausalMaskedConfig, vocabulary: Vocabulary) -> None:
         if config.max_masks > vocabulary.config.num_sentinels:
             sentinels = vocabulary.config.num_sentinels
-            raise ValueError(f"objective: max_masks is {config.max_masks}, but the vocabulary has {sentinels} sentinels")
+            raise ValueError(f"objective: max_masks is {config.max_masks}; the vocabulary has {sentinels} sentinels")
         self.config = config
         self.vocabulary = vocabulary
         # Look-up tables over the whole vocabulary: every training document passes here.
@@ -114,7 +114,7 @@ class CausalMasked:
         if num_masks < 1:
             return []
         content = self._is_content[ids]
-        edges = np.flatnonzero(content[1:] != content[:-1]) + 1  # <s> and </s> are no content: edges come in pairs
+        edges = (content[1:] != content[:-1]).nonzero()[0] + 1  # <s> and </s> are no content: edges come in pairs
         starts, stops = edges[::2], edges[1::2]
         ends = (stops - starts).cumsum()  # of the stretches, counted in content tokens
         num_masks = min(num_masks, int(ends[-1]) if len(ends) else 0, self._num_fresh_sentinels(ids))

@@ -163,7 +163,7 @@ class MovingAverageQuantizer(VectorQuantizer):
             codebook_size=config.codebook_size,
             use_cosine_sim=self.cosine,
             decay=config.decay,
-            threshold_ema_dead_code=config.restart_below,
+            threshold_ema_dead_code=config.restart_below,  # pyright: ignore[reportArgumentType]  # compared only
             commitment_weight=config.commitment_weight,
             kmeans_init=config.kmeans_init,
             rotation_trick=False,

@@ -1,0 +1,52 @@
+# A fresh machine needs Python 3.10 or newer, git and make. Each target sets up what it needs in .venv, once.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+OUT ?= runs/quickstart
+PIP = $(BIN)/python -m pip --disable-pip-version-check
+export PYTHONUTF8 = 1
+
+.PHONY: quickstart test check fmt slow gpu bench clean
+
+quickstart: $(VENV)/.demo  ## the whole chain on the demo pictures: OUT/report.html
+	$(BIN)/mixmodal quickstart --out $(OUT)
+
+test: $(VENV)/.dev  ## the tests without slow and gpu ones
+	$(BIN)/python -m pytest
+
+slow: $(VENV)/.dev  ## the tests that take longer
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+gpu: $(VENV)/.dev  ## the tests and figures that need an accelerator
+	$(BIN)/python -m pytest -m gpu
+	$(MAKE) bench
+
+check: $(VENV)/.dev  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+
+fmt: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## measures, appends to benchmarks/results/, renders docs/results.md
+	set -e; for script in benchmarks/measure_*.py; do $(BIN)/python $$script; done
+	$(BIN)/python benchmarks/render.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+# The stamps make a second run skip the installation until the requirements change.
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing mixmodal[$*] into $(VENV): a few minutes the first time"
+	$(PIP) install -c constraints.txt -e ".[$*]"
+	@touch $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) > /dev/null || { echo "$(PYTHON) is missing; install Python 3.10 or newer" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "$$($(PYTHON) --version) is too old; install Python 3.10 or newer and run: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2> /dev/null || { \
+	  echo "$(PYTHON) can not make environments; on Debian or Ubuntu: sudo apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,77 @@
+"""Renders docs/results.md from benchmarks/results/*.jsonl:  python benchmarks/render.py
+
+Each line of those files is one measurement, written by the script that made it (see record.py). The table shows the
+newest line for each benchmark, subject and kind of device, and says "not run" where there is none.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "results.md"
+DEVICES = ("cpu", "cuda")
+TITLES = {
+    "quickstart": "The quickstart: figures of one run",
+    "train_step": "Training step of the tiny model",
+    "decode": "Generating with the tiny model",
+}
+ORDER = [*TITLES]
+
+
+def read_lines(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """All measurements, oldest first."""
+    lines = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return sorted(lines, key=lambda line: line["date"])
+
+
+def render(lines: list[dict[str, Any]]) -> str:
+    """The page as markdown."""
+    page = [
+        "# Results",
+        "",
+        "Written by `benchmarks/render.py` from `benchmarks/results/`; `make bench` measures again. Medians.",
+    ]
+    for benchmark in ORDER:
+        page += ["", f"## {TITLES[benchmark]}", "", *table(benchmark, lines)]
+    return "\n".join(page) + "\n"
+
+
+def table(benchmark: str, lines: list[dict[str, Any]]) -> list[str]:
+    """Rows of one benchmark: the newest line for each subject and device."""
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in lines:
+        if line["benchmark"] == benchmark:
+            newest[line["subject"], line["device_kind"]] = line
+    subjects = list(dict.fromkeys(subject for subject, _ in newest)) or ["all"]
+    rows = ["| what | device | value | unit | repeats | date | commit | versions | command |", "|" + "---|" * 9]
+    for subject in subjects:
+        for kind in DEVICES:
+            rows.append(row(subject, kind, newest.get((subject, kind))))
+    return rows
+
+
+def row(subject: str, kind: str, line: dict[str, Any] | None) -> str:
+    if line is None:
+        return f"| {subject} | {'GPU' if kind == 'cuda' else kind.upper()} | not run | | | | | | |"
+    versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items() if name != "device")
+    cells = [
+        subject,
+        line["device"],
+        f"{line['median']:,.4g}" if abs(line["median"]) < 1000 else f"{line['median']:,.0f}",
+        line["unit"],
+        str(len(line["repeats"])),
+        line["date"][:10],
+        line["commit"][:9],
+        versions,
+        f"`{line['command']}`",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(read_lines()), encoding="utf-8")
+    print(f"wrote {PAGE.relative_to(ROOT)}")

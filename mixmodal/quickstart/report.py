@@ -1,0 +1,287 @@
+"""The report page of a quickstart run, made from what the stages have written: held-out figures first."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mixmodal.quickstart.charts import Curve, heat_table, line_chart
+from mixmodal.quickstart.page import (
+    code,
+    figure,
+    figure_of,
+    figures,
+    page,
+    paragraph,
+    picture,
+    section,
+    table,
+    tile,
+    tiles,
+    verdict,
+)
+from mixmodal.quickstart.scoring import Rate, rate
+
+ART = (
+    ("Twemoji", "Twitter, Inc. and other contributors", "CC-BY 4.0", "https://creativecommons.org/licenses/by/4.0/"),
+    ("OpenMoji", "the OpenMoji project", "CC BY-SA 4.0", "https://creativecommons.org/licenses/by-sa/4.0/"),
+)
+SHOWN = 16
+GIB = 1024**3
+Results = Mapping[str, Any]
+
+
+def write_report(run: Path, summary: Results, stages: Sequence[Results]) -> Path:
+    """Writes `run/report.html`, one self-contained page.
+
+    Args:
+        run: the quickstart's folder; the samples, classification and image tokenizer stages have written into it.
+        summary: what `summary.json` holds.
+        stages: a mapping for each stage: `name`, `seconds`, `peak_memory_bytes`, `command`.
+    """
+    samples = read_json(run / "samples" / "results.json")
+    body = [
+        *_head(summary),
+        _first_figures(summary, samples),
+        _text_to_image(run, samples),
+        _image_to_text(run, samples),
+        _mixed(run, samples["mixed"]),
+        _classification(run, read_json(run / "classification" / "results.json")),
+        _tokenizer(run, summary),
+        _curves(run),
+        _making(summary, stages),
+    ]
+    path = run / "report.html"
+    path.write_text(page("mixmodal quickstart", body), encoding="utf-8")
+    return path
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; none where the file is absent. A last line that was cut short is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    metrics = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            metrics.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is not JSON") from error
+    return metrics
+
+
+def split_rate(items: Sequence[Results], key: str, heldout: bool) -> Rate:
+    """How many items of one split have `key` true."""
+    return rate(bool(item[key]) for item in items if item["label"]["heldout"] == heldout)
+
+
+def _head(summary: Results) -> Iterator[str]:
+    counts = summary["counts"]
+    yield "<header><h1>One model that draws and describes</h1>"
+    yield paragraph(
+        f"Trained from nothing on {counts['pictures']:,} demo pictures of {counts['concepts']:,} concepts in "
+        f"{len(counts['styles'])} styles ({' and '.join(counts['styles'])}) in {summary['seconds'] / 60:.1f} minutes. "
+        f"{counts['heldout']:,} pairs of concept and style were held out: the model has seen these concepts "
+        "in the other style only. What it makes of them is shown first; what it was trained on it may simply remember."
+    )
+    device = summary["versions"].get("device", "unknown device")
+    yield paragraph(f"Commit {summary['commit']}, {device}.", "note")
+    yield "</header>"
+
+
+def _first_figures(summary: Results, samples: Results) -> str:
+    pictures, captions = samples["text_to_image"], samples["image_to_text"]
+    classified = summary["classification"]
+    chance = f"chance {100 / classified['num_candidates']:.0f} %"
+
+    def cards(heldout: bool) -> list[str]:
+        return [
+            figure_of(
+                split_rate(pictures, "concept_right", heldout), "text to image: right concept", "nearest picture"
+            ),
+            figure_of(split_rate(pictures, "style_right", heldout), "text to image: right style", "nearest picture"),
+            figure_of(split_rate(captions, "concept_right", heldout), "image to text: right concept"),
+        ]
+
+    first = [
+        *cards(heldout=True),
+        figure(f"{100 * classified['image_given_text_heldout']:.0f} %", "classified by p(image | text)", chance),
+        figure(f"{100 * classified['text_given_image_heldout']:.0f} %", "classified by p(text | image)", chance),
+        figure(f"{summary['tokenizer']['psnr_heldout']:.1f} dB", "image tokenizer: PSNR of held-out pictures"),
+    ]
+    return section(
+        "Held-out pairs",
+        f"Pairs of concept and style that were not in the training data. The nearest picture is sought among all "
+        f"{summary['counts']['pictures']:,} demo pictures; the distance is the {samples['distance']}.",
+        figures(first, first=True),
+        "<h3>Training pairs, for comparison</h3>",
+        figures(cards(heldout=False)),
+    )
+
+
+def _text_to_image(run: Path, samples: Results) -> str:
+    def show(item: Results) -> str:
+        nearest = item["nearest"]
+        pair = [
+            (picture(run / item["image"], item["prompt"]), "generated"),
+            (picture(run / nearest["image"], nearest["label"]["caption"]), f"nearest, {nearest['distance']:.2f}"),
+        ]
+        label = nearest["label"]
+        signs = f"{verdict(item['concept_right'], label['concept'])}<br>{verdict(item['style_right'], label['style'])}"
+        return tile(pair, f"<b>{escape(item['prompt'])}</b><br>{signs}")
+
+    return section(
+        "Text to image",
+        "Each prompt with the picture that the model drew for it, and the demo picture nearest to that.",
+        *_by_split(samples["text_to_image"], show),
+    )
+
+
+def _image_to_text(run: Path, samples: Results) -> str:
+    def show(item: Results) -> str:
+        words = verdict(item["concept_right"], item["caption"] or "(nothing)")
+        truth = "" if item["concept_right"] else f"<br><small>it is: {escape(item['label']['caption'])}</small>"
+        return tile([(picture(run / item["image"], item["label"]["caption"]), "given")], f"{words}{truth}")
+
+    return section(
+        "Image to text",
+        "Each picture with the caption that the model wrote. A caption is right when it names the concept exactly.",
+        *_by_split(samples["image_to_text"], show, small=True),
+    )
+
+
+def _by_split(items: Sequence[Results], show: Callable[[Results], str], small: bool = False) -> Iterator[str]:
+    for heldout, title in ((True, "Held-out pairs"), (False, "Training pairs")):
+        chosen = [show(item) for item in items if item["label"]["heldout"] == heldout]
+        yield f"<h3>{title}</h3>{tiles(chosen, SHOWN, 'all the others', small)}"
+
+
+def _mixed(run: Path, mixed: Results) -> str:
+    parts = [f'<p class="prompt">{escape(mixed["prompt"])}</p>']
+    for part in mixed["parts"]:
+        parts.append(picture(run / part["image"], "generated") if "image" in part else f"<p>{escape(part['text'])}</p>")
+    return section(
+        "A mixed document",
+        "One prompt (underlined); the model continued with pictures and text by itself, in one sequence.",
+        f'<div class="mixed">{"".join(parts)}</div>',
+    )
+
+
+def _classification(run: Path, results: Results) -> str:
+    parts = []
+    for method, words in (
+        ("image_given_text", "log p(image | caption)"),
+        ("text_given_image", "log p(caption | image)"),
+    ):
+        result = results[method]
+        confusion = result["confusion"]
+        parts.append(f"<h3>By {escape(words)}</h3>")
+        parts.append(heat_table(confusion["names"], np.array(confusion["counts"]), "true", "chosen"))
+        if result["top_confusions"]:
+            rows = [[true, chosen, times] for true, chosen, times in result["top_confusions"]]
+            mistakes = table(["true", "chosen", "times"], rows)
+            parts.append(f"<details><summary>most frequent mistakes</summary>{mistakes}</details>")
+    examples = []
+    for item in results["examples"]:
+        chosen = "<br>".join(
+            f"{verdict(method['right'], method['chosen'])} <small>by {escape(name)}</small>"
+            for name, method in item["methods"].items()
+        )
+        examples.append(tile([(picture(run / item["image"], item["caption"]), item["caption"])], chosen))
+    return section(
+        "Classification of held-out pictures",
+        f"Each held-out picture against its true caption and {results['num_candidates'] - 1} captions of other "
+        "concepts in the same style. The tables count categories: rows are true, columns chosen.",
+        *parts,
+        tiles(examples, SHOWN // 2, "more pictures with the captions chosen", small=True),
+    )
+
+
+def _tokenizer(run: Path, summary: Results) -> str:
+    figures_of_it = summary["tokenizer"]
+    cards = [
+        figure(f"{figures_of_it['psnr_heldout']:.2f} dB", "PSNR, held-out pictures"),
+        figure(f"{figures_of_it['ssim_heldout']:.3f}", "SSIM, held-out pictures"),
+        figure(f"{100 * figures_of_it['codebook_usage']:.0f} %", "of all codes are used"),
+    ]
+    items = [
+        tile(
+            [
+                (picture(run / item["original"], item["caption"]), "original"),
+                (
+                    picture(run / item["reconstruction"], f"{item['caption']}, redrawn"),
+                    f"redrawn, {item['psnr']:.1f} dB",
+                ),
+            ],
+            escape(item["caption"]),
+        )
+        for item in read_json(run / "image_tokenizer" / "reconstructions.json")
+    ]
+    return section(
+        "Image tokenizer",
+        f"Held-out pictures beside what is left of them after {figures_of_it['num_codes']} codes a picture.",
+        figures(cards),
+        tiles(items, SHOWN, "more pictures"),
+    )
+
+
+def _curves(run: Path) -> str:
+    pretrain = read_metrics(run / "pretrain" / "metrics.jsonl")
+    tokenizer = read_metrics(run / "image_tokenizer" / "metrics.jsonl")
+    names = {"text": "text", "image": "image"}
+    curves = [_curve(pretrain, f"loss_{key}", name, name) for key, name in names.items()]
+    curves += [_curve(pretrain, f"eval_loss_{key}", f"{name}, h.o.", name, dashed=True) for key, name in names.items()]
+    charts = [
+        line_chart("Transformer: nats per token; dashed on held-out pairs", curves),
+        line_chart("Image tokenizer: loss", [_curve(tokenizer, "loss", "loss", "total")]),
+    ]
+    return section(
+        "Loss curves",
+        "The loss of each modality, mean over the tokens of a step.",
+        f'<div class="charts">{"".join(charts)}</div>',
+    )
+
+
+def _curve(metrics: Sequence[Results], key: str, name: str, color: str, dashed: bool = False) -> Curve:
+    lines = [line for line in metrics if line.get(key) is not None]
+    return Curve(name, [line["step"] for line in lines], [float(line[key]) for line in lines], color, dashed)
+
+
+def _making(summary: Results, stages: Sequence[Results]) -> str:
+    rows = [
+        [stage["name"], f"{stage['seconds']:.1f}", f"{stage['peak_memory_bytes'] / GIB:.2f}", stage["command"]]
+        for stage in stages
+    ]
+    rows.append(["all", f"{summary['seconds']:.1f}", f"{summary['peak_memory_bytes'] / GIB:.2f}", ""])
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
+    speed = (
+        f"Training: {summary['tokens_per_second_train']:,.0f} tokens a second; "
+        f"generating: {summary['tokens_per_second_generate']:,.0f} tokens a second."
+    )
+    art = "".join(
+        f'<p>{escape(name)} by {escape(maker)}, <a href="{escape(link)}">{escape(licence)}</a>, scaled down and, where '
+        "shown as redrawn or generated, changed by the model.</p>"
+        for name, maker, licence, link in ART
+    )
+    return section(
+        "How it was made",
+        f"Each stage can be run again by its command from the project's folder. {speed}",
+        table(["stage", "seconds", "peak memory, GiB", "command"], rows, numbers=(1, 2)),
+        f"<p>Versions: {code(versions)}</p>",
+        f"<footer><p>The pictures are from these works:</p>{art}</footer>",
+    )
+
+
+def median_of(metrics: Sequence[Results], key: str) -> float:
+    """The median of a metric over the lines that have it; nan where none has."""
+    values = [float(line[key]) for line in metrics if line.get(key) is not None]
+    return statistics.median(values) if values else float("nan")

@@ -1,0 +1,267 @@
+"""Which ids may follow, for every row of a batch at once: the sequence format as an automaton of tensors.
+
+A row is at a node (in text, behind the token that opens a block, in the codes of a block, ...). Tables over nodes and
+kinds of tokens say where a token leads and how many tokens it takes from there until the row may stop; a token is legal
+where as many still fit. Nothing here knows a modality by name, so that a further coded one is an entry of the format.
+Shapes: B batch, T tokens, V vocabulary, N nodes, K kinds of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixmodal.document import SequenceError, SequenceFormat
+
+MIXED = "mixed"
+NEVER = 1 << 40  # more tokens than fit anywhere
+
+
+class State(NamedTuple):
+    """Where each row is; every tensor int64 `(B,)`.
+
+    Args:
+        nodes: the node.
+        codes_left: codes that the block still lacks; 0 outside blocks.
+        room: tokens that still fit.
+    """
+
+    nodes: Tensor
+    codes_left: Tensor
+    room: Tensor
+
+
+class Stretch(NamedTuple):
+    """Steps that need no look at the device: `num_steps` (0: every row is done) over the columns of `modality`.
+
+    `modality` is None where rows choose between several ranges; then `num_steps` is 1.
+    """
+
+    num_steps: int
+    modality: str | None
+
+
+class Grammar:
+    """The ids that may follow in each row.
+
+    Args:
+        format: the sequence format.
+        output: `text` (no blocks), a coded modality such as `image` (one block, then stop), or `mixed`.
+        vocab_size: rows of the model's output; ids behind the vocabulary are never legal.
+
+    Raises:
+        ValueError: for an `output` that the format does not have.
+    """
+
+    done = 0
+    """The node of rows that have stopped."""
+
+    def __init__(
+        self, format: SequenceFormat, output: str, vocab_size: int, device: torch.device | str = "cpu"
+    ) -> None:
+        outputs = ("text", *format.blocks, MIXED)
+        if output not in outputs:
+            raise ValueError(f"output {output!r} is unknown; choose {', '.join(outputs)}")
+        self.format, self.output = format, output
+        self.vocabulary = format.vocabulary
+        self._kinds = ["none", "text", "sentinel", *format.blocks, *self._control_ids()]
+        self._kind_of = self._classify(vocab_size)
+        self._build_nodes()
+        self._spelled = self._build_edges()
+        allowed = {(node, kind): to for (node, kind), to in self._spelled.items() if self._allows(node, kind)}
+        self._upload(allowed, torch.device(device))
+
+    # the automaton, on the host
+
+    def _control_ids(self) -> list[int]:
+        blocks = self.format.blocks.values()
+        closing = {block.close_id for block in blocks if block.close_id is not None}
+        return [self.vocabulary.eos, *sorted({block.open_id for block in blocks} | closing)]
+
+    def _classify(self, vocab_size: int) -> np.ndarray:
+        """Kind of every id, `(V,)`."""
+        kinds = np.zeros(vocab_size, dtype=np.int64)
+        for kind, name in enumerate(self._kinds):
+            if isinstance(name, int):
+                kinds[name] = kind
+            elif name != "none":
+                ids = self.vocabulary.ids(name)
+                kinds[ids.start : ids.stop] = kind
+        return kinds
+
+    def _build_nodes(self) -> None:
+        self._nodes = ["done", "start", "text"]
+        for block in self.format.blocks.values():
+            for last in ("text", "codes"):
+                if (name := f"open {block.open_id} after {last}") not in self._nodes:
+                    self._nodes.append(name)
+        for modality in self.format.blocks:
+            self._nodes += [f"codes {modality}", f"end {modality}"]
+
+    def _build_edges(self) -> dict[tuple[str, str | int], str]:
+        """Where each kind of token leads from each node, as the format spells whole documents."""
+        edges: dict[tuple[str, str | int], str] = {}
+        separates = self.format.text_after_open
+        for node in ("start", "text"):
+            edges |= {(node, "text"): "text", (node, "sentinel"): "text", (node, self.vocabulary.eos): "done"}
+        for modality, block in self.format.blocks.items():
+            codes, end, after_text = f"codes {modality}", f"end {modality}", f"open {block.open_id} after text"
+            after_codes = f"open {block.open_id} after codes"
+            edges[codes, modality] = codes
+            edges[after_text, modality] = edges[after_codes, modality] = codes
+            edges["text", block.open_id] = after_text
+            if separates:  # no token opens the first part, and two texts can not be separated
+                edges["start", modality] = codes
+                edges[after_codes, "text"] = edges[after_codes, "sentinel"] = "text"
+            else:
+                edges["start", block.open_id] = after_text
+            if block.close_id is None:
+                edges[end, self.vocabulary.eos] = "done"
+                edges |= {(end, one.open_id): f"open {one.open_id} after codes" for one in self.format.blocks.values()}
+            else:
+                edges[end, block.close_id] = "text"
+        return edges
+
+    def _allows(self, node: str, kind: str | int) -> bool:
+        """Whether the output allows what the format allows."""
+        if kind == "sentinel":
+            return False
+        if self.output == MIXED or node.startswith("codes "):
+            return True
+        if node.startswith("end ") and kind == self.format.blocks[node.removeprefix("end ")].close_id:
+            return True
+        if self.output == "text":
+            return kind in ("text", self.vocabulary.eos)
+        return kind in (self.output, self.format.blocks[self.output].open_id)
+
+    def _stops_at(self, node: str) -> bool:
+        """Whether a whole document may end here by `</s>`, though none may have been drawn yet."""
+        if node.startswith("end "):
+            return self.format.blocks[node.removeprefix("end ")].close_id is None
+        return node in ("done", "start", "text")
+
+    def _costs(self, edges: dict[tuple[str, str | int], str]) -> dict[tuple[str, str | int], int]:
+        """Tokens that each edge takes, with those that must follow until the row may stop."""
+        costs: dict[tuple[str, str | int], int] = {}
+        for (node, kind), to in edges.items():
+            cost = 1
+            if to.startswith("codes ") and node != to:
+                block = self.format.blocks[to.removeprefix("codes ")]
+                cost = block.length + (block.close_id is not None)
+            costs[node, kind] = cost
+        for (node, kind), to in edges.items():
+            if not self._stops_at(to) and not to.startswith("codes "):
+                costs[node, kind] += min((cost for (start, _), cost in costs.items() if start == to), default=NEVER)
+        return costs
+
+    # the automaton, on the device
+
+    def _upload(self, edges: dict[tuple[str, str | int], str], device: torch.device) -> None:
+        index = {name: number for number, name in enumerate(self._nodes)}
+        shape = (len(self._nodes), len(self._kinds))
+        follows, costs = torch.zeros(shape, dtype=torch.int64), torch.full(shape, NEVER)
+        price = self._costs(edges)
+        for (node, kind), to in edges.items():
+            at = index[node], self._kinds.index(kind)
+            follows[at], costs[at] = index[to], price[node, kind]
+        lengths, ends = (
+            torch.zeros(len(self._nodes), dtype=torch.int64),
+            torch.zeros(len(self._nodes), dtype=torch.int64),
+        )
+        for modality, block in self.format.blocks.items():
+            lengths[index[f"codes {modality}"]] = block.length
+            stop = self.output == modality and block.close_id is None
+            ends[index[f"codes {modality}"]] = self.done if stop else index[f"end {modality}"]
+            if self.output == modality and block.close_id is not None:
+                follows[index[f"end {modality}"], self._kinds.index(block.close_id)] = self.done
+        self._modalities = [self._only_modality(node, edges) for node in self._nodes]
+        chosen = torch.tensor([self.vocabulary.modalities.index(name or "text") for name in self._modalities])
+        self.kinds = torch.from_numpy(self._kind_of).to(device)  # (V,)
+        self.follows, self.costs = follows.to(device), costs.to(device)  # (N, K)
+        self.lengths, self.ends, self.chosen = lengths.to(device), ends.to(device), chosen.to(device)  # (N,)
+
+    def _only_modality(self, node: str, edges: dict[tuple[str, str | int], str]) -> str | None:
+        """The coded modality whose codes alone may follow at `node`, or None."""
+        kinds = {kind for start, kind in edges if start == node}
+        return str(kinds.pop()) if len(kinds) == 1 and kinds <= set(self.format.blocks) else None
+
+    # use
+
+    def start(self, prompts: Sequence[np.ndarray], rooms: Sequence[int]) -> State:
+        """The state behind each prompt `(T,)`, with `rooms` tokens that may follow.
+
+        Raises:
+            SequenceError: for a prompt that the format does not allow, or behind which nothing fits.
+        """
+        found = [self._read(np.asarray(prompt), row) for row, prompt in enumerate(prompts)]
+        nodes, left = (torch.tensor(column, device=self.costs.device) for column in zip(*found))
+        state = State(nodes, left, torch.tensor(list(rooms), device=self.costs.device))
+        stuck = ~(self.costs[nodes] <= state.room[:, None]).any(dim=1) | (left > state.room)
+        if stuck.any():
+            row = int(stuck.nonzero()[0])
+            raise SequenceError(
+                f"prompt {row} has {len(prompts[row])} tokens and {rooms[row]} may follow it: too few for the output "
+                f"{self.output!r}. Shorten the prompt, or raise max_new_tokens or the model's max_seq_len"
+            )
+        return state
+
+    def _read(self, prompt: np.ndarray, row: int) -> tuple[int, int]:
+        if not len(prompt) or prompt[0] != self.vocabulary.bos:
+            raise SequenceError(f"prompt {row} does not begin with <s>")
+        node, left = "start", 0
+        for place, token in enumerate(prompt.tolist()[1:], 1):
+            kind = self._kinds[self._kind_of[token]] if 0 <= token < len(self._kind_of) else "none"
+            to = self._spelled.get((node, kind))
+            if to is None or to == "done":
+                raise SequenceError(f"prompt {row}: {self.vocabulary.name(token)} can not stand at position {place}")
+            if to.startswith("codes "):
+                modality = to.removeprefix("codes ")
+                left = (left if node == to else self.format.blocks[modality].length) - 1
+                to = to if left else f"end {modality}"
+            node = to
+        return self._nodes.index(node), left
+
+    def live(self, state: State) -> Tensor:
+        """Rows that have not stopped, `(B,)` bool."""
+        return state.nodes != self.done
+
+    def legal(self, state: State) -> Tensor:
+        """Ids that may follow, `(B, V)` bool."""
+        return (self.costs[state.nodes] <= state.room[:, None])[:, self.kinds]
+
+    def modality(self, state: State) -> Tensor:
+        """Whose sampling settings count, `(B,)` int64 index into the vocabulary's modalities.
+
+        A coded modality where only its codes may follow, else text: text also decides whether a block opens.
+        """
+        return self.chosen[state.nodes]
+
+    def columns(self, modality: str) -> slice:
+        """The ids of a modality."""
+        ids = self.vocabulary.ids(modality)
+        return slice(ids.start, ids.stop)
+
+    def advance(self, state: State, tokens: Tensor) -> State:
+        """The state after one more token in each row, `tokens` `(B,)`; done rows stay done."""
+        nodes = self.follows[state.nodes, self.kinds[tokens]]
+        room = (state.room - 1).clamp(min=0)
+        codes_left = torch.where(nodes == state.nodes, state.codes_left, self.lengths[nodes]) - 1
+        in_block = self.lengths[nodes] > 0
+        nodes = torch.where(in_block & (codes_left == 0), self.ends[nodes], nodes)
+        nodes = torch.where((room == 0) | ~self.live(state), self.done, nodes)
+        return State(nodes, torch.where(in_block, codes_left, 0), room)
+
+    def stretch(self, state: State) -> Stretch:
+        """How many steps can be taken before the host has to look again; this look is the only wait for the device."""
+        nodes, left = torch.stack((state.nodes, state.codes_left)).tolist()
+        live = [(self._modalities[node], max(codes, 1)) for node, codes in zip(nodes, left) if node != self.done]
+        if not live:
+            return Stretch(0, None)
+        modalities = {modality for modality, _ in live}
+        if len(modalities) > 1 or None in modalities:
+            return Stretch(1, None)
+        return Stretch(min(codes for _, codes in live), modalities.pop())

@@ -1,0 +1,1 @@
+"""What is trained, and how: tasks, the trainer, and the only import of deepspeed (`engine.py`)."""

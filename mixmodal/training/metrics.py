@@ -1,0 +1,167 @@
+"""Metrics of a run: sums over micro-batches and ranks, one JSON line a logged step, TensorBoard, and the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mixmodal.objectives.loss import Sums
+
+Record = dict[str, float | int | str | None]
+
+METRICS_FILE = "metrics.jsonl"
+SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second", "mfu")
+
+
+class MetricSums:
+    """Totals and counts by name, kept on the device until `means` reads them.
+
+    Every rank must add the same names; a metric without anything to count has the count 0.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, metrics: Mapping[str, Sums]) -> None:
+        for name, (total, count) in metrics.items():
+            pair = torch.stack(
+                [torch.as_tensor(value, device=total.device).detach().double() for value in (total, count)]
+            )
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+
+    def means(self) -> dict[str, float | None]:
+        """Total over count of each metric, over all ranks; None where nothing was counted. Empties the sums."""
+        means = reduce_sums({name: Sums(pair[0], pair[1]) for name, pair in self._sums.items()})
+        self._sums = {}
+        return means
+
+
+def reduce_sums(metrics: Mapping[str, Sums]) -> dict[str, float | None]:
+    """Sums over all ranks to means; a collective, and one wait for the device. None where the count is 0."""
+    if not metrics:
+        return {}
+    names = sorted(metrics)  # (M, 2)
+    table = torch.stack([torch.stack([value.double() for value in metrics[name]]) for name in names])
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(table)
+    return {name: total / count if count else None for name, (total, count) in zip(names, table.tolist(), strict=True)}
+
+
+class MetricsLog:
+    """Writes records of rank 0; on other ranks it does nothing.
+
+    Args:
+        run_dir: where `metrics.jsonl` and `tensorboard/` stand.
+        first_step: steps done already; later lines, left by a run that was killed, are dropped.
+        max_steps: for the progress bar.
+        tensorboard: whether to write TensorBoard files, too.
+        active: whether this is rank 0.
+    """
+
+    def __init__(self, run_dir: Path, *, first_step: int, max_steps: int, tensorboard: bool, active: bool) -> None:
+        self._active = active
+        self._writer: Any = None
+        self._progress: Any = None
+        self._max_steps = max_steps
+        if not active:
+            return
+        self._path = run_dir / METRICS_FILE
+        drop_later(self._path, first_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        if tensorboard:
+            self._writer = build_writer(run_dir / "tensorboard", first_step)
+        if sys.stdout.isatty():
+            self._progress, self._bar = build_progress(first_step, max_steps)
+
+    def write(self, record: Record) -> None:
+        """One line; `step` is the number of steps done."""
+        if not self._active:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        step = int(record["step"] or 0)
+        for name, value in record.items():
+            if self._writer and name != "step" and isinstance(value, (int, float)):
+                self._writer.add_scalar(name, value, step)
+        self._show(step, record)
+
+    def say(self, message: str) -> None:
+        """A line for the person who waits."""
+        if self._progress:
+            self._progress.console.print(message)
+        elif self._active:
+            print(message, flush=True)
+
+    def advance(self, step: int) -> None:
+        if self._progress:
+            self._progress.update(self._bar, completed=step)
+
+    def _show(self, step: int, record: Record) -> None:
+        names = [name for name in record if name in SHOWN or name.startswith("eval_")]
+        text = "  ".join(f"{name} {record[name]:.4g}" for name in names if record[name] is not None)
+        if self._progress:
+            self._progress.update(self._bar, completed=step, description=text)
+        else:
+            print(f"step {step}/{self._max_steps}  {text}", flush=True)
+
+    def close(self) -> None:
+        if not self._active:
+            return
+        self._file.close()
+        if self._writer:
+            self._writer.close()
+        if self._progress:
+            self._progress.stop()
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def drop_later(path: Path, step: int) -> None:
+    """Removes lines of steps after `step`, and a last line that was cut short."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if is_until(line, step)]
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def is_until(line: str, step: int) -> bool:
+    try:
+        return json.loads(line)["step"] <= step
+    except json.JSONDecodeError:
+        return False
+
+
+def build_writer(folder: Path, first_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        remedy = "pip install 'mixmodal[train]', or set trainer.tensorboard to false"
+        raise ValueError(f"trainer.tensorboard needs tensorboard: {remedy}") from error
+    return SummaryWriter(str(folder), purge_step=first_step + 1)
+
+
+def build_progress(first_step: int, max_steps: int) -> tuple[Any, Any]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    progress = Progress(*columns)
+    bar = progress.add_task("", total=max_steps, completed=first_step)
+    progress.start()
+    return progress, bar
