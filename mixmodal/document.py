@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -216,6 +217,24 @@ class SequenceFormat(ABC):
         """
         return Document(self._part(run) for run in self.split(ids))
 
+    def parse_continuation(self, ids: np.ndarray, start: int) -> Document:
+        """What stands behind the first `start` tokens of a whole document `ids`; the model wrote it, mostly.
+
+        A text that `start` divides is given from there on, a coded part whole.
+
+        Raises:
+            SequenceError: where the ids are not a whole document of this format.
+        """
+        before = np.asarray(ids[:start])
+        skipped = int((self.vocabulary.is_content(before) | self.vocabulary.contains("sentinel", before)).sum())
+        parts = []
+        for run in self.split(ids):
+            divided = skipped < len(run.ids)
+            if divided:
+                parts.append(self._part(run if run.modality in self.blocks else Run(run.modality, run.ids[skipped:])))
+            skipped = 0 if divided else skipped - len(run.ids)
+        return Document(parts)
+
     # parts <-> ids
 
     def _part_ids(self, part: Part) -> np.ndarray:
@@ -262,7 +281,7 @@ class SequenceFormat(ABC):
         sentinel = len(modalities) - 1
         starts = ((kinds[1:] != kinds[:-1]) | (kinds[1:] == sentinel)).nonzero()[0] + 1
         edges = [0, *starts.tolist(), len(ids)]
-        return [Run(modalities[kinds[start]], ids[start:stop]) for start, stop in zip(edges, edges[1:])]
+        return [Run(modalities[kinds[start]], ids[start:stop]) for start, stop in pairwise(edges)]
 
     def _kind_table(self) -> np.ndarray:
         """What each id of the vocabulary is: the index of its modality, behind those a sentinel, or -1 for control.
@@ -301,7 +320,7 @@ class CM3LeonFormat(SequenceFormat):
             return []
         runs: list[Run] = []
         edges = [-1, *(body == self.vocabulary.break_).nonzero()[0].tolist(), len(body)]
-        for before, after in zip(edges, edges[1:]):
+        for before, after in pairwise(edges):
             found = self._modality_runs(body[before + 1 : after])
             if not found:
                 raise SequenceError("nothing stands before or behind a <break>")
