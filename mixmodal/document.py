@@ -217,6 +217,24 @@ class SequenceFormat(ABC):
         """
         return Document(self._part(run) for run in self.split(ids))
 
+    def parse_continuation(self, ids: np.ndarray, start: int) -> Document:
+        """What stands behind the first `start` tokens of a whole document `ids`; the model wrote it, mostly.
+
+        A text that `start` divides is given from there on, a coded part whole.
+
+        Raises:
+            SequenceError: where the ids are not a whole document of this format.
+        """
+        before = np.asarray(ids[:start])
+        skipped = int((self.vocabulary.is_content(before) | self.vocabulary.contains("sentinel", before)).sum())
+        parts = []
+        for run in self.split(ids):
+            divided = skipped < len(run.ids)
+            if divided:
+                parts.append(self._part(run if run.modality in self.blocks else Run(run.modality, run.ids[skipped:])))
+            skipped = 0 if divided else skipped - len(run.ids)
+        return Document(parts)
+
     # parts <-> ids
 
     def _part_ids(self, part: Part) -> np.ndarray:

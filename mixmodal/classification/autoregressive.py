@@ -69,7 +69,10 @@ class SequenceScorer:
         Raises:
             ValueError: for a sequence longer than the model's context.
         """
-        totals, counts = np.zeros(len(sequences)), np.array([int(one.scored.sum()) for one in sequences], dtype=np.int64)
+        totals, counts = (
+            np.zeros(len(sequences)),
+            np.array([int(one.scored.sum()) for one in sequences], dtype=np.int64),
+        )
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row].ids))  # little padding
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
@@ -137,7 +140,8 @@ class SequenceScorer:
         targets = tokens[rows, places].to(device)
         hidden = self.model.hidden(tokens.to(device), cache=cache)[rows.to(device), places.to(device) - 1]  # (S, D)
         found = [
-            self._log_probabilities(hidden[chunk], targets[chunk], restrict, any_end) for chunk in self._chunks(len(rows))
+            self._log_probabilities(hidden[chunk], targets[chunk], restrict, any_end)
+            for chunk in self._chunks(len(rows))
         ]
         sums = torch.zeros(len(sequences), dtype=torch.float64)
         return sums.index_add(0, rows, torch.cat([*found, hidden.new_zeros(0)]).double().cpu()).numpy()
@@ -245,7 +249,9 @@ class AutoregressiveClassifier:
         return Classification(scores, odds / odds.sum(axis=1, keepdims=True), found)
 
     def _given_text(self, images: Sequence[Document]) -> LogLikelihoods:
-        pairs = [ScoredSequence(*self.format.spell_continuation(text, image)) for image in images for text in self.classes]
+        pairs = [
+            ScoredSequence(*self.format.spell_continuation(text, image)) for image in images for text in self.classes
+        ]
         found = self.scorer.score(pairs)
         shape = (len(images), len(self.classes))
         return LogLikelihoods(found.totals.reshape(shape), found.counts.reshape(shape))

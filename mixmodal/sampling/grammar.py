@@ -168,7 +168,10 @@ class Grammar:
         for (node, kind), to in edges.items():
             at = index[node], self._kinds.index(kind)
             follows[at], costs[at] = index[to], price[node, kind]
-        lengths, ends = torch.zeros(len(self._nodes), dtype=torch.int64), torch.zeros(len(self._nodes), dtype=torch.int64)
+        lengths, ends = (
+            torch.zeros(len(self._nodes), dtype=torch.int64),
+            torch.zeros(len(self._nodes), dtype=torch.int64),
+        )
         for modality, block in self.format.blocks.items():
             lengths[index[f"codes {modality}"]] = block.length
             stop = self.output == modality and block.close_id is None

@@ -73,7 +73,7 @@ def keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
 def build_rules(
     sampling: Mapping[str, TokenSampling], modalities: Sequence[str], device: torch.device | str = "cpu"
 ) -> list[Rule]:
-    """The rules in the order in which they apply: temperature, top-k, top-p. Rules that would change nothing are left out.
+    """The rules in the order in which they apply: temperature, top-k, top-p; what would change nothing is left out.
 
     Args:
         sampling: settings by modality; a modality without an entry has the defaults of `TokenSampling`.

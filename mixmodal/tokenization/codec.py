@@ -7,7 +7,7 @@ from itertools import chain
 from typing import TYPE_CHECKING
 
 import torch
-from Picture import Image as Picture
+from PIL.Image import Image as Picture
 from torch import Tensor
 
 from mixmodal.document import Coded, Document, Image, Mask, Part, SequenceFormat, Text

@@ -47,9 +47,7 @@ def test_scores_equal_the_training_loss_times_its_tokens(
         assert total == pytest.approx(-float(losses.objective), abs=1e-4)  # worst seen 8e-6
 
 
-def test_a_restricted_token_competes_with_its_own_range(
-    form: SequenceFormat, model: Transformer, image: Image
-) -> None:
+def test_a_restricted_token_competes_with_its_own_range(form: SequenceFormat, model: Transformer, image: Image) -> None:
     ids, scored = form.spell_continuation(Document([image]), Document([Text("cab")]))
     found = SequenceScorer(model, form).score([ScoredSequence(ids, scored)])
     with torch.no_grad():
@@ -67,7 +65,9 @@ def test_probabilities_of_all_images_and_of_all_texts_sum_to_one(name: str) -> N
     sizes = VocabularyConfig(codebook_sizes={"image": 3}, num_text_pieces=3, num_sentinels=2)
     form = build_format(name, Vocabulary(sizes), {"image": (2, 2)}, Enumerated())
     torch.manual_seed(0)
-    config = TransformerConfig(vocab_size=form.vocabulary.size, dim=16, num_layers=1, num_heads=2, ffn_dim=32, init_std=0.5)
+    config = TransformerConfig(
+        vocab_size=form.vocabulary.size, dim=16, num_layers=1, num_heads=2, ffn_dim=32, init_std=0.5
+    )
     scorer, text = SequenceScorer(Transformer(config).eval(), form), Document([Text("ab")])
     pictures = [Document([Image(np.array(codes).reshape(2, 2))]) for codes in product(range(3), repeat=4)]
     rows = [ScoredSequence(*form.spell_continuation(text, picture)) for picture in pictures]
@@ -160,7 +160,10 @@ def test_equal_classes_are_counted_as_tied(form: SequenceFormat, model: Transfor
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "diffusion"}, "'diffusion' is not part of this version; choose image_given_text or text_given_image"),
+        (
+            {"method": "diffusion"},
+            "'diffusion' is not part of this version; choose image_given_text or text_given_image",
+        ),
         ({"method": "guess"}, "'guess' is unknown; choose image_given_text"),
         ({"method": "image_given_text", "debias": 1.0}, "can not act on image_given_text"),
     ],

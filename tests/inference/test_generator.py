@@ -58,7 +58,9 @@ def test_the_seed_decides_the_sample(form: SequenceFormat, model: Transformer, p
 
 
 @pytest.mark.parametrize("scale", [1.0, 2.5])
-@pytest.mark.parametrize("options", [{}, {"num_kv_heads": 2, "norm_placement": "post_sublayer"}, {"position": "learned"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"num_kv_heads": 2, "norm_placement": "post_sublayer"}, {"position": "learned"}]
+)
 def test_greedy_output_equals_a_loop_without_cache(
     form: SequenceFormat,
     build_model: Callable[..., Transformer],
@@ -120,7 +122,9 @@ def test_every_image_has_exactly_its_codes(
         assert isinstance(document.parts[-1], Image)
 
 
-def test_mixed_samples_stay_in_the_context_and_parse(form: SequenceFormat, build_model: Callable[..., Transformer]) -> None:
+def test_mixed_samples_stay_in_the_context_and_parse(
+    form: SequenceFormat, build_model: Callable[..., Transformer]
+) -> None:
     model = build_model(max_seq_len=24, position="learned")
     prompts = [form.spell_prompt(Document(parts), None) for parts in ([Text("abcdefghij")], [], [Text("a")])] * 8
     modalities = []
@@ -197,4 +201,6 @@ def test_settings_that_can_not_act_are_refused(
 def test_a_prompt_as_long_as_the_context_is_refused(form: SequenceFormat, model: Transformer) -> None:
     model.config = replace(model.config, max_seq_len=4)
     with pytest.raises(SequenceError, match="has 4 tokens and 0 may follow it"):
-        SequenceGenerator(model, form).generate([form.spell_prompt(Document([Text("abc")]), "text")], [0], output="text")
+        SequenceGenerator(model, form).generate(
+            [form.spell_prompt(Document([Text("abc")]), "text")], [0], output="text"
+        )

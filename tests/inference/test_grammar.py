@@ -1,10 +1,22 @@
 """What may follow is what the sequence format can spell, in every mode and near every limit."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
-from mixmodal.document import Document, Image, Mask, SequenceError, SequenceFormat, Text, build_format
+from mixmodal.document import (
+    PART_TYPES,
+    Coded,
+    Document,
+    Image,
+    Mask,
+    SequenceError,
+    SequenceFormat,
+    Text,
+    build_format,
+)
 from mixmodal.sampling.grammar import Grammar
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
@@ -48,7 +60,7 @@ def test_mixed_output_reaches_text_images_and_the_end(form: SequenceFormat) -> N
     for seed in range(40):
         (ids,) = walk(form, "mixed", [np.array([0])], [40], seed)
         parts = [part.modality for part in whole(form, np.array([0]), ids).parts]
-        seen |= set(zip(parts, parts[1:]))
+        seen |= set(pairwise(parts))
     assert {("text", "image"), ("image", "text"), ("image", "image")} <= seen
 
 
@@ -125,7 +137,7 @@ def test_a_prompt_that_no_document_begins_with_is_refused(form: SequenceFormat, 
 
 
 def test_a_prompt_without_room_is_refused(form: SequenceFormat, prompts: list[np.ndarray]) -> None:
-    with pytest.raises(SequenceError, match="prompt 0 has .* 5 may follow it: too few for the output 'image'"):
+    with pytest.raises(SequenceError, match=r"prompt 0 has .* 5 may follow it: too few for the output 'image'"):
         Grammar(form, "image", form.vocabulary.size).start(prompts[:1], [5])
 
 
@@ -142,7 +154,12 @@ def test_within_an_image_no_look_is_needed_until_its_end(form: SequenceFormat, p
     assert grammar.stretch(state) == (LENGTH - 1, "image")
 
 
-def test_a_further_coded_modality_needs_no_code_here() -> None:
+class Sound(Coded):
+    modality = "sound"
+
+
+def test_a_further_coded_modality_needs_no_code_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PART_TYPES, "sound", Sound)
     sizes = VocabularyConfig(codebook_sizes={"image": 8, "sound": 5}, num_text_pieces=4, num_sentinels=2)
     form = build_format("cm3leon", Vocabulary(sizes), {"image": (2, 2), "sound": (3,)})
     prompt = np.array([0, form.vocabulary.ids("text").start, form.vocabulary.break_])
