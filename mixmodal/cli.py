@@ -34,30 +34,26 @@ COMMANDS: dict[str, Subcommand] = {
         "mixmodal.data.corpora", "PrepareConfig", "prepare", "corpora to shards, then to token shards"
     ),
     "train-text-tokenizer": Subcommand(
-        "mixmodal.tokenization.text",
-        "TextTokenizerConfig",
-        "train_text_tokenizer_from_config",
-        "BPE on the texts of shards",
+        "mixmodal.training.text_tokenizer",
+        "TextTokenizerTrainingConfig",
+        "train_text_tokenizer_on_shards",
+        "BPE with byte fallback on the texts of shards",
     ),
     "train-image-tokenizer": Subcommand(
         "mixmodal.training.image_tokenizer",
-        "ImageTokenizerTraining",
+        "ImageTokenizerTrainingConfig",
         "train_image_tokenizer",
         "pictures to codes and back",
     ),
     "evaluate-image-tokenizer": Subcommand(
         "mixmodal.evaluation.reconstruction",
-        "ReconstructionConfig",
-        "evaluate_reconstruction",
-        "PSNR, SSIM, codes used",
+        "ImageTokenizerEvaluationConfig",
+        "evaluate_image_tokenizer",
+        "PSNR, SSIM and share of codes used",
     ),
-    "pretrain": Subcommand("mixmodal.training.pretrain", "PretrainConfig", "pretrain", "train the transformer"),
-    "generate": Subcommand(
-        "mixmodal.sampling.generate", "GenerateConfig", "generate", "texts and pictures from a prompt"
-    ),
-    "classify": Subcommand(
-        "mixmodal.classification.evaluate", "ClassifyConfig", "classify", "zero-shot, by likelihood"
-    ),
+    "pretrain": Subcommand("mixmodal.training.pretrain", "PretrainConfig", "pretrain", "trains the transformer"),
+    "generate": Subcommand("mixmodal.pipeline.generate", "GenerateConfig", "generate", "texts and pictures"),
+    "classify": Subcommand("mixmodal.pipeline.classify", "ClassifyConfig", "classify", "zero-shot, by likelihood"),
     "inspect": Subcommand("mixmodal.data.inspect", "InspectConfig", "inspect", "packed training rows in colour"),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -26,13 +27,15 @@ def parse(config_type: type[Any], argv: Sequence[str], prog: str = "mixmodal") -
     """
     from jsonargparse import ArgumentError
 
-    arguments = config_type.read_arguments(list(argv)) if hasattr(config_type, "read_arguments") else list(argv)
     known = dict(config_keys(config_type))
-    _check_options(arguments, known)
     parser = build_parser(config_type, prog)
     try:
+        arguments = config_type.read_arguments(list(argv)) if hasattr(config_type, "read_arguments") else list(argv)
+        _check_options(arguments, known)
         namespace = parser.instantiate(parser.parse_args(arguments))
         return config_type(**{field.name: namespace[field.name] for field in fields(config_type)})
+    except UsageError:
+        raise
     except (ArgumentError, ValueError) as error:
         raise UsageError(_readable(str(error))) from error
 
@@ -65,7 +68,7 @@ def build_parser(config_type: type[Any], prog: str) -> ArgumentParser:
     """A parser with one option a config key, `--config` and `--print_config`."""
     from jsonargparse import ArgumentParser
 
-    summary = (config_type.__doc__ or "").strip().split("\n\n")[0]
+    summary = inspect.cleandoc((config_type.__doc__ or "").partition("Args:")[0])
     parser = ArgumentParser(prog=prog, description=summary, exit_on_error=False, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the keys below; later options win.")
     parser.add_class_arguments(config_type, as_group=False)

@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -280,7 +281,7 @@ class SequenceFormat(ABC):
         sentinel = len(modalities) - 1
         starts = ((kinds[1:] != kinds[:-1]) | (kinds[1:] == sentinel)).nonzero()[0] + 1
         edges = [0, *starts.tolist(), len(ids)]
-        return [Run(modalities[kinds[start]], ids[start:stop]) for start, stop in zip(edges, edges[1:])]
+        return [Run(modalities[kinds[start]], ids[start:stop]) for start, stop in pairwise(edges)]
 
     def _kind_table(self) -> np.ndarray:
         """What each id of the vocabulary is: the index of its modality, behind those a sentinel, or -1 for control.
@@ -319,7 +320,7 @@ class CM3LeonFormat(SequenceFormat):
             return []
         runs: list[Run] = []
         edges = [-1, *(body == self.vocabulary.break_).nonzero()[0].tolist(), len(body)]
-        for before, after in zip(edges, edges[1:]):
+        for before, after in pairwise(edges):
             found = self._modality_runs(body[before + 1 : after])
             if not found:
                 raise SequenceError("nothing stands before or behind a <break>")

@@ -57,15 +57,15 @@ class Vocabulary:
         if taken:
             raise ValueError(f"vocabulary: {sorted(taken)} can not name a coded modality; the name is taken")
         # A file that sorts its keys must not move the image codes away from Chameleon's place.
-        first, *further = sorted(config.codebook_sizes, key=lambda name: name != "image") or [None]
+        names = sorted(config.codebook_sizes, key=lambda name: name != "image")
         self._append("special", 4)
-        if first:
-            self._append(first, config.codebook_sizes[first])
+        for name in names[:1]:
+            self._append(name, config.codebook_sizes[name])
         self._append("control", 2)
         self._append("sentinel", config.num_sentinels)
         self._append("reserved", config.num_reserved)
         self._append("text", config.num_text_pieces)
-        for name in further:
+        for name in names[1:]:
             self._append(name, config.codebook_sizes[name])
         self.end_of_span, self.break_ = self._ranges["control"]
         self.end_of_turn = self._ranges["reserved"].start

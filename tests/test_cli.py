@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -45,6 +46,12 @@ class OuterConfig:
     extra: dict[str, int] = field(default_factory=dict)
     maybe: InnerConfig | None = None
     lr: float = 1e-3
+
+    @classmethod
+    def read_arguments(cls, argv: Sequence[str]) -> list[str]:
+        if "--bad" in argv:
+            raise ValueError("--bad needs a value")
+        return ["--lr=5" if argument == "--five" else argument for argument in argv]
 
 
 def call(*argv: str, function=lambda config: None) -> OuterConfig:
@@ -103,6 +110,10 @@ def test_print_config_shows_the_resolved_config(tmp_path: Path, capsys: pytest.C
     assert "num_layers: 9" in capsys.readouterr().out
 
 
+def test_a_config_type_may_read_its_arguments_itself() -> None:
+    assert call("--out", "x", "--five").lr == 5
+
+
 def test_launcher_rank_argument_is_dropped() -> None:
     assert call("--local_rank=0", "--out", "x").out == Path("x")
 
@@ -115,6 +126,7 @@ def test_launcher_rank_argument_is_dropped() -> None:
         (["--out", "x", "--lr", "fast"], "lr: expected float, got fast"),
         (["--out", "x", "--model.kind", "c"], "model.kind: expected one of ['a', 'b'], got c"),
         ([], "required: out"),
+        (["--bad"], "--bad needs a value"),
         (["--config", "absent.yaml"], "absent.yaml: No such file"),
     ],
 )

@@ -66,7 +66,7 @@ def run(tmp_path: Path) -> Path:
     }
     method = {
         "hits": 1,
-        "count": 2,
+        "trials": 2,
         "confusion": {"names": ["Animals", "Food"], "counts": [[1, 0], [1, 0]]},
         "top_confusions": [["dog", NASTY, 1]],
     }

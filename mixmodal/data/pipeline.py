@@ -155,8 +155,8 @@ class PackedDocuments:
         for key in compared:
             if state[key] != own[key]:
                 raise ValueError(
-                    f"data {self.config.tokens}: {key} is {own[key]}, but the checkpoint was written with {state[key]}; "
-                    "resume with the same data and seed, or start a new run folder"
+                    f"data {self.config.tokens}: {key} is {own[key]}, but the checkpoint was written with "
+                    f"{state[key]}; resume with the same data and seed, or start a new run folder"
                 )
         self.counts = Counter(state["counts"])
         self._pending = None
@@ -207,11 +207,10 @@ class PackedDocuments:
                 self._begin_epoch(self._epoch + 1)
             index = int(self._order[self._position])
             self._position += 1
-            ids = self.documents[index]
+            key, ids = self.documents.keys[index], self.documents[index]
             if len(ids) <= self.config.seq_len:
-                return self._vary(self.documents.keys[index], ids, np.random.default_rng((self.seed, self._epoch, index)))
+                return self._vary(key, ids, np.random.default_rng((self.seed, self._epoch, index)))
             self.counts["too_long"] += 1
-            key = self.documents.keys[index]
             logger.debug("document %s has %d tokens, a row %d: skipped", key, len(ids), self.config.seq_len)
             if self.counts.total() >= MIN_DOCUMENTS_TO_JUDGE:
                 self._check_skipped()
@@ -227,7 +226,7 @@ class PackedDocuments:
         if not fitting or too_long > self.config.max_skipped_share * (too_long + fitting):
             raise ValueError(
                 f"data {self.config.tokens}: {too_long} of {too_long + fitting} documents are longer than seq_len "
-                f"{self.config.seq_len}; raise seq_len, or max_skipped_share {self.config.max_skipped_share} to accept it"
+                f"{self.config.seq_len}; raise seq_len, or max_skipped_share {self.config.max_skipped_share}"
             )
 
     def _vary(self, key: str, ids: np.ndarray, rng: np.random.Generator) -> Sample:

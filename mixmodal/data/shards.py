@@ -130,11 +130,11 @@ def write_shards(samples: Iterable[Sample], folder: Path | str, shard_size: int 
 
 def _write_shard(samples: Iterator[Sample], path: Path) -> int:
     """Number of samples written; no file where there is none."""
-    import webdataset
+    from webdataset.writer import TarWriter
 
     part, keys = path.with_name(path.name + ".part"), set()
     try:
-        with open(part, "wb") as file, webdataset.TarWriter(file, encoder=False, mtime=0) as writer:
+        with open(part, "wb") as file, TarWriter(file, encoder=False, mtime=0) as writer:
             for sample in samples:
                 if sample.key in keys:
                     raise ValueError(f"{path}: the key {sample.key!r} comes twice; keys of a shard must differ")

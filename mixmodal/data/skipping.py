@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from mixmodal.tokenization.preprocessing import MAX_PIXELS
 
@@ -87,6 +89,19 @@ class SkipCounter:
         self.altered[change] += 1
         self._log(f"{change}: {message}")
 
+    def merge(self, counts: Mapping[str, Any]) -> None:
+        """Adds what another counter's `to_dict` gave.
+
+        Raises:
+            TooManySkipped: above the allowed share.
+        """
+        self.num_used += counts["used"]
+        self.skipped.update(counts["skipped"])
+        self.altered.update(counts["altered"])
+        self.examples += counts["examples"][: MAX_EXAMPLES - len(self.examples)]
+        if self.num_used + self.num_skipped >= self.min_samples:
+            self._judge()
+
     def finish(self) -> None:
         """The last word on the share.
 
@@ -95,7 +110,7 @@ class SkipCounter:
         """
         self._judge()
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Plain data for a report."""
         return {
             "used": self.num_used,

@@ -62,7 +62,7 @@ class CausalMasked:
     def __init__(self, config: CausalMaskedConfig, vocabulary: Vocabulary) -> None:
         if config.max_masks > vocabulary.config.num_sentinels:
             sentinels = vocabulary.config.num_sentinels
-            raise ValueError(f"objective: max_masks is {config.max_masks}, but the vocabulary has {sentinels} sentinels")
+            raise ValueError(f"objective: max_masks is {config.max_masks}; the vocabulary has {sentinels} sentinels")
         self.config = config
         self.vocabulary = vocabulary
         # Look-up tables over the whole vocabulary: every training document passes here.

@@ -22,7 +22,7 @@ class Sums(NamedTuple):
     """A weighted sum and the sum of its weights, scalars, float32 and detached; their quotient is the mean."""
 
     total: Tensor
-    count: Tensor
+    count: Tensor  # pyright: ignore[reportIncompatibleMethodOverride]  # hides tuple.count, which nobody wants here
 
 
 class TokenLosses(NamedTuple):

@@ -39,7 +39,7 @@ def percent(share: float) -> str:
 
 def figure_of(rate: Rate, name: str, note: str = "") -> str:
     """A card with a share, large, and the counts behind it."""
-    return figure(percent(rate.share), name, f"{rate.hits} of {rate.count}" + (f"; {note}" if note else ""))
+    return figure(percent(rate.share), name, f"{rate.hits} of {rate.trials}" + (f"; {note}" if note else ""))
 
 
 def figure(value: str, name: str, note: str = "") -> str:

@@ -33,12 +33,12 @@ class Rate(NamedTuple):
     """A share with the numbers behind it."""
 
     hits: int
-    count: int
+    trials: int
 
     @property
     def share(self) -> float:
         """Between 0 and 1; nan without a trial."""
-        return self.hits / self.count if self.count else float("nan")
+        return self.hits / self.trials if self.trials else float("nan")
 
 
 def rate(outcomes: Iterable[bool]) -> Rate:

@@ -52,7 +52,6 @@ class ImageTokenizer(nn.Module):
         self.quantizer = build_quantizer(config.quantizer)
         self.encoder = Encoder(config.autoencoder, config.image_size, self.quantizer.codebook_dim)
         self.decoder = Decoder(config.autoencoder, config.image_size, self.quantizer.codebook_dim)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @property
     def codebook_size(self) -> int:

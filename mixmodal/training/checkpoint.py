@@ -1,24 +1,22 @@
 """Checkpoints that are whole or absent, and that hold data only.
 
-    checkpoints/latest                  name of the checkpoint in force, written last
-    checkpoints/step_00000100/          DeepSpeed's files, and
-        state.json                      step and what must be equal to go on
-        rank_00000.pt                   loader and random state of each rank
-        ema.pt                          averaged weights, where they are kept
-    checkpoints/step_00000200.partial/  being written, or left by a process that was killed
+checkpoints/latest                  name of the checkpoint in force, written last
+checkpoints/step_00000100/          DeepSpeed's files, and
+    state.json                      step and what must be equal to go on
+    rank_00000.pt                   loader and random state of each rank
+    ema.pt                          averaged weights, where they are kept
+checkpoints/step_00000200.partial/  being written, or left by a process that was killed
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -78,31 +76,7 @@ def load_tensors(path: Path, map_location: Any = None, allowed: Sequence[Any] = 
         raise CheckpointError(f"checkpoint file {path} can not be loaded: {str(error).splitlines()[0]}") from error
 
 
-# random state
-
-
-def random_state() -> dict[str, Any]:
-    """State of all global generators of this process, as plain data."""
-    numpy_state: Any = np.random.get_state(legacy=False)
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": numpy_state["state"]["key"].tolist()}},
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_random_state(state: Mapping[str, Any]) -> None:
-    """The inverse of `random_state`."""
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    numpy_state = state["numpy"]
-    key = np.array(numpy_state["state"]["key"], dtype=np.uint32)
-    np.random.set_state({**numpy_state, "state": {**numpy_state["state"], "key": key}})
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+# data
 
 
 def check_plain(value: Any, name: str) -> None:
@@ -139,7 +113,7 @@ def latest_checkpoint(folder: Path) -> Path | None:
         return None
     found = folder / pointer.read_text(encoding="utf-8").strip()
     if not (found / "state.json").is_file():
-        raise CheckpointError(f"{pointer} names {found.name}, which is not a whole checkpoint; name another in the file")
+        raise CheckpointError(f"{pointer} names {found.name}, which is not whole; name another one in the file")
     return found
 
 
@@ -199,6 +173,7 @@ def save_checkpoint(
     if not _all_well(problem):
         raise CheckpointError(f"checkpoint {final} could not be begun: {problem or 'see rank 0'}; {_kept(folder)}")
     problem = _attempt(lambda: write_engine(partial))
+    check_plain(rank_state, "state of the rank")
     problem = problem or _attempt(lambda: save_tensors(dict(rank_state), partial / f"rank_{rank:05d}.pt"))
     if rank == 0:
         problem = problem or _attempt(lambda: _write_extra(partial, state, extra))

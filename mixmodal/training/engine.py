@@ -7,18 +7,20 @@ import io
 import json
 import logging
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mixmodal.training.checkpoint import CheckpointError, load_tensors, save_tensors
+from mixmodal.training.config import Precision
+
 if TYPE_CHECKING:
     from types import ModuleType
-
-Precision = Literal["float32", "bfloat16", "autocast_bfloat16"]
 
 OWNED_KEYS = {
     "train_batch_size": "trainer.micro_batch_size and trainer.grad_accum_steps",
@@ -120,6 +122,7 @@ def load_deepspeed() -> ModuleType:
         import deepspeed
     except ImportError as error:
         raise ValueError(f"training needs deepspeed: pip install 'mixmodal[train]' ({error})") from error
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # at every step
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if deepspeed.get_accelerator().device_name() == "cpu":
         # Its communication backend builds a shared-memory extension (half a minute and a C++ compiler), which only
@@ -213,7 +216,7 @@ class Engine:
         return float(self.deepspeed_engine.get_global_grad_norm())
 
     @contextlib.contextmanager
-    def whole_weights(self):  # noqa: ANN201
+    def whole_weights(self) -> Iterator[None]:
         """All weights in full on every rank, also where ZeRO stage 3 keeps a part on each."""
         if self.zero_stage < 3:
             yield
@@ -236,13 +239,15 @@ class Engine:
         """Reads what `save` wrote, as plain data: nothing in the files can run code.
 
         Raises:
-            ValueError: where the files are damaged or of another model.
+            CheckpointError: where the files are damaged or of another model.
         """
         self.deepspeed_engine.checkpoint_engine = build_safe_checkpoint_engine()
-        with contextlib.redirect_stdout(io.StringIO()):
+        try:
             path, _ = self.deepspeed_engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        except RuntimeError as error:  # how torch says that names or shapes differ
+            raise CheckpointError(f"checkpoint {folder} is of another model: {error}") from error
         if path is None:
-            raise ValueError(f"checkpoint {folder}: DeepSpeed found nothing to load")
+            raise CheckpointError(f"checkpoint {folder}: DeepSpeed found nothing to load")
 
     def close(self) -> None:
         self.deepspeed_engine.destroy()
@@ -258,8 +263,6 @@ def build_safe_checkpoint_engine() -> Any:
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
-
-    from mixmodal.training.checkpoint import load_tensors, save_tensors
 
     class SafeCheckpointEngine(TorchCheckpointEngine):
         problem: OSError | None = None

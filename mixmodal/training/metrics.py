@@ -33,7 +33,9 @@ class MetricSums:
 
     def add(self, metrics: Mapping[str, Sums]) -> None:
         for name, (total, count) in metrics.items():
-            pair = torch.stack((torch.as_tensor(total).detach().double(), torch.as_tensor(count).detach().double().to(total.device)))
+            pair = torch.stack(
+                [torch.as_tensor(value, device=total.device).detach().double() for value in (total, count)]
+            )
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
     def means(self) -> dict[str, float | None]:
@@ -48,7 +50,7 @@ def reduce_sums(metrics: Mapping[str, Sums]) -> dict[str, float | None]:
     if not metrics:
         return {}
     names = sorted(metrics)  # (M, 2)
-    table = torch.stack([torch.stack([torch.as_tensor(value).double() for value in metrics[name]]) for name in names])
+    table = torch.stack([torch.stack([value.double() for value in metrics[name]]) for name in names])
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(table)
     return {name: total / count if count else None for name, (total, count) in zip(names, table.tolist(), strict=True)}
@@ -74,7 +76,7 @@ class MetricsLog:
             return
         self._path = run_dir / METRICS_FILE
         drop_later(self._path, first_step)
-        self._file = open(self._path, "a", encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
         if tensorboard:
             self._writer = build_writer(run_dir / "tensorboard", first_step)
         if sys.stdout.isatty():
@@ -94,8 +96,10 @@ class MetricsLog:
 
     def say(self, message: str) -> None:
         """A line for the person who waits."""
-        if self._active:
-            (self._progress.console.print if self._progress else print)(message, **({} if self._progress else {"flush": True}))
+        if self._progress:
+            self._progress.console.print(message)
+        elif self._active:
+            print(message, flush=True)
 
     def advance(self, step: int) -> None:
         if self._progress:
@@ -148,7 +152,8 @@ def build_writer(folder: Path, first_step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise ValueError("trainer.tensorboard needs tensorboard: pip install 'mixmodal[train]', or set it to false") from error
+        remedy = "pip install 'mixmodal[train]', or set trainer.tensorboard to false"
+        raise ValueError(f"trainer.tensorboard needs tensorboard: {remedy}") from error
     return SummaryWriter(str(folder), purge_step=first_step + 1)
 
 

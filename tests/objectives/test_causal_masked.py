@@ -16,6 +16,7 @@ from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 VOCABULARY = Vocabulary(VocabularyConfig(codebook_sizes={"image": 8}, num_text_pieces=30, num_sentinels=20))
 FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 3)}) for name in FORMATS}
 T = VOCABULARY.ids("text").start
+MASK = VOCABULARY.sentinel(0)
 every_format = pytest.mark.parametrize("name", FORMATS)
 
 text_runs = st.lists(st.integers(0, 29), min_size=1, max_size=12).map(
@@ -234,11 +235,8 @@ def test_metaseq_6_no_span_crosses_a_break_or_an_end_of_image(name: str, seed: i
 @pytest.mark.parametrize(
     "ids",
     [
-        pytest.param([0, T, VOCABULARY.sentinel(0), T, VOCABULARY.end_of_span, 2], id="no place"),
-        pytest.param(
-            [0, VOCABULARY.sentinel(0), VOCABULARY.sentinel(0), T, VOCABULARY.sentinel(0), T, VOCABULARY.end_of_span, 2],
-            id="two places",
-        ),
+        pytest.param([0, T, MASK, T, VOCABULARY.end_of_span, 2], id="no place"),
+        pytest.param([0, MASK, MASK, T, MASK, T, VOCABULARY.end_of_span, 2], id="two places"),
         pytest.param([0, T], id="no end"),
         pytest.param([], id="empty"),
     ],

@@ -1,0 +1,197 @@
+"""`mixmodal inspect`: packed training rows in colour, as the model will see them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+    from mixmodal.data.packing import Batch
+    from mixmodal.data.token_shards import TokenShards
+    from mixmodal.document import TextCodec
+    from mixmodal.vocabulary import Vocabulary
+
+STYLES = {"text": "green", "image": "cyan", "sentinel": "bold yellow", "control": "magenta", "padding": "bright_black"}
+FURTHER_STYLE = "blue"
+"""For coded modalities that have no colour of their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """What to print.
+
+    Args:
+        data: folder with token shards.
+        text_tokenizer: model file, to show text as text; by default one beside the token shards, if it is theirs.
+        objective: masks to draw.
+        seq_len: length of a row in tokens.
+        num_rows: rows to print.
+        image_first_share: as in training.
+        caption_dropout: as in training.
+        seed: of the stream of rows.
+        max_codes: codes of a part that are printed before the rest is left out.
+    """
+
+    data: Path
+    text_tokenizer: Path | None = None
+    objective: CausalMaskedConfig = field(default_factory=CausalMaskedConfig)
+    seq_len: int = 1024
+    num_rows: int = 4
+    image_first_share: float = 0.5
+    caption_dropout: float = 0.1
+    seed: int = 0
+    max_codes: int = 12
+
+
+class Stretch(NamedTuple):
+    """Neighbouring tokens that look the same: one kind (a modality, `sentinel` or `control`) and one loss weight."""
+
+    kind: str
+    weight: float
+    ids: np.ndarray
+
+
+def inspect(config: InspectConfig) -> None:
+    """Prints rows, a legend and totals.
+
+    Raises:
+        ValueError: where there are no token shards, or the text tokenizer given is not theirs.
+    """
+    from rich.console import Console
+
+    from mixmodal.data.pipeline import DataConfig, PackedDocuments
+    from mixmodal.data.token_shards import TokenShards
+
+    shards = TokenShards.open(config.data)
+    text_tokenizer = _find_text_tokenizer(config, shards)
+    data = DataConfig(
+        tokens=config.data,
+        seq_len=config.seq_len,
+        image_first_share=config.image_first_share,
+        caption_dropout=config.caption_dropout,
+    )
+    objective = CausalMasked(config.objective, shards.vocabulary)
+    rows = PackedDocuments(shards, shards.build_format(), objective, data, micro_batch_size=1, seed=config.seed)
+    console = Console(highlight=False)
+    plain = not console.is_terminal  # in a file or a pipe, lines are not cut to a width
+    console.print(_legend(shards.vocabulary), soft_wrap=plain)
+    tokens: Counter[str] = Counter()
+    weights: defaultdict[str, float] = defaultdict(float)
+    for number, batch in enumerate(islice(rows, config.num_rows)):
+        used = int(batch.num_tokens)
+        console.print(f"\nrow {number}: {batch.num_documents} documents, {used} of {config.seq_len} tokens")
+        for key, stretches in _documents(batch, shards.vocabulary):
+            console.print(f"  {key}", style="bright_black", markup=False, soft_wrap=plain)
+            line = _line(stretches, shards.vocabulary, text_tokenizer, config.max_codes)
+            console.print(line, soft_wrap=plain)
+            for stretch in stretches:
+                tokens[stretch.kind] += len(stretch.ids)
+                weights[stretch.kind] += stretch.weight * len(stretch.ids)
+        tokens["padding"] += config.seq_len - used
+    console.print()
+    console.print(_totals(tokens, weights))
+    if text_tokenizer is None:
+        console.print("text is shown as piece numbers; --text_tokenizer FILE shows it as text")
+
+
+def stretches_of(ids: np.ndarray, weights: np.ndarray, vocabulary: Vocabulary) -> list[Stretch]:
+    """The tokens of one document in stretches; every control token and sentinel is one of its own."""
+    names = [*vocabulary.modalities, "sentinel"]
+    kinds = np.full(len(ids), "control", dtype=object)
+    for name in names:
+        kinds[np.asarray(vocabulary.contains(name, ids))] = name
+    alone = [index if kind in ("control", "sentinel") else -1 for index, kind in enumerate(kinds)]
+    found: list[Stretch] = []
+    for (kind, weight, _), group in groupby(range(len(ids)), key=lambda i: (kinds[i], float(weights[i]), alone[i])):
+        found.append(Stretch(kind, weight, ids[list(group)]))
+    return found
+
+
+def _documents(batch: Batch, vocabulary: Vocabulary) -> Iterator[tuple[str, list[Stretch]]]:
+    segment_ids = batch.segment_ids[0].numpy()
+    for segment, key in enumerate(batch.keys[0], start=1):
+        inside = segment_ids == segment
+        ids, weights = batch.tokens[0].numpy()[inside], batch.loss_weights[0].numpy()[inside]
+        yield key, stretches_of(ids, weights, vocabulary)
+
+
+def _find_text_tokenizer(config: InspectConfig, shards: TokenShards) -> TextCodec | None:
+    from mixmodal.tokenization.text import TextTokenizer
+
+    if config.text_tokenizer is not None:
+        text_tokenizer = TextTokenizer.load(config.text_tokenizer)
+        shards.check(text_tokenizer_sha256=text_tokenizer.sha256)
+        return text_tokenizer
+    for folder in (config.data, config.data.parent):
+        for path in sorted(folder.glob("*.model")):
+            text_tokenizer = TextTokenizer.load(path)
+            if text_tokenizer.sha256 == shards.manifest["text_tokenizer_sha256"]:
+                return text_tokenizer
+    return None
+
+
+def _style(kind: str, weight: float = 1.0) -> str:
+    style = STYLES.get(kind, FURTHER_STYLE)
+    if weight == 1:
+        return style
+    return f"{style} dim" if weight == 0 else f"{style} underline"
+
+
+def _line(
+    stretches: Sequence[Stretch], vocabulary: Vocabulary, text_tokenizer: TextCodec | None, max_codes: int
+) -> Text:
+    from rich.text import Text
+
+    line = Text()
+    for stretch in stretches:
+        content = _content(stretch, vocabulary, text_tokenizer, max_codes)
+        mark = "" if stretch.weight == 1 else f"*{stretch.weight:g}"
+        line.append(content + mark, _style(stretch.kind, stretch.weight)).append(" ")
+    return line
+
+
+def _content(stretch: Stretch, vocabulary: Vocabulary, text_tokenizer: TextCodec | None, max_codes: int) -> str:
+    if stretch.kind in ("control", "sentinel"):
+        return vocabulary.name(int(stretch.ids[0]))
+    indices = vocabulary.from_ids(stretch.kind, stretch.ids).tolist()
+    if stretch.kind == "text" and text_tokenizer is not None:
+        # A text of the corpus must not steer the terminal, nor break its line.
+        text = text_tokenizer.decode(indices)
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    shown = " ".join(map(str, indices[:max_codes]))
+    rest = f" ..{len(indices) - max_codes} more" if len(indices) > max_codes else ""
+    return f"[{stretch.kind} {shown}{rest}]"
+
+
+def _legend(vocabulary: Vocabulary) -> Text:
+    from rich.text import Text
+
+    legend = Text("colours: ")
+    for kind in (*vocabulary.modalities, "control", "sentinel"):
+        legend.append(kind, _style(kind)).append("  ")
+    legend.append("loss weight: 1  ").append("0 is dim and marked *0", "dim").append("  ")
+    return legend.append("others underlined and marked", "underline")
+
+
+def _totals(tokens: Counter[str], weights: Mapping[str, float]) -> Table:
+    from rich.table import Table
+
+    table = Table("kind", "tokens", "share", "loss weight")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for kind, count in tokens.most_common():
+        share = f"{count / tokens.total():.1%}"
+        table.add_row(kind, str(count), share, f"{weights.get(kind, 0):g}", style=_style(kind))
+    table.add_row("all", str(tokens.total()), "100.0%", f"{sum(weights.values()):g}")
+    return table

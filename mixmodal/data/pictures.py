@@ -1,0 +1,262 @@
+"""The stream of pictures that trains an image tokenizer: endless, a pure function of the seed, exactly resumable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixmodal.data.augment import NUM_DRAWS, draw_changes
+from mixmodal.data.shards import PictureFile, find_shards, read_samples
+from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
+from mixmodal.tokenization.preprocessing import PictureError, resize_and_crop
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureDataConfig:
+    """Pictures of shards; captions are not used.
+
+    Args:
+        train: folders of shards to train on.
+        held_out: folders of shards to evaluate on; none means no evaluation.
+        max_cached_pictures: up to so many pictures are decoded once and kept in memory, 3 bytes a pixel; more are
+            streamed, and shuffled within windows.
+        shuffle_window: pictures that are shuffled together when streamed; they are kept encoded.
+        max_held_out_pictures: so many of the held-out pictures, from the first, are evaluated on.
+        limits: what a picture may be, and the share of bad ones that fails the job.
+    """
+
+    train: tuple[Path, ...]
+    held_out: tuple[Path, ...] = ()
+    max_cached_pictures: int = 20_000
+    shuffle_window: int = 4096
+    max_held_out_pictures: int = 1000
+    limits: SampleLimits = field(default_factory=SampleLimits)
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ValueError("data.train is empty; give folders of shards, `mixmodal prepare` writes them")
+        for name, least in (("max_cached_pictures", 0), ("shuffle_window", 1), ("max_held_out_pictures", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it must be at least {least}")
+
+
+class PictureBatch(NamedTuple):
+    """Pictures of one micro-batch.
+
+    Args:
+        pixels: uint8 `(B, 3, H, W)`; `to_images` makes images of them.
+        draws: float32 `(B, NUM_DRAWS)`, what decides how each is augmented.
+        keys: names them in messages.
+    """
+
+    pixels: Tensor
+    draws: Tensor
+    keys: list[str]
+
+
+class Row(NamedTuple):
+    """One place of the stream: the `number`-th picture of an epoch, cached or still encoded."""
+
+    key: str
+    epoch: int
+    number: int
+    picture: Tensor | PictureFile
+
+
+class PictureSource(Protocol):
+    """Pictures in the order of training, epoch after epoch without end."""
+
+    def rows(self, start: int) -> Iterator[Row]: ...
+
+
+def to_images(pixels: Tensor) -> Tensor:
+    """uint8 `(B, 3, H, W)` to images in [-1, 1], float32; what `preprocessing.to_tensor` gives."""
+    return pixels.float() / 127.5 - 1
+
+
+def read_pictures(paths: Sequence[Path], counter: SkipCounter, limits: SampleLimits) -> Iterator[PictureFile]:
+    """Every picture of every sample, still encoded, in the order of the shards; samples count as used when read."""
+    for sample in read_samples(paths, counter, limits):
+        counter.use()
+        yield from sample.pictures
+
+
+def decode(picture: PictureFile, image_size: int, counter: SkipCounter, limits: SampleLimits) -> Tensor | None:
+    """Pixels of one picture, uint8 `(3, image_size, image_size)`; a bad one is counted and gives None.
+
+    Raises:
+        TooManySkipped: when the counter has had enough.
+    """
+    try:
+        pixels = np.asarray(resize_and_crop(picture.open(limits.max_pixels), image_size))  # H W C
+    except PictureError as error:
+        counter.skip(SampleError("broken picture", str(error)))
+        return None
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def decode_all(
+    paths: Sequence[Path], image_size: int, limits: SampleLimits, max_pictures: int
+) -> tuple[list[str], Tensor, bool]:
+    """Keys and pixels, uint8 `(N, 3, H, W)`, of the first `max_pictures` good pictures, and whether these are all.
+
+    Raises:
+        ValueError: where there is no good picture.
+        TooManySkipped: above the allowed share of bad ones.
+    """
+    counter = SkipCounter(limits.max_skipped_share)
+    keys: list[str] = []
+    decoded: list[Tensor] = []
+    for picture in read_pictures(paths, counter, limits):
+        pixels = decode(picture, image_size, counter, limits)
+        if pixels is None:
+            continue
+        if len(decoded) == max_pictures:
+            return keys, torch.stack(decoded) if decoded else torch.empty(0), False
+        keys.append(picture.name)
+        decoded.append(pixels)
+    counter.finish()
+    if not decoded:
+        raise ValueError(f"{', '.join(map(str, paths))}: the shards hold no pictures")
+    return keys, torch.stack(decoded), True
+
+
+class CachedPictures:
+    """Decoded pictures `(N, 3, H, W)`, in a new order in every epoch."""
+
+    def __init__(self, keys: Sequence[str], pixels: Tensor, seed: int) -> None:
+        self.keys, self.pixels, self.seed = keys, pixels, seed
+
+    def rows(self, start: int) -> Iterator[Row]:
+        size = len(self.keys)
+        for epoch in count(start // size):
+            order = np.random.default_rng((self.seed, epoch)).permutation(size)
+            for number in range(start % size if epoch == start // size else 0, size):
+                index = int(order[number])
+                yield Row(self.keys[index], epoch, number, self.pixels[index])
+
+
+class StreamedPictures:
+    """Pictures of shards that stay encoded: shuffled shards, and shuffled pictures within windows.
+
+    To resume, an epoch is read again up to the place, without decoding.
+    """
+
+    def __init__(self, config: PictureDataConfig, counter: SkipCounter, seed: int) -> None:
+        self.shards = find_shards(config.train)
+        self.config, self.counter, self.seed = config, counter, seed
+
+    def rows(self, start: int) -> Iterator[Row]:
+        place = 0
+        for epoch in count():
+            found = 0
+            for number, picture in self._epoch(epoch):
+                found += 1
+                place += 1
+                if place > start:
+                    yield Row(picture.name, epoch, number, picture)
+            if not found:
+                raise ValueError(f"{', '.join(map(str, self.config.train))}: the shards hold no pictures")
+
+    def _epoch(self, epoch: int) -> Iterator[tuple[int, PictureFile]]:
+        rng = np.random.default_rng((self.seed, epoch))
+        shards = [self.shards[index] for index in rng.permutation(len(self.shards))]
+        pictures = read_pictures(shards, self.counter, self.config.limits)
+        first = 0
+        while window := list(islice(pictures, self.config.shuffle_window)):
+            for offset, index in enumerate(rng.permutation(len(window))):
+                yield first + offset, window[index]
+            first += len(window)
+
+
+class PictureLoader:
+    """Micro-batches of pictures without end.
+
+    Optimizer step s trains on rows s * R .. (s + 1) * R - 1 of one stream, where R is `micro_batch_size *
+    grad_accum_steps * world_size`, however they are spread. A streamed picture that turns out bad when it is decoded
+    leaves its batch smaller.
+    """
+
+    def __init__(
+        self,
+        config: PictureDataConfig,
+        image_size: int,
+        *,
+        micro_batch_size: int,
+        grad_accum_steps: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+    ) -> None:
+        if not 0 <= rank < world_size or micro_batch_size < 1 or grad_accum_steps < 1 or seed < 0:
+            raise ValueError(
+                f"data: rank {rank} of {world_size}, {micro_batch_size} pictures, {grad_accum_steps} micro-batches, "
+                f"seed {seed}: pictures and micro-batches must be at least 1, rank and seed at least 0"
+            )
+        self.config, self.image_size, self.seed = config, image_size, seed
+        self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
+        self.rows_per_step = micro_batch_size * grad_accum_steps * world_size
+        self.counter = SkipCounter(config.limits.max_skipped_share)
+        self.source, self.num_pictures = self._open()
+        self._place = 0  # rows that all ranks have taken
+        self._rows = self.source.rows(0)
+
+    def _open(self) -> tuple[PictureSource, int | None]:
+        """The pictures, and how many there are where they are cached."""
+        most = self.config.max_cached_pictures
+        keys, pixels, complete = decode_all(self.config.train, self.image_size, self.config.limits, most)
+        if complete:
+            return CachedPictures(keys, pixels, self.seed), len(keys)
+        return StreamedPictures(self.config, self.counter, self.seed), None
+
+    def __iter__(self) -> Iterator[PictureBatch]:
+        return self
+
+    def __next__(self) -> PictureBatch:
+        rows = list(islice(self._rows, self.micro_batch_size * self.world_size))
+        self._place += len(rows)
+        start = self.rank * self.micro_batch_size
+        return self._build(rows[start : start + self.micro_batch_size])
+
+    def _build(self, rows: Sequence[Row]) -> PictureBatch:
+        keys: list[str] = []
+        pixels: list[Tensor] = []
+        draws: list[np.ndarray] = []
+        for row in rows:
+            picture = row.picture
+            if isinstance(picture, PictureFile):
+                picture = decode(picture, self.image_size, self.counter, self.config.limits)
+            if picture is not None:
+                keys.append(row.key)
+                pixels.append(picture)
+                draws.append(draw_changes(self.seed, row.epoch, row.number, 1))  # 1: apart from the epoch's order
+        if not keys:
+            raise ValueError(f"data: all pictures of a batch are bad, the first is {rows[0].key}")
+        return PictureBatch(torch.stack(pixels), torch.from_numpy(np.stack(draws)).view(-1, NUM_DRAWS), keys)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data, from which another loader goes on with exactly the batch that is next here."""
+        state = {"seed": self.seed, "num_pictures": self.num_pictures, "rows_per_step": self.rows_per_step}
+        return {**state, "place": self._place}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was taken.
+
+        Raises:
+            ValueError: where seed, data or the pictures of a step are others.
+        """
+        for key, own in self.state_dict().items():
+            if key != "place" and state[key] != own:
+                raise ValueError(
+                    f"data {', '.join(map(str, self.config.train))}: {key} is {own}, but the checkpoint was written "
+                    f"with {state[key]}; resume with the same data and settings, or start a new run folder"
+                )
+        self._place = int(state["place"])
+        self._rows = self.source.rows(self._place)

@@ -1,0 +1,276 @@
+"""Shards of texts and pictures to token shards, one for one, so that training never runs a tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mixmodal.data.augment import AugmentConfig, augment, draw_changes
+from mixmodal.data.shards import PictureFile, Sample, find_shards, read_samples, write_atomically
+from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
+from mixmodal.data.token_shards import (
+    MANIFEST_NAME,
+    TokenShards,
+    build_manifest,
+    is_token_shard,
+    write_manifest,
+    write_token_shard,
+)
+from mixmodal.document import Document, FormatName, Image, Part, SequenceFormat, Text, build_format
+from mixmodal.tokenization.preprocessing import PictureError, resize_and_crop, to_tensor
+from mixmodal.tokenization.text import TextTokenizer
+from mixmodal.vocabulary import Vocabulary, VocabularyConfig
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[int, int], None]
+"""Called with the numbers of finished and of all units of work."""
+
+
+class ImageEncoder(Protocol):
+    """What is asked of an image tokenizer here."""
+
+    @property
+    def grid(self) -> tuple[int, int]: ...
+
+    @property
+    def codebook_size(self) -> int: ...
+
+    def encode(self, images: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretokenizeConfig:
+    """Which shards become token shards, and with what.
+
+    Args:
+        shards: folders of shards, or single shards.
+        out: folder of the token shards.
+        text_tokenizer: a model file of `mixmodal train-text-tokenizer`.
+        image_tokenizer: a folder of `mixmodal train-image-tokenizer`.
+        sequence_format: how documents are spelled.
+        num_sentinels: mask tokens of the vocabulary.
+        num_variants: documents a sample gives; the first has its pictures as they are, the others changed ones.
+        augment: how the further variants are changed.
+        batch_size: pictures that are encoded at once.
+        device: where the image tokenizer runs: `cpu`, `cuda`, ...
+        limits: what a sample may be, and the share of bad ones that fails the job.
+        seed: of the changes.
+    """
+
+    shards: tuple[Path, ...]
+    out: Path
+    text_tokenizer: Path
+    image_tokenizer: Path
+    sequence_format: FormatName = "cm3leon"
+    num_sentinels: int = 512
+    num_variants: int = 1
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    batch_size: int = 64
+    device: str = "cpu"
+    limits: SampleLimits = field(default_factory=SampleLimits)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("num_variants", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        changes = self.augment.flip_share or self.augment.move_share or self.augment.hue_share
+        if self.num_variants > 1 and not changes:
+            raise ValueError(f"num_variants is {self.num_variants}, but augment changes nothing; set one of its shares")
+        if self.num_variants == 1 and changes:
+            raise ValueError("augment is set, but num_variants is 1 and the first variant is never changed; raise it")
+
+
+def pretokenize(config: PretokenizeConfig, progress: Progress | None = None) -> TokenShards:
+    """Writes a token shard for each shard. Run again after a break, it goes on with the shard that was not finished.
+
+    Raises:
+        ValueError: where a tokenizer or the shards are missing, or `out` holds token shards of other settings.
+        TooManySkipped: above the allowed share of bad samples; the token shards written so far are kept.
+    """
+    from mixmodal.tokenization.image import ImageTokenizer
+
+    text_tokenizer = TextTokenizer.load(config.text_tokenizer)
+    image_tokenizer = ImageTokenizer.load(config.image_tokenizer).to(config.device)
+    sha256 = ImageTokenizer.sha256(config.image_tokenizer)
+    size = image_tokenizer.config.image_size
+    return Pretokenizer(config, text_tokenizer, image_tokenizer, size, sha256).write(progress)
+
+
+class Pretokenizer:
+    """Spells samples with loaded tokenizers.
+
+    Args:
+        config: the job; its tokenizer paths are not read.
+        text_tokenizer: for texts.
+        image_tokenizer: for pictures, on `config.device`.
+        image_size: side of its pictures, pixels.
+        image_tokenizer_sha256: names it in the manifest.
+    """
+
+    def __init__(
+        self,
+        config: PretokenizeConfig,
+        text_tokenizer: TextTokenizer,
+        image_tokenizer: ImageEncoder,
+        image_size: int,
+        image_tokenizer_sha256: str,
+    ) -> None:
+        self.config, self.image_tokenizer, self.image_size = config, image_tokenizer, image_size
+        sizes = {Image.modality: image_tokenizer.codebook_size}
+        vocabulary = Vocabulary(
+            VocabularyConfig(
+                codebook_sizes=sizes, num_text_pieces=text_tokenizer.num_pieces, num_sentinels=config.num_sentinels
+            )
+        )
+        grids = {Image.modality: image_tokenizer.grid}
+        self.spelling: SequenceFormat = build_format(config.sequence_format, vocabulary, grids, text_tokenizer)
+        self.tokenizers = {
+            "text_tokenizer_sha256": text_tokenizer.sha256,
+            "image_tokenizer_sha256": image_tokenizer_sha256,
+        }
+        self.settings: dict[str, Any] = {
+            **self.tokenizers,
+            "vocabulary_digest": vocabulary.digest,
+            "sequence_format": config.sequence_format,
+            "num_variants": config.num_variants,
+            "augment": asdict(config.augment),
+            "max_pixels": config.limits.max_pixels,
+            "max_caption_words": config.limits.max_caption_words,
+            "seed": config.seed,
+        }
+
+    def write(self, progress: Progress | None = None) -> TokenShards:
+        """All shards and then the manifest."""
+        sources = find_shards(self.config.shards)
+        out = self.config.out
+        out.mkdir(parents=True, exist_ok=True)
+        counter = SkipCounter(self.config.limits.max_skipped_share)
+        records: list[dict[str, Any]] = []
+        for number, source in enumerate(sources):
+            digest = hashlib.sha256(source.read_bytes()).hexdigest()
+            record = self._finished(out / f"shard_{number:05d}.json", digest)
+            if record is None:
+                (out / MANIFEST_NAME).unlink(missing_ok=True)
+                record = self._write_shard(number, source, digest)
+            records.append(record)
+            counter.merge(record["samples"])
+            if progress:
+                progress(number + 1, len(sources))
+        counter.finish()
+        counts: Counter[str] = Counter()
+        for record in records:
+            counts.update(record["counts"])
+        write_manifest(
+            out,
+            build_manifest(
+                self.spelling,
+                [record["entry"] for record in records],
+                counts={**counts, "skipped": dict(counter.skipped), "altered": dict(counter.altered)},
+                num_variants=self.config.num_variants,
+                **self.tokenizers,
+            ),
+        )
+        logger.info("%s: %d documents, %d tokens", out, counts["documents"], counts["tokens"])
+        return TokenShards(out)
+
+    def _finished(self, path: Path, source_sha256: str) -> dict[str, Any] | None:
+        """The record of a shard that an earlier call finished.
+
+        Raises:
+            ValueError: where it was written with other settings.
+        """
+        if not path.is_file():
+            return None
+        record = json.loads(path.read_bytes())
+        for key, value in self.settings.items():
+            if record["settings"].get(key) != value:
+                raise ValueError(
+                    f"{path}: {key} is {record['settings'].get(key)}, not {value}: the folder holds token shards of "
+                    f"other settings; remove it or choose another one"
+                )
+        is_whole = record["source_sha256"] == source_sha256 and is_token_shard(path.parent, record["entry"])
+        return record if is_whole else None
+
+    def _write_shard(self, number: int, source: Path, source_sha256: str) -> dict[str, Any]:
+        """The record, written behind the shard's files: what is finished has one."""
+        name, counter = f"shard_{number:05d}", SkipCounter(max_share=1.0)
+        documents: list[np.ndarray] = []
+        keys: list[str] = []
+        for key, ids in self._documents(number, source, counter):
+            documents.append(ids)
+            keys.append(key)
+        vocabulary = self.spelling.vocabulary
+        entry = write_token_shard(self.config.out, name, documents, keys, vocabulary.size)
+        counts = {"documents": len(documents), "tokens": entry["tokens"]}
+        for modality in vocabulary.modalities:
+            counts[f"{modality}_tokens"] = sum(int(vocabulary.contains(modality, ids).sum()) for ids in documents)
+        record = {
+            "entry": entry,
+            "source": str(source),
+            "source_sha256": source_sha256,
+            "settings": self.settings,
+            "counts": counts,
+            "samples": counter.to_dict(),
+        }
+        write_atomically(self.config.out / f"{name}.json", json.dumps(record, indent=1).encode())
+        return record
+
+    def _documents(self, shard: int, source: Path, counter: SkipCounter) -> Iterator[tuple[str, np.ndarray]]:
+        """Keys and ids of the documents of one shard; all variants of a sample, or none."""
+        batch: list[tuple[int, Sample, list[Tensor]]] = []
+        waiting = 0
+        for number, sample in enumerate(read_samples(source, counter, self.config.limits)):
+            try:
+                images = [self._image(part) for part in sample.pictures]
+            except PictureError as error:
+                counter.skip(SampleError("broken picture", str(error)))
+                continue
+            counter.use()
+            batch.append((number, sample, images))
+            waiting += len(images)
+            if waiting >= self.config.batch_size:
+                yield from self._spell(shard, batch)
+                batch, waiting = [], 0
+        yield from self._spell(shard, batch)
+
+    def _image(self, picture: PictureFile) -> Tensor:
+        return to_tensor(resize_and_crop(picture.open(self.config.limits.max_pixels), self.image_size))
+
+    def _spell(self, shard: int, batch: Sequence[tuple[int, Sample, list[Tensor]]]) -> Iterator[tuple[str, np.ndarray]]:
+        variants = range(self.config.num_variants)
+        codes = [iter(self._encode(shard, batch, variant)) for variant in variants]
+        for _, sample, _ in batch:
+            for variant in variants:
+                parts: list[Part] = [
+                    Text(part) if isinstance(part, str) else Image(next(codes[variant])) for part in sample.parts
+                ]
+                yield f"{sample.key}#{variant}", self.spelling.spell(Document(parts))
+
+    def _encode(self, shard: int, batch: Sequence[tuple[int, Sample, list[Tensor]]], variant: int) -> list[np.ndarray]:
+        """Codes `(h, w)` of all pictures of a batch in one variant, in order."""
+        images = [image for _, _, images in batch for image in images]
+        draws = [
+            draw_changes(self.config.seed, shard, number, variant, place)
+            for number, _, images in batch
+            for place in range(len(images))
+        ]
+        codes: list[np.ndarray] = []
+        for start in range(0, len(images), self.config.batch_size):
+            stack = torch.stack(images[start : start + self.config.batch_size])
+            if variant:
+                changes = torch.from_numpy(np.stack(draws[start : start + self.config.batch_size]))
+                stack = augment(stack, changes, self.config.augment)
+            with torch.inference_mode():
+                codes += list(self.image_tokenizer.encode(stack.to(self.config.device)).cpu().numpy())
+        return codes

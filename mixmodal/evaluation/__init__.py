@@ -1,0 +1,1 @@
+"""Measures of trained models on held-out data."""

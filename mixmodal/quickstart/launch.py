@@ -1,0 +1,96 @@
+"""Commands as processes of their own, whose output goes where ours goes, and which stop when we are stopped."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mixmodal.quickstart.environment import num_cores
+
+STOP_SECONDS = 60
+"""How long a stopped process may take to save."""
+
+
+def launch(command: Sequence[str], num_processes: int = 1) -> None:
+    """Runs a command to its end.
+
+    Raises:
+        ValueError: where it fails; what it has said stands above.
+    """
+    child = subprocess.Popen(command, env=build_environment(num_processes))
+    before = signal.getsignal(signal.SIGTERM)
+    in_main = threading.current_thread() is threading.main_thread()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+        raise KeyboardInterrupt
+
+    if in_main:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        code = child.wait()
+    except KeyboardInterrupt:
+        end(child)
+        raise
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
+    if code:
+        raise ValueError(f"this command failed with exit code {code}, see above: {' '.join(map(str, command))}")
+
+
+def end(child: subprocess.Popen[Any]) -> None:
+    """Waits for a process that was told to stop, and insists when it takes too long."""
+    for insist in (child.terminate, child.kill):
+        try:
+            child.wait(STOP_SECONDS)
+            return
+        except subprocess.TimeoutExpired:
+            insist()
+    child.wait()
+
+
+def build_environment(num_processes: int) -> dict[str, str]:
+    """Ours, with the cores shared among the processes and deepspeed told when there is no accelerator."""
+    import torch
+
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if not torch.cuda.is_available():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
+    return environment
+
+
+def mixmodal_command(*arguments: str) -> list[str]:
+    """A subcommand of the console command, in this Python."""
+    return [sys.executable, "-m", "mixmodal.cli", *arguments]
+
+
+def deepspeed_command(num_processes: int, *arguments: str) -> list[str]:
+    """A subcommand through the deepspeed launcher that is installed beside this Python.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    beside = Path(sys.executable).with_name("deepspeed")
+    found = str(beside) if beside.exists() else shutil.which("deepspeed")
+    if not found:
+        raise ValueError("the deepspeed launcher is missing; install it with: pip install 'mixmodal[train]' (Linux)")
+    options = ["--num_gpus", str(num_processes), "--master_port", str(free_port()), "--module", "mixmodal.cli"]
+    return [sys.executable, found, *options, *arguments]
+
+
+def free_port() -> int:
+    """A port that nobody listens on, so that two runs on one machine do not meet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

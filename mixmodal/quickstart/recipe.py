@@ -1,0 +1,133 @@
+"""The recipe: one YAML file a stage, completed with the paths of a run and kept in its `configs/` folder."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from mixmodal.config import load_config
+
+
+class Entry(NamedTuple):
+    """The config type of one file, the command that reads it, and its keys that are paths within the run."""
+
+    module: str
+    config: str
+    command: str
+    paths: Mapping[str, str | list[str]]
+
+
+TOKENIZERS = {"text_tokenizer": "text_tokenizer/text_tokenizer.model", "image_tokenizer": "image_tokenizer/export"}
+ENTRIES = {
+    "corpus": Entry("mixmodal.quickstart.corpus", "CorpusConfig", "", {"out": "data"}),
+    "text_tokenizer": Entry(
+        "mixmodal.training.text_tokenizer",
+        "TextTokenizerTrainingConfig",
+        "train-text-tokenizer",
+        {"shards": ["data/train"], "out": TOKENIZERS["text_tokenizer"]},
+    ),
+    "image_tokenizer": Entry(
+        "mixmodal.training.image_tokenizer",
+        "ImageTokenizerTrainingConfig",
+        "train-image-tokenizer",
+        {"data.train": ["data/train"], "data.held_out": ["data/heldout"], "trainer.run_dir": "image_tokenizer"},
+    ),
+    "tokens": Entry(
+        "mixmodal.data.pretokenize",
+        "PretokenizeConfig",
+        "",
+        {"shards": ["data/train"], "out": "tokens/train", **TOKENIZERS},
+    ),
+    "pretrain": Entry(
+        "mixmodal.training.pretrain",
+        "PretrainConfig",
+        "pretrain",
+        {
+            "data.tokens": "tokens/train",
+            "data.held_out_tokens": "tokens/heldout",
+            "trainer.run_dir": "pretrain",
+            "trainer.deepspeed": "configs/deepspeed.json",
+            **TOKENIZERS,
+        },
+    ),
+    "samples": Entry("mixmodal.quickstart.samples", "SamplesConfig", "", {}),
+    "classes": Entry("mixmodal.quickstart.classes", "ClassesConfig", "", {}),
+}
+DEEPSPEED = "deepspeed.json"
+
+
+class Recipe(NamedTuple):
+    """What a run is made by.
+
+    Args:
+        settings: by file, what the recipe says, without the paths of the run.
+        configs: by file, the config with them.
+    """
+
+    settings: dict[str, Any]
+    configs: dict[str, Any]
+
+
+def load_recipe(run: Path, folder: Path | None = None) -> Recipe:
+    """Writes `run/configs/*.yaml` and loads them; nothing is trained before all of them are right.
+
+    Args:
+        run: folder of the run.
+        folder: holds files that take the place of those of the package, as `pretrain.yaml`.
+
+    Raises:
+        ValueError: for a file that is not part of the recipe, or a key that its config type does not have.
+    """
+    own = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())} if folder else {}
+    names = {f"{name}.yaml" for name in ENTRIES} | {DEEPSPEED}
+    if unknown := sorted(set(own) - names):
+        raise ValueError(f"{folder}: {unknown[0]} is not part of the recipe; its files are {', '.join(sorted(names))}")
+    texts = {name: own[name] if name in own else read_packaged(name) for name in sorted(names)}
+    configs = run / "configs"
+    configs.mkdir(parents=True, exist_ok=True)
+    (configs / DEEPSPEED).write_text(texts[DEEPSPEED], encoding="utf-8")
+    settings: dict[str, Any] = {DEEPSPEED: texts[DEEPSPEED]}
+    loaded: dict[str, Any] = {}
+    for name, entry in ENTRIES.items():
+        settings[name] = yaml.safe_load(texts[f"{name}.yaml"]) or {}
+        path = write_config(run, name, entry, settings[name])
+        loaded[name] = load_config(getattr(importlib.import_module(entry.module), entry.config), path)
+    return Recipe(settings, loaded)
+
+
+def read_packaged(name: str) -> str:
+    return resources.files("mixmodal.quickstart").joinpath("recipe", name).read_text(encoding="utf-8")
+
+
+def write_config(run: Path, name: str, entry: Entry, settings: Mapping[str, Any]) -> Path:
+    """The settings with the paths of the run as `run/configs/NAME.yaml`, headed by the command that reads it."""
+    resolved = yaml.safe_load(yaml.safe_dump(dict(settings)))
+    for key, value in entry.paths.items():
+        *parents, last = key.split(".")
+        place = resolved
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = [str(run / part) for part in value] if isinstance(value, list) else str(run / value)
+    path = config_path(run, name)
+    head = f"# {command_of(run, name)}\n" if entry.command else ""
+    path.write_text(head + yaml.safe_dump(resolved, sort_keys=False, width=110), encoding="utf-8")
+    return path
+
+
+def config_path(run: Path, name: str) -> Path:
+    return run / "configs" / f"{name}.yaml"
+
+
+def command_of(run: Path, name: str) -> str:
+    """What a person types to do the stage of this file again; empty where only the quickstart does it."""
+    entry = ENTRIES[name]
+    if not entry.command:
+        return ""
+    arguments = f"{entry.command} --config {config_path(run, name)}"
+    launched = f"deepspeed --num_gpus 1 --module mixmodal.cli {arguments}"
+    return launched if entry.command == "pretrain" else f"mixmodal {arguments}"

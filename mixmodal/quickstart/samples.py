@@ -1,0 +1,190 @@
+"""Samples of the trained model: pictures from captions, captions from pictures, and one document of both."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL.Image import Image
+from rich.progress import track
+
+from mixmodal.pipeline import MixedModal
+from mixmodal.quickstart.demo import Demo, choose, save_picture
+from mixmodal.quickstart.scoring import DISTANCE, named_concept, nearest_pictures
+from mixmodal.sampling.guidance import TokenSampling
+from mixmodal.tokenization.preprocessing import to_pictures, to_tensor
+
+REFERENCES = {"original": "", "redrawn": ", to each demo picture as the image tokenizer redraws it"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesConfig:
+    """What is sampled and how.
+
+    Args:
+        prompts_per_split: pairs drawn from each split, training and held-out, for both directions.
+        image: how codes are drawn.
+        text: how text is drawn.
+        guidance_scale: of codes towards the caption; 1 is none.
+        max_caption_tokens: tokens after which a caption is cut.
+        batch_size: samples drawn at a time.
+        compare_with: what generated pictures are compared with: all demo pictures themselves (`original`), or as the
+            image tokenizer redraws them (`redrawn`), with the blur that a generated picture has, too.
+        mixed_prompt: caption that begins the mixed document; none takes the first held-out one.
+        mixed_outputs: what follows it, in this order.
+        seed: of the pairs and the samples.
+    """
+
+    prompts_per_split: int = 64
+    image: TokenSampling = field(default_factory=TokenSampling)
+    text: TokenSampling = field(default_factory=lambda: TokenSampling(temperature=0.0))
+    guidance_scale: float = 1.0
+    max_caption_tokens: int = 32
+    batch_size: int = 32
+    compare_with: Literal["original", "redrawn"] = "original"
+    mixed_prompt: str | None = None
+    mixed_outputs: tuple[str, ...] = ("image", "text", "image")
+    seed: int = 0
+
+
+def sample_demo(run: Path, model: MixedModal, demo: Demo, config: SamplesConfig) -> dict[str, Any]:
+    """Samples for pairs of both splits, each beside what it should show.
+
+    Returns:
+        Plain data for the report; pictures are saved under `run/samples` and named relative to `run`.
+    """
+    splits = [demo.indices(heldout) for heldout in (True, False)]
+    chosen = [index for indices in splits for index in choose(indices, config.prompts_per_split, config.seed)]
+    started = time.perf_counter()
+    prompts = [demo.labels[index].caption for index in chosen]
+    pictures = generate(model, prompts, "image", config, "text to image")
+    seconds = time.perf_counter() - started
+    return {
+        "distance": DISTANCE + REFERENCES[config.compare_with],
+        "text_to_image": judge_pictures(run, model, demo, chosen, pictures, config),
+        "image_to_text": write_captions(run, model, demo, chosen, config),
+        "mixed": write_mixed(run, model, config.mixed_prompt or prompts[0], config),
+        "tokens_per_second": len(chosen) * model.format.blocks["image"].length / seconds,
+    }
+
+
+def generate(
+    model: MixedModal, prompts: Sequence[str | list[Any]], output: str, config: SamplesConfig, name: str
+) -> list[Any]:
+    """One sample for each prompt, in batches with a progress bar."""
+    starts = range(0, len(prompts), config.batch_size)
+    samples: list[Any] = []
+    for start in track(starts, name):
+        found = model.generate_batch(
+            prompts[start : start + config.batch_size],
+            output,
+            seed=config.seed,
+            guidance_scale=config.guidance_scale if output == "image" else 1.0,
+            temperature={"image": config.image.temperature, "text": config.text.temperature},
+            top_k={"image": config.image.top_k, "text": config.text.top_k},
+            top_p={"image": config.image.top_p, "text": config.text.top_p},
+            max_new_tokens=config.max_caption_tokens if output == "text" else None,
+        )
+        samples += [one[0] for one in found]
+    return samples
+
+
+def judge_pictures(
+    run: Path, model: MixedModal, demo: Demo, chosen: Sequence[int], pictures: Sequence[Image], config: SamplesConfig
+) -> list[dict[str, Any]]:
+    """Generated pictures with the demo picture nearest to each, and whether that is of the right concept and style."""
+    others = demo.images if config.compare_with == "original" else redraw(model, demo.images)
+    nearest = nearest_pictures(torch.stack([to_tensor(picture) for picture in pictures]), others)
+    items = []
+    for number, (index, picture) in enumerate(zip(chosen, pictures, strict=True)):
+        label, place = demo.labels[index], int(nearest.indices[number])
+        near = demo.labels[place]
+        items.append(
+            {
+                "prompt": label.caption,
+                "label": label._asdict(),
+                "image": save_picture(picture, run, f"samples/generated/{number:03d}.png"),
+                "nearest": {
+                    "label": near._asdict(),
+                    "image": save_demo(run, demo, place),
+                    "distance": float(nearest.distances[number]),
+                },
+                "concept_right": near.concept == label.concept,
+                "style_right": near.style == label.style,
+            }
+        )
+    return items
+
+
+def redraw(model: MixedModal, images: torch.Tensor) -> torch.Tensor:
+    """Images through the image tokenizer and back, `(N, 3, H, W)`."""
+    tokenizer = model.codec.image_tokenizer
+    parts = [tokenizer.decode(tokenizer.encode(part.to(model.codec.device))).cpu() for part in images.split(256)]
+    return torch.cat(parts)
+
+
+def write_captions(
+    run: Path, model: MixedModal, demo: Demo, chosen: Sequence[int], config: SamplesConfig
+) -> list[dict[str, Any]]:
+    """A caption for each picture, and whether it names the concept and the style."""
+    prompts = [[picture] for picture in to_pictures(demo.images[list(chosen)])]
+    captions = generate(model, prompts, "text", config, "image to text")
+    concepts = sorted({label.concept for label in demo.labels})
+    styles = sorted({label.style for label in demo.labels})
+    items = []
+    for index, caption in zip(chosen, captions, strict=True):
+        label = demo.labels[index]
+        items.append(
+            {
+                "label": label._asdict(),
+                "image": save_demo(run, demo, index),
+                "caption": caption,
+                "concept_right": named_concept(caption, concepts) == label.concept,
+                "style_right": named_concept(rest_of(caption, concepts), styles) == label.style,
+            }
+        )
+    return items
+
+
+def rest_of(caption: str, concepts: Sequence[str]) -> str:
+    """The caption without the concept that it names, so that the word for a style is not sought in a name."""
+    concept = named_concept(caption, concepts)
+    start = caption.casefold().find(concept.casefold()) if concept else -1
+    return caption if concept is None or start < 0 else caption[:start] + caption[start + len(concept) :]
+
+
+def write_mixed(run: Path, model: MixedModal, prompt: str, config: SamplesConfig) -> dict[str, Any]:
+    """One document that begins with `prompt` and goes on with `mixed_outputs`, each part given all before it."""
+    document: list[Any] = [prompt]
+    parts: list[dict[str, str]] = []
+    for number, output in enumerate(config.mixed_outputs):
+        (part,) = generate(model, [document], output, config, f"mixed document: {output}")
+        if isinstance(part, str) and not part:
+            break
+        document.append(part)
+        shown = part if isinstance(part, str) else save_picture(part, run, f"samples/mixed/{number}.png")
+        parts.append({output: shown})
+    return {"prompt": prompt, "parts": parts}
+
+
+def save_demo(run: Path, demo: Demo, index: int) -> str:
+    """The demo picture as a file of the samples."""
+    (picture,) = to_pictures(demo.images[index : index + 1])
+    return save_picture(picture, run, f"samples/demo/{index:05d}.png")
+
+
+def summarise_samples(results: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The rates of `summary.json`: `text_to_image` and `image_to_text`, by split."""
+    rates: dict[str, dict[str, float]] = {}
+    for direction in ("text_to_image", "image_to_text"):
+        rates[direction] = {}
+        for heldout, split in ((False, "trained"), (True, "heldout")):
+            items = [item for item in results[direction] if item["label"]["heldout"] == heldout]
+            for name in ("concept", "style"):
+                share = sum(item[f"{name}_right"] for item in items) / max(1, len(items))
+                rates[direction][f"{name}_accuracy_{split}"] = share
+    return rates

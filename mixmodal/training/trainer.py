@@ -1,0 +1,337 @@
+"""The training loop. It knows steps, not modalities: what is trained is a `Task`."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mixmodal.config import save_config
+from mixmodal.training import checkpoint
+from mixmodal.training.config import TrainerConfig
+from mixmodal.training.ema import AveragedWeights
+from mixmodal.training.engine import Engine, Place, deepspeed_config, init_distributed
+from mixmodal.training.interrupt import StopSignal
+from mixmodal.training.metrics import MetricsLog, MetricSums, Record
+from mixmodal.training.optimizer import OptimizerConfig, build_optimizer, lr_at, set_lr
+from mixmodal.training.randomness import random_state, set_random_state, set_seeds
+from mixmodal.training.task import Batch, Task, to_device
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient norm is not a number; the weights are as before the step."""
+
+
+class FitResult(NamedTuple):
+    """How training ended.
+
+    Args:
+        steps: optimizer steps done, those of earlier runs included.
+        finished: False where a signal stopped it; the same call then goes on.
+        metrics: of the last evaluation.
+    """
+
+    steps: int
+    finished: bool
+    metrics: dict[str, float | None]
+
+
+class Trainer:
+    """Trains a task: `Trainer(config, optimizer).fit(task)`.
+
+    Args:
+        config: how long, how much, where.
+        optimizer: AdamW and its schedule.
+        resolved: the whole config of the command, written to config.yaml; the two above where it is None.
+    """
+
+    def __init__(self, config: TrainerConfig, optimizer: OptimizerConfig, resolved: Any = None) -> None:
+        self.config = config
+        self.optimizer_config = optimizer
+        self.resolved = {"trainer": config, "optimizer": optimizer} if resolved is None else resolved
+
+    def fit(self, task: Task) -> FitResult:
+        """Trains to `max_steps`, evaluates, saves and exports; or, on SIGTERM or SIGINT, saves and returns.
+
+        Raises:
+            NonFiniteError: before the step that would have spoilt the weights.
+            CheckpointError: where a checkpoint can not be written or read.
+            ValueError: where the run folder or the DeepSpeed file does not fit the config.
+        """
+        settings = deepspeed_config(
+            micro_batch_size=self.config.micro_batch_size,
+            grad_accum_steps=self.config.grad_accum_steps,
+            max_grad_norm=self.config.max_grad_norm,
+            precision=self.config.precision,
+            zero_file=self.config.deepspeed,
+        )
+        if self.config.ema_decay and settings["zero_optimization"].get("stage") == 3:
+            raise ValueError("trainer.ema_decay needs whole weights, which ZeRO stage 3 does not keep: set it to 0")
+        start = self._find_start()
+        place = init_distributed()
+        run = Run(self, task, settings, place)
+        try:
+            run.restore(start)
+            if place.rank == 0:
+                save_config(self.resolved, self.config.run_dir / "config.yaml")
+            return run.train()
+        finally:
+            run.engine.close()
+
+    def _find_start(self) -> Path | None:
+        start = checkpoint.latest_checkpoint(self.config.run_dir / "checkpoints")
+        if start and not self.config.resume:
+            raise ValueError(
+                f"trainer.run_dir {self.config.run_dir} holds {start.name}; set trainer.resume or choose another folder"
+            )
+        return start
+
+
+class Run:
+    """One call of `fit`: the engine, the data, and how far they are."""
+
+    def __init__(self, trainer: Trainer, task: Task, settings: Mapping[str, Any], place: Place) -> None:
+        self.config, self.optimizer_config = trainer.config, trainer.optimizer_config
+        self.task = task
+        self.place = place
+        set_seeds(self.config.seed)
+        model = task.build_model()
+        self.ema = AveragedWeights(model, self.config.ema_decay) if self.config.ema_decay else None
+        self.engine = Engine(model, build_optimizer(model, self.optimizer_config), settings, place)
+        if self.ema:
+            self.ema.to(place.device)
+        set_seeds(self.config.seed, place.rank + 1)
+        self.loader = task.build_loader(
+            self.config.micro_batch_size, self.config.grad_accum_steps, place.rank, place.world_size
+        )
+        self.rank_state: dict[str, Any] = {}
+        self.step = 0
+        self.saved_step = -1
+        self.seconds = 0.0
+        self.last_eval: dict[str, float | None] = {}
+        self.sums = MetricSums()
+
+    # from start to end
+
+    def train(self) -> FitResult:
+        config = self.config
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        log = MetricsLog(
+            config.run_dir,
+            first_step=self.step,
+            max_steps=config.max_steps,
+            tensorboard=config.tensorboard,
+            active=self.place.rank == 0,
+        )
+        with log, StopSignal() as stop:
+            if self.step:
+                log.say(f"going on from step {self.step} of {config.max_steps}")
+            finished = self._steps(log, stop)
+            if finished:
+                self._evaluate(log)
+                self._export()
+            return FitResult(self.step, finished, self.last_eval)
+
+    def _steps(self, log: MetricsLog, stop: StopSignal) -> bool:
+        config = self.config
+        clock, tokens, batches = time.perf_counter(), 0, self._next_batches()
+        while self.step < config.max_steps:
+            lr = lr_at(self.step, self.optimizer_config, config.max_steps)
+            set_lr(self.engine.optimizer, lr)
+            tokens += sum(self.task.batch_tokens(batch) for batch in batches)
+            norm, stopping, batches = self._optimize(batches, stop)
+            log.advance(self.step)
+            due = stopping or self.step == config.max_steps
+            if due or self.step % config.log_every == 0:
+                seconds = time.perf_counter() - clock
+                self._log(log, norm, lr, tokens, seconds)
+                clock, tokens = time.perf_counter(), 0
+            if self._is_due(config.eval_every) and not due:
+                self._evaluate(log)
+            if due or self._is_due(config.save_every):
+                self._save()
+            if stopping and self.step < config.max_steps:
+                name = stop.name or "a signal to another rank"
+                log.say(f"stopped by {name} at step {self.step}; the same command goes on from here")
+                return False
+            if self._is_due(config.eval_every) or self._is_due(config.save_every):
+                clock = time.perf_counter()
+        return True
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
+
+    # one step
+
+    def _next_batches(self) -> list[Batch]:
+        """Micro-batches of the next step, none after the last; what is saved is the state before them."""
+        self.rank_state = {"loader": self.loader.state_dict(), "random": random_state()}
+        goes_on = self.step < self.config.max_steps
+        return [next(self.loader) for _ in range(self.config.grad_accum_steps if goes_on else 0)]
+
+    def _optimize(self, batches: list[Batch], stop: StopSignal) -> tuple[float, bool, list[Batch]]:
+        """One optimizer step: gradient norm, whether to stop, and the batches of the next step.
+
+        The gradient is that of the sum of losses over the weight of all micro-batches of all ranks. The next batches
+        are made while the device works; its one wait is where loss and norm are checked, before the weights change.
+        """
+        weight = self._global_weight(batches, stop)
+        self.engine.model.train()
+        objectives = []
+        for batch in batches:
+            losses = self.task.losses(self.engine.model, to_device(batch, self.place.device), self.step)
+            self.sums.add(losses.metrics)
+            objectives.append(losses.objective.detach())
+            self.engine.backward(losses.objective / weight[0])
+            if len(objectives) < len(batches):
+                self.engine.end_micro_batch()
+        norm = self.engine.clip_gradients(self.config.max_grad_norm)
+        self.step += 1
+        following = self._next_batches()
+        value, norm_value, total_weight, stopping = self._read(objectives, norm, weight)
+        check = _Check(self, batches, objectives)
+        check(total_weight > 0, "weight of the loss is 0: no token of the step counts")
+        check(np.isfinite(value), f"loss is {value}")
+        check(np.isfinite(norm_value), f"gradient norm is {norm_value}")
+        self.engine.end_micro_batch()
+        if norm is None:
+            norm_value = self.engine.step_norm()
+            check(np.isfinite(norm_value), f"gradient norm is {norm_value}")
+        if self.ema:
+            self.ema.update(self.engine.module)
+        return norm_value, bool(stopping), following
+
+    def _global_weight(self, batches: list[Batch], stop: StopSignal) -> Tensor:
+        """`[weight of the step, whether any rank was told to stop]`, float64 on the device."""
+        local = [float(sum(self.task.batch_weight(batch) for batch in batches)), float(stop.name is not None)]
+        sums = torch.tensor(local, dtype=torch.float64).to(self.place.device, non_blocking=True)
+        if self.place.world_size > 1:
+            dist.all_reduce(sums)
+        return sums
+
+    def _read(self, objectives: list[Tensor], norm: Tensor | None, weight: Tensor) -> list[float]:
+        """Loss, gradient norm (0 where it is not known yet), weight and stop sign: one wait for the device."""
+        objective = torch.stack(objectives).sum().double()
+        if self.place.world_size > 1:
+            dist.all_reduce(objective)
+        norm = torch.zeros_like(objective) if norm is None else norm.double()
+        return torch.stack([objective / weight[0], norm, weight[0], weight[1]]).tolist()
+
+    # metrics
+
+    def _log(self, log: MetricsLog, norm: float, lr: float, tokens: int, seconds: float) -> None:
+        self.seconds += seconds
+        rate = tokens / seconds if tokens else None  # of this rank
+        flops, peak = self.task.flops_per_token(), self.config.peak_flops
+        record: Record = {"step": self.step, "wall_time_s": round(self.seconds, 3), **self.sums.means()}
+        record["tokens_per_second"] = rate * self.place.world_size if rate else None
+        record["mfu"] = rate * flops / peak if rate and flops and peak else None
+        log.write({**record, "grad_norm": norm, "lr": lr})
+
+    def _evaluate(self, log: MetricsLog) -> None:
+        with self._evaluated_weights() as model:
+            self.last_eval = self.task.evaluate(model)
+        if self.last_eval:
+            log.write({"step": self.step, **{f"eval_{name}": value for name, value in self.last_eval.items()}})
+
+    def _export(self) -> None:
+        with self._evaluated_weights() as model, self.engine.whole_weights():
+            if self.place.rank == 0:
+                self.task.export(model, self.config.run_dir / "export")
+        if self.place.world_size > 1:
+            dist.barrier()
+
+    @contextlib.contextmanager
+    def _evaluated_weights(self) -> Iterator[nn.Module]:
+        """The plain model in evaluation mode, with averaged weights where they are kept."""
+        model = self.engine.module
+        autocast = torch.autocast(
+            self.place.device.type, torch.bfloat16, enabled=self.config.precision == "autocast_bfloat16"
+        )
+        averaged = self.ema.applied(model) if self.ema else contextlib.nullcontext()
+        before = random_state()
+        model.eval()
+        with torch.no_grad(), autocast, averaged:
+            yield model
+        model.train()
+        set_random_state(before)  # so that training does not depend on when it is evaluated
+
+    # checkpoints
+
+    def _save(self) -> None:
+        if self.saved_step == self.step:
+            return
+        state = {"step": self.step, "seconds": self.seconds, **self._must_match()}
+        checkpoint.save_checkpoint(
+            self.config.run_dir / "checkpoints",
+            state,
+            self.engine.save,
+            self.rank_state,
+            {"ema.pt": self.ema.state_dict()} if self.ema else {},
+            rank=self.place.rank,
+            keep=self.config.keep_checkpoints,
+        )
+        self.saved_step = self.step
+
+    def restore(self, folder: Path | None) -> None:
+        """Goes on where a checkpoint stands.
+
+        Raises:
+            CheckpointError: where it is damaged, or was written under a config that can not go on from it.
+        """
+        if folder is None:
+            return
+        state = checkpoint.read_state(folder)
+        for name, own in self._must_match().items():
+            if state[name] != own:
+                raise checkpoint.CheckpointError(
+                    f"checkpoint {folder} was written with {name} {state[name]}, not {own}; "
+                    "go on with what it was written with, or start a new run folder"
+                )
+        self.engine.load(folder)
+        ranked = folder / f"rank_{self.place.rank:05d}.pt"
+        if not ranked.exists():  # more ranks than before: the data's place is the same on all, dropout's is not
+            ranked = folder / "rank_00000.pt"
+        rank_state = checkpoint.load_tensors(ranked)
+        self.loader.load_state_dict(rank_state["loader"])
+        set_random_state(rank_state["random"])
+        if self.ema:
+            self.ema.load_state_dict(checkpoint.load_tensors(folder / "ema.pt", self.place.device))
+        self.step = self.saved_step = int(state["step"])
+        self.seconds = state["seconds"]
+
+    def _must_match(self) -> dict[str, Any]:
+        """What can not change within a run. ZeRO spreads the optimizer over ranks, so their number can not either."""
+        stage = self.engine.zero_stage
+        world = {"world_size": self.place.world_size} if stage else {}
+        return {"zero_stage": stage, "precision": self.config.precision, "ema": self.ema is not None, **world}
+
+
+class _Check:
+    """Raises, on all ranks alike, before a step that would spoil the weights."""
+
+    def __init__(self, run: Run, batches: list[Batch], objectives: list[Tensor]) -> None:
+        self.run, self.batches, self.objectives = run, batches, objectives
+
+    def __call__(self, holds: bool, problem: str) -> None:
+        if holds:
+            return
+        keys = [self.run.task.batch_keys(batch) for batch in self.batches]
+        bad = [key for key, value in zip(keys, self.objectives, strict=True) if not torch.isfinite(value)]
+        named = sorted({key for batch in bad or keys for key in batch})
+        if self.run.place.world_size > 1:
+            everyone: list[Any] = [None] * self.run.place.world_size
+            dist.all_gather_object(everyone, (bool(bad), named))
+            worst = any(is_bad for is_bad, _ in everyone)
+            named = sorted({key for is_bad, keys in everyone if is_bad == worst for key in keys})
+        shown = ", ".join(named[:20]) + (f" and {len(named) - 20} more" if len(named) > 20 else "")
+        raise NonFiniteError(
+            f"step {self.run.step}: {problem}; the weights are those of step {self.run.step - 1}. Rows: {shown}"
+        )

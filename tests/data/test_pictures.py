@@ -1,0 +1,191 @@
+"""The stream of pictures: a pure function of the seed, however it is spread, cached or streamed, and resumed."""
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mixmodal.data.augment import AugmentConfig, augment, draw_changes, turn_hue
+from mixmodal.data.pictures import PictureDataConfig, PictureLoader, decode_all, to_images
+from mixmodal.data.shards import PictureFile, Sample, write_shards
+from mixmodal.data.skipping import SampleLimits, TooManySkipped
+from mixmodal.tokenization.preprocessing import to_tensor
+from tests.pictures import draw_shape, draw_shapes, write_shape_shards
+
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_shape_shards(folder, 11, size=SIZE, shard_size=4)
+    return folder
+
+
+@pytest.fixture(params=[100, 0], ids=["cached", "streamed"])
+def config(request: pytest.FixtureRequest, shards: Path) -> PictureDataConfig:
+    return PictureDataConfig(train=(shards,), max_cached_pictures=request.param, shuffle_window=5)
+
+
+def build_loader(config: PictureDataConfig, size: int = 4, **options: int) -> PictureLoader:
+    return PictureLoader(config, SIZE, micro_batch_size=size, **options)
+
+
+def keys(loader: PictureLoader, batches: int) -> list[str]:
+    return [key for batch in islice(loader, batches) for key in batch.keys]
+
+
+def test_pixels_become_the_images_of_preprocessing() -> None:
+    expected = torch.stack([to_tensor(draw_shape(seed, SIZE)) for seed in range(3)])
+    assert torch.equal(to_images(draw_shapes(3, SIZE)), expected)
+
+
+def test_each_epoch_shows_every_picture_once_in_a_new_order(config: PictureDataConfig) -> None:
+    seen = keys(build_loader(config, size=1), 33)
+    epochs = [seen[:11], seen[11:22], seen[22:]]
+    assert all(Counter(epoch) == Counter(epochs[0]) for epoch in epochs)
+    assert len(set(epochs[0])) == 11
+    assert epochs[0] != epochs[1] != epochs[2] != sorted(epochs[2])
+    assert keys(build_loader(config, size=1), 33) == seen
+    assert keys(build_loader(config, size=1, seed=1), 33) != seen
+
+
+def test_a_step_has_the_same_pictures_however_it_is_spread(config: PictureDataConfig) -> None:
+    whole = [next(loader) for loader in [build_loader(config, size=8)] for _ in range(4)]
+    for size, accumulation, world in [(4, 2, 1), (4, 1, 2), (2, 2, 2)]:
+        loaders = [
+            build_loader(config, size, grad_accum_steps=accumulation, rank=rank, world_size=world)
+            for rank in range(world)
+        ]
+        for step in whole:
+            parts = [next(loader) for _ in range(accumulation) for loader in loaders]
+            assert [key for part in parts for key in part.keys] == step.keys
+            assert torch.equal(torch.cat([part.pixels for part in parts]), step.pixels)
+            assert torch.equal(torch.cat([part.draws for part in parts]), step.draws)
+
+
+@pytest.mark.parametrize("done", [1, 2, 5])
+def test_a_resumed_loader_goes_on_with_the_next_batch(config: PictureDataConfig, done: int) -> None:
+    loader = build_loader(config)
+    list(islice(loader, done))
+    state = loader.state_dict()
+    expected = list(islice(loader, 4))
+    resumed = build_loader(config)
+    resumed.load_state_dict(state)
+    for found, wanted in zip(islice(resumed, 4), expected, strict=True):
+        assert found.keys == wanted.keys
+        assert torch.equal(found.pixels, wanted.pixels)
+        assert torch.equal(found.draws, wanted.draws)
+
+
+def test_a_state_of_other_settings_is_refused(config: PictureDataConfig) -> None:
+    state = build_loader(config).state_dict()
+    with pytest.raises(ValueError, match="seed is 1, but the checkpoint was written with 0"):
+        build_loader(config, seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match="rows_per_step is 8"):
+        build_loader(config, size=8).load_state_dict(state)
+
+
+def test_pictures_come_in_the_size_asked_for(tmp_path: Path) -> None:
+    write_shape_shards(tmp_path, 2, size=40)
+    _, pixels, complete = decode_all([tmp_path], SIZE, SampleLimits(), 10)
+    assert complete
+    assert pixels.shape == (2, 3, SIZE, SIZE)
+    assert pixels.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("cached", [100, 0])
+def test_bad_pictures_are_left_out_up_to_a_share(tmp_path: Path, cached: int) -> None:
+    write_shape_shards(tmp_path / "good", 9, size=SIZE)
+    broken = Sample("bad", ("a shape", PictureFile(b"\x89PNG\r\n\x1a\n and nothing more", "png", "bad.png")))
+    write_shards([broken], tmp_path / "bad")
+    train = (tmp_path / "good", tmp_path / "bad")
+    config = PictureDataConfig(
+        train=train, max_cached_pictures=cached, limits=SampleLimits(max_skipped_share=0.2), shuffle_window=20
+    )
+    seen = keys(build_loader(config, size=5), 2 if not cached else 9)
+    assert len(set(seen)) == 9
+    assert not any(key.endswith("bad.png") for key in seen)
+    with pytest.raises(TooManySkipped, match="bad"):
+        decode_all(train, SIZE, SampleLimits(max_skipped_share=0.05), 100)
+
+
+def test_folders_without_pictures_are_named(tmp_path: Path) -> None:
+    write_shards([Sample("t", ("text", "only"))], tmp_path)
+    with pytest.raises(ValueError, match="hold no pictures"):
+        build_loader(PictureDataConfig(train=(tmp_path,)))
+    with pytest.raises(ValueError, match=r"data\.train is empty"):
+        PictureDataConfig(train=())
+
+
+# augmentation
+
+
+def draws_of(count: int) -> torch.Tensor:
+    return torch.from_numpy(np.stack([draw_changes(0, seed) for seed in range(count)]))
+
+
+def test_the_defaults_change_nothing() -> None:
+    images = to_images(draw_shapes(4, SIZE))
+    assert torch.equal(augment(images, draws_of(4), AugmentConfig()), images)
+
+
+def test_flips_take_their_share_of_the_pictures() -> None:
+    images = to_images(draw_shapes(400, SIZE))
+    found = augment(images, draws_of(400), AugmentConfig(flip_share=0.25))
+    flipped = [torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(found, images, strict=True)]
+    assert all(flip or torch.equal(a, b) for flip, a, b in zip(flipped, found, images, strict=True))
+    assert 0.18 < np.mean(flipped) < 0.32
+
+
+def test_a_shift_moves_by_its_share_of_the_side() -> None:
+    images = torch.full((1, 3, SIZE, SIZE), -1.0)
+    images[:, :, 8, 8] = 1.0
+    draws = torch.zeros(1, 7)
+    draws[0, 1:5] = torch.tensor([0.0, 1.0, 0.5, 0.5])  # move; by the most along x, not along y; no scale
+    moved = augment(images, draws, AugmentConfig(move_share=1.0, max_shift=2 / SIZE))
+    assert moved[0, 0, 8].argmax() == 6
+    assert moved[0, 0, :, 6].argmax() == 8
+
+
+def test_a_scale_keeps_the_centre() -> None:
+    rows = torch.linspace(-1, 1, SIZE).view(1, 1, 1, SIZE).expand(1, 3, SIZE, SIZE).clone()
+    draws = torch.zeros(1, 7)
+    draws[0, 1:5] = torch.tensor([0.0, 0.5, 0.5, 0.0])  # the smallest factor: a window of 0.8 of the side
+    scaled = augment(rows, draws, AugmentConfig(move_share=1.0, max_scale=0.2))
+    torch.testing.assert_close(scaled, rows * 0.8, rtol=0, atol=1e-5)  # measured worst difference: 1e-7
+
+
+def test_a_third_of_a_turn_of_the_hue_permutes_the_channels() -> None:
+    images = to_images(draw_shapes(2, SIZE))
+    turned = turn_hue(images, torch.tensor([2 * np.pi / 3, 0.0]))
+    torch.testing.assert_close(turned[0], images[0].roll(1, dims=0), rtol=0, atol=1e-5)  # measured: 4e-7
+    torch.testing.assert_close(turned[1], images[1], rtol=0, atol=1e-5)
+    grey = torch.full((1, 3, 2, 2), 0.3)
+    torch.testing.assert_close(turn_hue(grey, torch.tensor([1.0])), grey, rtol=0, atol=1e-5)
+
+
+def test_a_picture_is_changed_alike_in_any_batch() -> None:
+    config = AugmentConfig(flip_share=0.5, move_share=0.5, hue_share=0.5)
+    images, draws = to_images(draw_shapes(8, SIZE)), draws_of(8)
+    whole = augment(images, draws, config)
+    parts = torch.cat([augment(images[i : i + 1], draws[i : i + 1], config) for i in range(8)])
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-5)  # measured worst difference: 5e-7
+    assert not torch.equal(whole, images)
+
+
+@pytest.mark.parametrize("fields", [{"flip_share": 1.5}, {"max_shift": -0.1}, {"max_scale": 1.0}, {"max_hue": 200.0}])
+def test_augmentation_errors_name_the_key(fields: dict) -> None:
+    with pytest.raises(ValueError, match=f"augment.{next(iter(fields))}"):
+        AugmentConfig(**fields)
+
+
+def test_a_picture_of_pil_is_what_is_decoded(shards: Path) -> None:
+    names, pixels, _ = decode_all([shards], SIZE, SampleLimits(), 3)
+    assert torch.equal(pixels, draw_shapes(3, SIZE))
+    assert len(names) == 3
+    assert Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).size == (SIZE, SIZE)

@@ -1,0 +1,283 @@
+"""The training loop: sums over micro-batches, exact resume, stops before a bad step, signals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from toy_task import Rows, ToyLoader, ToyLoss, ToyTask
+
+from mixmodal.training.checkpoint import CheckpointError
+from mixmodal.training.trainer import NonFiniteError
+
+ROOT = Path(__file__).parents[2]
+Fit = Callable[..., Any]
+Exported = Callable[..., dict[str, Tensor]]
+
+MODES = {
+    "float32": {},
+    "autocast": {"precision": "autocast_bfloat16"},
+    "bfloat16": {"precision": "bfloat16"},
+    "zero1": {"deepspeed": ROOT / "configs/deepspeed/zero1.json"},
+    "zero2_bfloat16": {"deepspeed": ROOT / "configs/deepspeed/zero2.json", "precision": "bfloat16"},
+    "zero3": {"deepspeed": ROOT / "configs/deepspeed/zero3.json"},
+}
+modes = pytest.mark.parametrize("options", MODES.values(), ids=MODES)
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in records(folder) if "loss" in record]
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+class Recorder(ToyTask):
+    """Keeps the weights that each step starts from."""
+
+    def losses(self, model: nn.Module, batch: Rows, step: int) -> ToyLoss:
+        self.before = weights(model)
+        return super().losses(model, batch, step)
+
+
+def test_the_first_step_is_adamw_on_the_weighted_mean(fit: Fit, exported: Exported) -> None:
+    fit(max_steps=1, max_grad_norm=0.0)
+    torch.manual_seed(0)
+    task = ToyTask()
+    from mixmodal.training.randomness import set_seeds
+
+    set_seeds(0)
+    model = task.build_model()
+    batch = next(ToyLoader(8, 1, 0, 1))
+    (task.losses(model, batch, 0).objective / batch.weights.sum()).backward()
+    groups = [[p for p in model.parameters() if p.ndim == 2], [p for p in model.parameters() if p.ndim == 1]]
+    for group, decay in zip(groups, (0.1, 0.0), strict=True):
+        # half of the peak rate: the first of two warm-up steps
+        torch.optim.AdamW(group, lr=5e-3, betas=(0.9, 0.95), eps=1e-5, weight_decay=decay).step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(exported()[name], value, rtol=0, atol=1e-7)  # worst seen: 0
+
+
+def test_splitting_a_step_into_micro_batches_changes_nothing(fit: Fit, exported: Exported, tmp_path: Path) -> None:
+    fit("whole", max_steps=3)
+    fit("split", max_steps=3, micro_batch_size=2, grad_accum_steps=4)
+    assert losses(tmp_path / "split") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)  # worst seen: 6e-8
+    for name, value in exported("whole").items():
+        torch.testing.assert_close(exported("split")[name], value, rtol=0, atol=2e-6)  # worst seen: 3e-7
+
+
+@modes
+def test_six_steps_equal_three_and_three_bit_for_bit(
+    fit: Fit, exported: Exported, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    fit("whole", ToyTask(noise=0.1), **options)
+    stopping = ToyTask(noise=0.1)
+    stop_in_step(stopping, 2)
+    first = fit("parts", stopping, **options)
+    assert (first.steps, first.finished) == (3, False)
+    torch.manual_seed(123)  # whatever the next process starts with
+    assert fit("parts", ToyTask(noise=0.1), **options).finished
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert all(torch.equal(exported("parts")[name], value) for name, value in exported("whole").items())
+
+
+def stop_in_step(task: ToyTask, step: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Sends this process a signal when the batch of `step` is drawn, so that the step is still done."""
+    weight = task.batch_weight
+    calls = iter(range(1000))
+
+    def batch_weight(batch: Rows) -> Tensor:
+        if next(calls) == step:
+            os.kill(os.getpid(), number)
+        return weight(batch)
+
+    task.batch_weight = batch_weight  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_says_so_and_returns(
+    fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: signal.Signals
+) -> None:
+    task = ToyTask()
+    stop_in_step(task, 1, number)
+    handler = signal.getsignal(number)
+    assert not fit(task=task).finished
+    assert f"stopped by {number.name} at step 2" in capsys.readouterr().out
+    assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step_00000002"
+    assert not (tmp_path / "run/export").exists()
+    assert signal.getsignal(number) is handler
+
+
+def test_a_second_interrupt_does_not_wait_for_the_step(fit: Fit) -> None:
+    class Impatient(ToyTask):
+        def losses(self, model: nn.Module, batch: Rows, step: int) -> ToyLoss:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().losses(model, batch, step)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(task=Impatient())
+
+
+@modes
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_not_taken(fit: Fit, tmp_path: Path, options: dict[str, Any], bad: str) -> None:
+    task = Recorder(bad_step=1, bad=bad)
+    if options.get("deepspeed", Path()).name == "zero3.json":
+        task = ToyTask(bad_step=1, bad=bad)  # its weights can not be read from outside
+    metric = {"loss": "loss is nan", "gradient": "gradient norm is (inf|nan)"}[bad]
+    with pytest.raises(NonFiniteError, match=rf"step 2: {metric}; the weights are those of step 1\. Rows: row10, row11"):
+        fit(task=task, **options)
+    assert not (tmp_path / "run/checkpoints").exists()
+    if isinstance(task, Recorder):
+        assert all(torch.equal(now, then) for now, then in zip(weights(task.models[0]), task.before, strict=True))
+        assert all(torch.isfinite(value).all() for value in weights(task.models[0]))
+
+
+def test_only_rows_of_the_bad_micro_batch_are_named(fit: Fit) -> None:
+    with pytest.raises(NonFiniteError, match="Rows: row8, row9$"):
+        fit(task=ToyTask(bad_step=1), micro_batch_size=2, grad_accum_steps=4)
+
+
+def test_a_step_without_weight_says_so(fit: Fit) -> None:
+    class Weightless(ToyTask):
+        def batch_weight(self, batch: Rows) -> Tensor:
+            return torch.zeros(())
+
+    with pytest.raises(NonFiniteError, match="weight of the loss is 0"):
+        fit(task=Weightless())
+
+
+def test_gradients_are_clipped_to_the_norm(fit: Fit, exported: Exported) -> None:
+    fit("clipped", max_steps=2, max_grad_norm=0.5)
+    fit("zero1", max_steps=2, max_grad_norm=0.5, **MODES["zero1"])
+    fit("free", max_steps=2, max_grad_norm=0.0)
+    for name, value in exported("clipped").items():
+        torch.testing.assert_close(exported("zero1")[name], value, rtol=0, atol=2e-5)  # worst seen: 5e-7
+    assert any(not torch.allclose(exported("free")[name], value) for name, value in exported("clipped").items())
+
+
+def test_evaluation_does_not_disturb_training(fit: Fit, exported: Exported, tmp_path: Path) -> None:
+    fit("never", ToyTask(noise=0.1))
+    fit("often", ToyTask(noise=0.1), eval_every=1)
+    assert losses(tmp_path / "often") == losses(tmp_path / "never")
+    assert [r["step"] for r in records(tmp_path / "often") if "eval_norm" in r] == [1, 2, 3, 4, 5, 6]
+
+
+def test_averaged_weights_are_kept_saved_and_exported(fit: Fit, exported: Exported) -> None:
+    task = Recorder()
+    seen: list[list[Tensor]] = []
+    losses_of = task.losses
+    task.losses = lambda model, batch, step: (losses_of(model, batch, step), seen.append(task.before))[0]  # type: ignore
+    fit("whole", task, ema_decay=0.7)
+    average = seen[0]
+    for now in [*seen[1:], weights(task.models[0])]:
+        average = [0.7 * old + 0.3 * new for old, new in zip(average, now, strict=True)]
+    for value, expected in zip(exported("whole").values(), average, strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)  # worst seen: 1.2e-7
+    stopping = ToyTask()
+    stop_in_step(stopping, 2)
+    fit("parts", stopping, ema_decay=0.7)
+    fit("parts", ema_decay=0.7)
+    assert all(torch.equal(exported("parts")[name], value) for name, value in exported("whole").items())
+
+
+def test_a_killed_run_leaves_no_lines_twice(fit: Fit, tmp_path: Path) -> None:
+    fit(save_every=4, max_steps=5, keep_checkpoints=9)
+    folder = tmp_path / "run"
+    (folder / "checkpoints/latest").write_text("step_00000004\n")  # as if it was killed after step 5
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    fit(max_steps=6)
+    assert [r["step"] for r in records(folder) if "loss" in r] == [1, 2, 3, 4, 5, 6]
+
+
+def test_metrics_lines_carry_throughput_rate_and_norm(fit: Fit, tmp_path: Path) -> None:
+    fit(peak_flops=1e9, log_every=3)
+    first, second, evaluated = records(tmp_path / "run")
+    assert (first["step"], second["step"], evaluated["step"]) == (3, 6, 6)
+    assert first["mfu"] == pytest.approx(first["tokens_per_second"] * 100.0 / 1e9)
+    assert second["wall_time_s"] > first["wall_time_s"] > 0
+    assert {"loss", "grad_norm", "lr"} <= set(first)
+
+
+def test_a_finished_run_is_only_exported_again(fit: Fit, exported: Exported) -> None:
+    fit()
+    before = exported()
+    result = fit()
+    assert (result.steps, result.finished) == (6, True)
+    assert all(torch.equal(exported()[name], value) for name, value in before.items())
+
+
+def test_old_checkpoints_are_removed(fit: Fit, tmp_path: Path) -> None:
+    fit(save_every=1, keep_checkpoints=2)
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
+    assert kept == ["step_00000005", "step_00000006"]
+
+
+def test_a_used_run_folder_is_not_trained_over(fit: Fit) -> None:
+    fit(max_steps=1)
+    with pytest.raises(ValueError, match="holds step_00000001; set trainer.resume or choose another folder"):
+        fit(resume=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"precision": "autocast_bfloat16"}, "precision float32, not autocast_bfloat16"),
+        (MODES["zero1"], "zero_stage 0, not 1"),
+        ({"ema_decay": 0.5}, "ema False, not True"),
+    ],
+)
+def test_a_run_can_not_go_on_as_another(fit: Fit, options: dict[str, Any], problem: str) -> None:
+    fit(max_steps=1)
+    with pytest.raises(CheckpointError, match=f"step_00000001 was written with {problem}"):
+        fit(**options)
+
+
+def test_a_checkpoint_of_another_model_is_refused(fit: Fit) -> None:
+    class Wider(ToyTask):
+        def build_model(self) -> nn.Module:
+            return nn.Sequential(nn.Linear(8, 5), nn.Linear(5, 1))
+
+    fit(max_steps=1)
+    with pytest.raises(CheckpointError, match="step_00000001 is of another model"):
+        fit(task=Wider())
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(fit: Fit, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    fit(max_steps=1)
+    for name in ("mp_rank_00_model_states.pt", "rank_00000.pt"):
+        path = tmp_path / "run/checkpoints/step_00000001" / name
+        good = path.read_bytes()
+        torch.save({"module": Trap(), "loader": Trap()}, path)
+        with pytest.raises(CheckpointError, match=name):
+            fit()
+        path.write_bytes(good)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_averaged_weights_need_whole_weights(fit: Fit) -> None:
+    with pytest.raises(ValueError, match="ZeRO stage 3"):
+        fit(ema_decay=0.9, **MODES["zero3"])
+
+
+def test_all_problems_of_a_config_are_named_at_once(fit: Fit) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.max_steps is 0.*trainer\.ema_decay is 1\.5"):
+        fit(max_steps=0, ema_decay=1.5)

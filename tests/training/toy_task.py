@@ -1,0 +1,121 @@
+"""A toy task for the trainer's tests: rows of numbers, a small network, a loader with a state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mixmodal.objectives.loss import Sums
+from mixmodal.training.task import Task
+
+DIM = 8
+
+
+class Rows(NamedTuple):
+    inputs: Tensor  # (B, D)
+    targets: Tensor  # (B,)
+    weights: Tensor  # (B,)
+    keys: list[str]
+
+
+class ToyLoss(NamedTuple):
+    objective: Tensor
+    metrics: dict[str, Sums]
+
+
+class ToyLoader:
+    """Row g is a pure function of g; step s takes rows s * R .. (s + 1) * R - 1, whatever the split."""
+
+    def __init__(self, micro_batch_size: int, grad_accum_steps: int, rank: int, world_size: int) -> None:
+        self.split = (micro_batch_size, grad_accum_steps, rank, world_size)
+        self.count = 0
+
+    def __iter__(self) -> ToyLoader:
+        return self
+
+    def __next__(self) -> Rows:
+        size, accum, rank, world = self.split
+        step, micro = divmod(self.count, accum)
+        first = step * size * accum * world + (rank * accum + micro) * size
+        self.count += 1
+        inputs, targets, weights = zip(*(self.row(g) for g in range(first, first + size)), strict=True)
+        keys = [f"row{g}" for g in range(first, first + size)]
+        return Rows(torch.stack(inputs), torch.stack(targets), torch.stack(weights), keys)
+
+    @staticmethod
+    def row(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(number)
+        inputs = torch.randn(DIM, generator=generator)
+        # weights differ, so that a mean of means would show
+        return inputs, inputs.sin().sum(), torch.rand((), generator=generator) + 0.1 * (number % 4)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.count = state["count"]
+
+
+class ToyTask(Task):
+    """Weighted regression. `noise` draws from all three global generators, as dropout and augmentation do."""
+
+    def __init__(self, noise: float = 0.0, bad_step: int = -1, bad: str = "loss") -> None:
+        self.noise, self.bad_step, self.bad = noise, bad_step, bad
+        self.models: list[nn.Module] = []
+
+    def build_model(self) -> nn.Module:
+        model = nn.Sequential(nn.Linear(DIM, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 1))
+        self.models.append(model)
+        return model
+
+    def build_loader(self, micro_batch_size: int, grad_accum_steps: int, rank: int, world_size: int) -> ToyLoader:
+        return ToyLoader(micro_batch_size, grad_accum_steps, rank, world_size)
+
+    def batch_weight(self, batch: Rows) -> Tensor:
+        return batch.weights.sum()
+
+    def batch_keys(self, batch: Rows) -> list[str]:
+        return batch.keys
+
+    def batch_tokens(self, batch: Rows) -> int:
+        return len(batch.keys)
+
+    def flops_per_token(self) -> float:
+        return 100.0
+
+    def losses(self, model: nn.Module, batch: Rows, step: int) -> ToyLoss:
+        noise = self.noise * (torch.randn(()) + float(np.random.randn()) + random.random())
+        inputs = (batch.inputs + noise).to(next(model.parameters()).dtype)
+        errors = (model(inputs).float().squeeze(-1) - batch.targets).square()
+        total = (batch.weights * errors).sum()
+        if step == self.bad_step and self.bad == "loss" and "row9" in batch.keys:
+            total = total * float("nan")
+        if step == self.bad_step and self.bad == "gradient":
+            total = total + Infinite.apply(total)
+        return ToyLoss(total, {"loss": Sums(total.detach(), batch.weights.sum())})
+
+    def evaluate(self, model: nn.Module) -> dict[str, float | None]:
+        torch.randn(3)  # must not disturb training
+        return {"norm": float(sum(p.square().sum() for p in model.parameters()))}
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save({name: value.float() for name, value in model.state_dict().items()}, folder / "weights.pt")
+
+
+class Infinite(torch.autograd.Function):
+    """Zero, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor) -> Tensor:
+        return torch.zeros_like(total)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad * float("inf")
