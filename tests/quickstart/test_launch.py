@@ -53,7 +53,8 @@ def test_commands_use_this_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "deepspeed").touch()
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     command = deepspeed_command(2, "pretrain", "--config", "a.yaml")
-    assert command[:4] == [str(tmp_path / "python"), str(tmp_path / "deepspeed"), "--num_gpus", "2"]
+    assert command[:2] == [str(tmp_path / "python"), str(tmp_path / "deepspeed")]
+    assert command[command.index("--num_gpus") + 1] == "2"
     assert command[-5:] == ["--module", "mixmodal.cli", "pretrain", "--config", "a.yaml"]
 
 
