@@ -42,25 +42,18 @@ TINY = {
     },
     "samples": {"prompts_per_split": 2, "max_caption_tokens": 4, "guidance_scale": 1.5},
 }
-REQUIRED = [
+REQUIRED = {
     "seconds",
     "peak_memory_bytes",
-    "tokenizer.psnr_heldout",
-    "tokenizer.ssim_heldout",
-    "tokenizer.codebook_usage",
-    "text_to_image.concept_accuracy_trained",
-    "text_to_image.style_accuracy_trained",
-    "text_to_image.concept_accuracy_heldout",
-    "text_to_image.style_accuracy_heldout",
-    "image_to_text.concept_accuracy_trained",
-    "image_to_text.concept_accuracy_heldout",
-    "classification.image_given_text_heldout",
-    "classification.text_given_image_heldout",
     "tokens_per_second_train",
     "tokens_per_second_generate",
     "versions",
     "commit",
-]
+    *(f"tokenizer.{name}" for name in ("psnr_heldout", "ssim_heldout", "codebook_usage")),
+    *(f"text_to_image.{what}_accuracy_{split}" for what in ("concept", "style") for split in ("trained", "heldout")),
+    *(f"image_to_text.concept_accuracy_{split}" for split in ("trained", "heldout")),
+    *(f"classification.{method}_heldout" for method in ("image_given_text", "text_given_image")),
+}
 
 
 def write_recipe(folder: Path, files: dict[str, Any]) -> Path:
@@ -141,7 +134,7 @@ def test_the_whole_chain_on_a_tiny_recipe_resumes_and_reports(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr[-2000:]
     summary = json.loads((run / "summary.json").read_text())
     keys = {key for key, _ in flat(summary)} | set(summary)
-    assert set(REQUIRED) <= keys
+    assert keys >= REQUIRED
     assert summary["seconds"] >= sum(summary["stages"].values())
     assert summary["peak_memory_bytes"] > 200_000_000
     assert (run / "report.html").stat().st_size > 20_000
