@@ -42,7 +42,7 @@ def test_each_output_has_its_type(model: MixedModal, picture: PIL.Image) -> None
 
 
 def test_samples_are_what_was_generated_and_not_the_prompt(model: MixedModal, picture: PIL.Image) -> None:
-    for seed in range(5):
+    for seed in range(2):
         (mixed,) = model.generate(["a red apple", picture, "pear"], output="mixed", seed=seed)
         if mixed:
             assert not (isinstance(mixed[0], str) and mixed[0].startswith("a red apple"))
