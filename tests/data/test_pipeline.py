@@ -47,7 +47,7 @@ def text(length: int, seed: int = 0) -> Run:
     return Run("text", VOCABULARY.to_ids("text", pieces))
 
 
-IMAGE = Run("image", np.arange(4, 10))
+IMAGE, OTHER = Run("image", np.arange(4, 10)), Run("image", np.arange(5, 11))
 
 
 def pairs(number: int = 23, name: str = "cm3leon") -> Listed:
@@ -201,7 +201,7 @@ def test_a_share_of_the_pairs_has_the_picture_first(name: str, share: float) -> 
 
 
 def test_only_pairs_change_their_order() -> None:
-    runs = [[text(5)], [IMAGE], [IMAGE, IMAGE], [text(2), IMAGE, text(3)], [text(2), IMAGE, IMAGE], [IMAGE, text(3)]]
+    runs = [[text(5)], [IMAGE], [IMAGE, OTHER], [text(2), IMAGE, text(3)], [text(2), IMAGE, IMAGE], [IMAGE, text(3)]]
     documents = Listed([FORMAT["cm3leon"].join(parts) for parts in runs])
     found = {key: ids for key, ids, _ in draw(stream(documents, replace(STORED, image_first_share=1), PLAIN), 6)}
     for number in range(5):
