@@ -63,7 +63,9 @@ def build_environment(num_processes: int) -> dict[str, str]:
     """Ours, with the cores shared among the processes and deepspeed told when there is no accelerator."""
     import torch
 
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))

@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
 TOKENIZERS = {"text_tokenizer": "text_tokenizer/text_tokenizer.model", "image_tokenizer": "image_tokenizer/export"}
 ENTRIES = {
-    "corpus": Entry("mixmodal.quickstart.corpus", "CorpusConfig", "", {"out": "data"}),
+    "corpus": Entry("mixmodal.quickstart.corpus", "DemoCorpusConfig", "", {}),
     "text_tokenizer": Entry(
         "mixmodal.training.text_tokenizer",
         "TextTokenizerTrainingConfig",
@@ -35,7 +35,11 @@ ENTRIES = {
         "mixmodal.training.image_tokenizer",
         "ImageTokenizerTrainingConfig",
         "train-image-tokenizer",
-        {"data.train": ["data/train"], "data.held_out": ["data/heldout"], "trainer.run_dir": "image_tokenizer"},
+        {
+            "data.train": ["data/train", "data/tokenizer_extra"],
+            "data.held_out": ["data/heldout"],
+            "trainer.run_dir": "image_tokenizer",
+        },
     ),
     "tokens": Entry(
         "mixmodal.data.pretokenize",

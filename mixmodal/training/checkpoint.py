@@ -73,7 +73,8 @@ def load_tensors(path: Path, map_location: Any = None, allowed: Sequence[Any] = 
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(f"checkpoint file {path} can not be loaded: {str(error).splitlines()[0]}") from error
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"checkpoint file {path} can not be loaded: {reason}") from error
 
 
 # data

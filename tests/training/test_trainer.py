@@ -138,7 +138,9 @@ def test_a_step_that_is_not_finite_is_not_taken(fit: Fit, tmp_path: Path, option
     if options.get("deepspeed", Path()).name == "zero3.json":
         task = ToyTask(bad_step=1, bad=bad)  # its weights can not be read from outside
     metric = {"loss": "loss is nan", "gradient": "gradient norm is (inf|nan)"}[bad]
-    with pytest.raises(NonFiniteError, match=rf"step 2: {metric}; the weights are those of step 1\. Rows: row10, row11"):
+    with pytest.raises(
+        NonFiniteError, match=rf"step 2: {metric}; the weights are those of step 1\. Rows: row10, row11"
+    ):
         fit(task=task, **options)
     assert not (tmp_path / "run/checkpoints").exists()
     if isinstance(task, Recorder):

@@ -1,0 +1,78 @@
+"""The DeepSpeed dictionary follows from the config; nothing in a ZeRO file may contradict it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mixmodal.training.engine import OWNED_KEYS, deepspeed_config
+
+ROOT = Path(__file__).parents[2]
+ZERO_FILES = sorted((ROOT / "configs/deepspeed").glob("*.json"))
+
+
+def derived(tmp_path: Path | None = None, file: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
+    path = None
+    if tmp_path is not None:
+        path = tmp_path / "zero.json"
+        path.write_text(json.dumps(file))
+    defaults = {"micro_batch_size": 3, "grad_accum_steps": 5, "max_grad_norm": 0.7, "precision": "float32"}
+    return deepspeed_config(zero_file=path, **{**defaults, **options})
+
+
+@pytest.mark.parametrize("key", OWNED_KEYS)
+def test_a_file_that_sets_what_the_config_sets_is_refused(tmp_path: Path, key: str) -> None:
+    with pytest.raises(ValueError, match=rf"zero\.json: key '{key}' is set by"):
+        derived(tmp_path, {"zero_optimization": {"stage": 1}, key: 7})
+
+
+def test_auto_is_left_to_the_config(tmp_path: Path) -> None:
+    file = {"train_batch_size": "auto", "bf16": "auto", "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}
+    config = derived(tmp_path, file)
+    assert "train_batch_size" not in config
+    assert config["zero_optimization"] == {"stage": 2}
+    assert (config["train_micro_batch_size_per_gpu"], config["gradient_accumulation_steps"]) == (3, 5)
+    assert config["gradient_clipping"] == 0.7
+
+
+def test_other_sections_are_the_users(tmp_path: Path) -> None:
+    config = derived(tmp_path, {"zero_optimization": {"stage": 3}, "comms_logger": {"enabled": True}})
+    assert config["comms_logger"] == {"enabled": True}
+
+
+def test_bfloat16_keeps_float32_sums(tmp_path: Path) -> None:
+    config = derived(precision="bfloat16")
+    assert config["zero_optimization"]["stage"] == 1
+    assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    with pytest.raises(ValueError, match=r"zero\.json: zero_optimization\.stage is 0"):
+        derived(tmp_path, {"zero_optimization": {"stage": 0}}, precision="bfloat16")
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "{"])
+def test_a_file_that_is_no_json_object_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "zero.json").write_text(text)
+    with pytest.raises(ValueError, match=r"zero\.json"):
+        deepspeed_config(
+            micro_batch_size=1,
+            grad_accum_steps=1,
+            max_grad_norm=0.0,
+            precision="float32",
+            zero_file=tmp_path / "zero.json",
+        )
+
+
+@pytest.mark.parametrize("path", ZERO_FILES, ids=[path.stem for path in ZERO_FILES])
+def test_our_zero_files_hold_zero_sections_only(path: Path) -> None:
+    data = json.loads(path.read_text())
+    assert list(data) == ["zero_optimization"]
+    assert data["zero_optimization"]["stage"] == int(path.stem[-1])
+
+
+def test_deepspeed_is_imported_late() -> None:
+    script = "import sys, mixmodal.training.trainer; sys.exit('deepspeed' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False).returncode == 0

@@ -1,0 +1,82 @@
+"""The trainer under deepspeed's launcher: two processes on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def environment(tmp_path: Path) -> dict[str, str]:
+    """Without a compiler, and with an empty place for compiled extensions."""
+    return {
+        **{name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "RANK", "WORLD_SIZE")},
+        "PYTHONPATH": f"{ROOT}:{HERE}",
+        "DS_ACCELERATOR": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "CXX": "/bin/false",
+        "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions"),
+    }
+
+
+def launch(tmp_path: Path, num_processes: int, run_dir: Path, **options: Any) -> str:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_processes)]
+    command += ["--master_port", str(free_port()), str(HERE / "launched.py"), str(run_dir), json.dumps(options)]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def losses(folder: Path) -> list[float]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss"] for record in records if "loss" in record]
+
+
+def assert_same(exported: Callable[..., dict[str, Tensor]], run: str, other: str, atol: float) -> None:
+    for name, value in exported(other).items():
+        torch.testing.assert_close(exported(run)[name], value, rtol=0, atol=atol)
+
+
+def test_two_processes_train_as_one_and_nothing_is_compiled(
+    fit: Callable[..., Any], exported: Callable[..., dict[str, Tensor]], tmp_path: Path
+) -> None:
+    fit("one", max_steps=3)
+    launch(tmp_path, 2, tmp_path / "two", max_steps=3, micro_batch_size=2, grad_accum_steps=2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)  # worst seen: WORST
+    assert_same(exported, "two", "one", atol=2e-6)  # worst seen: WORST
+    assert not (tmp_path / "extensions").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_stages_on_two_processes_resume_and_train_as_one(
+    fit: Callable[..., Any], exported: Callable[..., dict[str, Tensor]], tmp_path: Path, stage: int
+) -> None:
+    zero_file = str(ROOT / f"configs/deepspeed/zero{stage}.json")
+    fit("one", max_steps=4)
+    options = {"micro_batch_size": 2, "grad_accum_steps": 2, "deepspeed": zero_file}
+    launch(tmp_path, 2, tmp_path / "two", max_steps=4, save_every=2, **options)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)  # worst seen: WORST
+    assert_same(exported, "two", "one", atol=2e-5)  # worst seen: WORST
+    whole = exported("two")
+    (tmp_path / "two/checkpoints/latest").write_text("step_00000002\n")
+    launch(tmp_path, 2, tmp_path / "two", max_steps=4, **options)
+    assert all(torch.equal(exported("two")[name], value) for name, value in whole.items())

@@ -1,0 +1,86 @@
+"""Learning-rate schedules and which parameters decay."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mixmodal.models.transformer import Transformer, TransformerConfig
+from mixmodal.training.optimizer import OptimizerConfig, Schedule, build_optimizer, lr_at, parameter_groups
+
+
+def config(schedule: Schedule, min_lr_ratio: float = 0.1) -> OptimizerConfig:
+    return OptimizerConfig(lr=2.0, warmup_steps=4, schedule=schedule, min_lr_ratio=min_lr_ratio)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "exponential"])
+def test_warm_up_is_linear_and_ends_at_the_peak(schedule: Schedule) -> None:
+    assert [lr_at(step, config(schedule), 20) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "last"),
+    [
+        ("constant", 2.0, 2.0),
+        ("linear", 2.0 * 0.55, 0.2),
+        ("cosine", 2.0 * 0.55, 0.2),
+        ("exponential", 2.0 * math.sqrt(0.1), 0.2),
+    ],
+)
+def test_schedules_fall_to_the_floor(schedule: Schedule, middle: float, last: float) -> None:
+    assert lr_at(12, config(schedule), 20) == pytest.approx(middle)
+    assert lr_at(20, config(schedule), 20) == pytest.approx(last)
+    assert lr_at(99, config(schedule), 20) == pytest.approx(last)
+
+
+def test_without_warm_up_the_first_step_has_the_peak_rate() -> None:
+    assert lr_at(0, OptimizerConfig(lr=2.0, warmup_steps=0), 10) == 2.0
+
+
+def test_an_exponential_schedule_needs_a_floor() -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.min_lr_ratio"):
+        config("exponential", 0.0)
+
+
+def test_norms_biases_and_embeddings_do_not_decay() -> None:
+    shape = TransformerConfig(vocab_size=11, dim=8, num_layers=1, num_heads=2, ffn_dim=16, position="learned")
+    model = Transformer(shape)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, plain = parameter_groups(model, 0.1)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    spared = {names[id(parameter)] for parameter in plain["params"]}
+    assert {"embedding.weight", "positions.weight", "norm.weight"} <= spared
+    assert all("norm" in name or name.split(".")[0] in ("embedding", "positions") for name in spared)
+    assert any("query_norm" in name or "q_norm" in name for name in spared)  # two dimensions, still a norm
+    kept = {names[id(parameter)] for parameter in decayed["params"]}
+    assert "output.weight" in kept
+    assert kept | spared == set(names.values())
+
+
+def test_biases_do_not_decay_and_shared_weights_count_once() -> None:
+    model = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 4))
+    model[1].weight = model[0].weight  # type: ignore[assignment]
+    (only,) = parameter_groups(model, 0.1)
+    assert only["weight_decay"] == 0.0
+    assert [tuple(parameter.shape) for parameter in only["params"]] == [(4, 3), (4,)]
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2
+    with pytest.raises(ValueError, match="no trainable parameters"):
+        build_optimizer(model.requires_grad_(False), OptimizerConfig())
+
+
+def test_fused_adamw_serves_on_the_cpu() -> None:
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer(model, OptimizerConfig())
+    model(torch.ones(1, 2)).sum().backward()
+    before = model.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.weight, before)
