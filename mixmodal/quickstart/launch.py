@@ -26,7 +26,7 @@ def launch(command: Sequence[str], num_processes: int = 1) -> None:
     Raises:
         ValueError: where it fails; what it has said stands above.
     """
-    child = subprocess.Popen(command, env=build_environment(num_processes))
+    child = subprocess.Popen([*bound_to_us(), *command], env=build_environment(num_processes))
     before = signal.getsignal(signal.SIGTERM)
     in_main = threading.current_thread() is threading.main_thread()
 
@@ -46,6 +46,14 @@ def launch(command: Sequence[str], num_processes: int = 1) -> None:
             signal.signal(signal.SIGTERM, before)
     if code:
         raise ValueError(f"this command failed with exit code {code}, see above: {' '.join(map(str, command))}")
+
+
+def bound_to_us() -> list[str]:
+    """What stands before a command so that it is told to stop should this process be killed; nothing but on Linux."""
+    if sys.platform != "linux":
+        return []
+    set_death_signal = f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})"  # PR_SET_PDEATHSIG
+    return [sys.executable, "-c", f"{set_death_signal}; os.execvp(sys.argv[1], sys.argv[1:])"]
 
 
 def end(child: subprocess.Popen[Any]) -> None:

@@ -31,7 +31,7 @@ class Stage:
             without them.
         config: plain data from which the work follows.
         inputs: names of the stages whose results it reads.
-        command: what a person types to do this stage by hand; empty where there is no such command.
+        command: what a person types to do this stage by hand.
     """
 
     name: str
@@ -57,7 +57,7 @@ class StageRunner:
             if self._is_done(stage, digest):
                 say(f"{title}: done before, skipped")
                 continue
-            say(f"{title} ..." + (f"\n      {stage.command}" if stage.command else ""))
+            say(f"{title} ...\n      {stage.command}")
             marker = self._attempt(stage, digest)
             peak = marker["peak_memory_bytes"] / 1024**3
             say(f"{title}: done in {marker['seconds']:.1f} s, peak memory {peak:.2f} GiB")

@@ -112,7 +112,7 @@ class Chain:
             results=tuple(self.run / result for result in results),
             config=settings,
             inputs=inputs,
-            command=command_of(self.run, file) if file else "",
+            command=(command_of(self.run, file) if file else "") or f"mixmodal quickstart --out {self.run}",
         )
 
     # what is trained

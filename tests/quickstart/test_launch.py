@@ -21,7 +21,8 @@ def test_a_command_that_fails_names_itself_and_its_exit_code() -> None:
         launch([sys.executable, "-c", "import sys; sys.exit(3)"])
 
 
-def test_a_stopped_run_stops_its_command_and_lets_it_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_stopped_or_killed_run_stops_its_command_and_lets_it_save(tmp_path: Path, number: signal.Signals) -> None:
     saved, ready = tmp_path / "saved", tmp_path / "ready"
     child = (
         "import pathlib, signal, sys, time\n"
@@ -33,8 +34,11 @@ def test_a_stopped_run_stops_its_command_and_lets_it_save(tmp_path: Path) -> Non
         while not ready.exists():
             assert run.poll() is None
             time.sleep(0.02)
-        run.send_signal(signal.SIGTERM)
+        run.send_signal(number)
         assert run.wait(30) != 0
+    deadline = time.monotonic() + 10
+    while not saved.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert saved.exists()
 
 
