@@ -12,26 +12,22 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from mixmodal.quickstart.environment import num_cores
 
-STOP_SECONDS = 60
-"""How long a stopped process may take to save."""
-
 
 def launch(command: Sequence[str], num_processes: int = 1) -> None:
-    """Runs a command to its end.
+    """Runs a command to its end. When this process is stopped or killed, so is the command, and it may save first.
 
     Raises:
         ValueError: where it fails; what it has said stands above.
     """
-    child = subprocess.Popen([*bound_to_us(), *command], env=build_environment(num_processes))
+    supervised = [sys.executable, "-m", "mixmodal.quickstart.supervise", *command]
+    child = subprocess.Popen(supervised, env=build_environment(num_processes), start_new_session=True)
     before = signal.getsignal(signal.SIGTERM)
     in_main = threading.current_thread() is threading.main_thread()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        child.send_signal(number)
         raise KeyboardInterrupt
 
     if in_main:
@@ -39,32 +35,14 @@ def launch(command: Sequence[str], num_processes: int = 1) -> None:
     try:
         code = child.wait()
     except KeyboardInterrupt:
-        end(child)
+        child.terminate()
+        child.wait()
         raise
     finally:
         if in_main:
             signal.signal(signal.SIGTERM, before)
     if code:
         raise ValueError(f"this command failed with exit code {code}, see above: {' '.join(map(str, command))}")
-
-
-def bound_to_us() -> list[str]:
-    """What stands before a command so that it is told to stop should this process be killed; nothing but on Linux."""
-    if sys.platform != "linux":
-        return []
-    set_death_signal = f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(signal.SIGTERM)})"  # PR_SET_PDEATHSIG
-    return [sys.executable, "-c", f"{set_death_signal}; os.execvp(sys.argv[1], sys.argv[1:])"]
-
-
-def end(child: subprocess.Popen[Any]) -> None:
-    """Waits for a process that was told to stop, and insists when it takes too long."""
-    for insist in (child.terminate, child.kill):
-        try:
-            child.wait(STOP_SECONDS)
-            return
-        except subprocess.TimeoutExpired:
-            insist()
-    child.wait()
 
 
 def build_environment(num_processes: int) -> dict[str, str]:

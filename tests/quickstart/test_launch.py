@@ -26,16 +26,20 @@ def test_a_stopped_or_killed_run_stops_its_command_and_lets_it_save(tmp_path: Pa
     saved, ready = tmp_path / "saved", tmp_path / "ready"
     child = (
         "import pathlib, signal, sys, time\n"
-        f"signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path({str(saved)!r}).touch(), sys.exit(0)))\n"
+        f"save = lambda *_: (time.sleep(0.2), pathlib.Path({str(saved)!r}).touch(), sys.exit(0))\n"
+        "signal.signal(signal.SIGTERM, save)\n"
         f"pathlib.Path({str(ready)!r}).touch(); time.sleep(60)"
     )
-    program = f"import sys; from mixmodal.quickstart.launch import launch; launch([sys.executable, '-c', {child!r}])"
+    # a launcher between, as deepspeed's, that passes no signal on
+    launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    program = f"import sys; from mixmodal.quickstart.launch import launch; launch([sys.executable, '-c', {launcher!r}])"
     with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL) as run:
         while not ready.exists():
             assert run.poll() is None
             time.sleep(0.02)
         run.send_signal(number)
         assert run.wait(30) != 0
+    assert saved.exists() or number == signal.SIGKILL  # a stopped run waits, a killed one can not
     deadline = time.monotonic() + 10
     while not saved.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
