@@ -41,7 +41,7 @@ def write_token_shard(
     offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
     tokens = np.concatenate([*documents, np.empty(0, dtype=np.int64)]).astype(dtype)
     data = _npy(tokens)
-    write_atomically(folder / f"{name}.keys.json", json.dumps(list(keys), ensure_ascii=False).encode())
+    write_atomically(folder / f"{name}.keys.json", json.dumps(list(keys)).encode())
     write_atomically(folder / f"{name}.offsets.npy", _npy(offsets))
     write_atomically(folder / f"{name}.tokens.npy", data)
     sha256 = hashlib.sha256(data).hexdigest()

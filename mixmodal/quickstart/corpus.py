@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mixmodal.data.shards import INDEX_NAME, PictureFile, Sample, write_atomically, write_shards
+from mixmodal.data.shards import INDEX_NAME, PictureFile, Sample, remove_unfinished, write_atomically, write_shards
 from mixmodal.quickstart.art import FLAT, LICENCES, OUTLINE, STYLES, Emoji, find_emoji, render_all
 
 Progress = Callable[[int, int], None]
@@ -134,7 +134,8 @@ def build_demo_corpus(config: DemoCorpusConfig, out: Path, progress: Progress | 
         splits[MIXED] = _mixed_samples(both, pictures, config)
     counts = {"concepts": len(concepts)}
     for name, samples in splits.items():
-        _clear(out / name)
+        (out / name / INDEX_NAME).unlink(missing_ok=True)  # without `corpus.json` these shards are unfinished
+        remove_unfinished(out / name)
         write_shards(samples, out / name, config.shard_size)
         index = json.loads((out / name / INDEX_NAME).read_bytes())
         counts[name] = sum(shard["samples"] for shard in index["shards"])
@@ -253,9 +254,3 @@ def _mixed_samples(concepts: Iterable[Emoji], pictures: Pictures, config: DemoCo
             parts += [caption(entry.concept, style), _picture(_metadata(entry, style), pictures)]
         metadata = {"concept": entry.concept, "category": entry.category, "code_point": entry.code_point}
         yield Sample(f"{entry.code_point}_both", tuple(parts), metadata)
-
-
-def _clear(folder: Path) -> None:
-    """Removes the shards that an unfinished build left."""
-    for path in [*folder.glob("*.tar"), *folder.glob("*.part"), *folder.glob(INDEX_NAME)]:
-        path.unlink()
