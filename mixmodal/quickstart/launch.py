@@ -87,7 +87,15 @@ def deepspeed_command(num_processes: int, *arguments: str) -> list[str]:
     found = str(beside) if beside.exists() else shutil.which("deepspeed")
     if not found:
         raise ValueError("the deepspeed launcher is missing; install it with: pip install 'mixmodal[train]' (Linux)")
-    options = ["--num_gpus", str(num_processes), "--master_port", str(free_port()), "--module", "mixmodal.cli"]
+    options = [
+        "--quiet",
+        "--num_gpus",
+        str(num_processes),
+        "--master_port",
+        str(free_port()),
+        "--module",
+        "mixmodal.cli",
+    ]
     return [sys.executable, found, *options, *arguments]
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from mixmodal.quickstart.demo import Demo
 
 ENVIRONMENT = "environment.json"
+LINE_EVERY = 0.25
+"""Share of the work after which progress is a line where there is no terminal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,9 +251,13 @@ def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
     with Progress(transient=True) as progress:
         task = progress.add_task(name, total=None)
 
+        shown = 0.0
+
         def update(done: int, total: int) -> None:
+            nonlocal shown
             progress.update(task, completed=done, total=total)
-            if not progress.console.is_terminal:
+            if not progress.console.is_terminal and (done == total or done / total - shown >= LINE_EVERY):
+                shown = done / total
                 say(f"      {name}: {done:,} of {total:,}")
 
         yield update
