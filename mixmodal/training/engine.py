@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import json
@@ -141,6 +142,8 @@ def init_distributed() -> Place:
     backend = deepspeed.get_accelerator().communication_backend_name()
     if not dist.is_initialized() and "RANK" not in os.environ:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    elif not dist.is_initialized():
+        atexit.register(leave_distributed)
     os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed asks for it even in a world of one
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
     accelerator = deepspeed.get_accelerator()
@@ -153,7 +156,7 @@ def init_distributed() -> Place:
 
 
 def leave_distributed() -> None:
-    """Ends the process group: for the end of a process, since deepspeed does not start twice in one."""
+    """Ends the process group, at the end of a process that a launcher started."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

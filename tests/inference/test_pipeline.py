@@ -42,7 +42,7 @@ def test_each_output_has_its_type(model: MixedModal, picture: PIL.Image) -> None
 
 
 def test_samples_are_what_was_generated_and_not_the_prompt(model: MixedModal, picture: PIL.Image) -> None:
-    for seed in range(5):
+    for seed in range(2):
         (mixed,) = model.generate(["a red apple", picture, "pear"], output="mixed", seed=seed)
         if mixed:
             assert not (isinstance(mixed[0], str) and mixed[0].startswith("a red apple"))
@@ -82,7 +82,7 @@ def test_the_likeliest_class_is_chosen(model: MixedModal, picture: PIL.Image, me
     totals = [model.log_likelihood(*pair).total for pair in pairs]
     assert model.classify(picture, classes, method=method) == classes[int(np.argmax(totals))]
     found = model.score_classes([picture], classes, method)
-    np.testing.assert_allclose(found.scores[0], totals, atol=1e-4)  # worst seen 4e-6
+    np.testing.assert_allclose(found.scores[0], totals, atol=1e-5, rtol=0)  # worst seen 5e-7
 
 
 def test_the_prompt_of_guidance_is_masked_text(picture: PIL.Image) -> None:

@@ -117,8 +117,7 @@ def test_a_full_disk_gives_one_message_and_keeps_the_checkpoint(
             save(tmp_path, 2)
             break
         except CheckpointError as error:
-            assert "No space left on device" in str(error)
-            failures += 1
+            failures += "No space left on device" in str(error)
         finally:
             monkeypatch.setattr(os, call, real)
         pointer = (tmp_path / "latest").read_text().strip()
@@ -130,7 +129,7 @@ def test_a_full_disk_gives_one_message_and_keeps_the_checkpoint(
 
 
 def test_what_torch_can_not_write_is_an_error_of_the_disk() -> None:
-    with pytest.raises(OSError, match="."):
+    with pytest.raises(OSError, match=r"\w"):
         save_tensors({"weights": torch.zeros(100_000)}, Path("/dev/full"))
 
 

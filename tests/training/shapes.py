@@ -1,0 +1,63 @@
+"""Token shards of captioned shapes without trained tokenizers: bytes for text, averaged colours for codes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mixmodal.data.pipeline import DataConfig
+from mixmodal.data.synthetic import synthetic_pairs
+from mixmodal.data.token_shards import TokenShards, build_manifest, write_manifest, write_token_shard
+from mixmodal.document import Document, Image, Text, build_format
+from mixmodal.models.transformer import TransformerConfig
+from mixmodal.objectives.causal_masked import CausalMaskedConfig
+from mixmodal.training.config import TrainerConfig
+from mixmodal.training.optimizer import OptimizerConfig
+from mixmodal.training.pretrain import PretrainConfig
+from mixmodal.vocabulary import Vocabulary, VocabularyConfig
+
+GRID = (4, 4)
+LEVELS = 4  # of each colour channel: 64 codes
+
+
+class Bytes:
+    """UTF-8 bytes as pieces."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, pieces: Sequence[int]) -> str:
+        return bytes(pieces).decode()
+
+
+def write_shapes(folder: Path, num_pairs: int, seed: int = 0, text_sha256: str = "t" * 64) -> TokenShards:
+    """Writes one token shard of `num_pairs` documents, the text first."""
+    vocabulary = Vocabulary(VocabularyConfig(codebook_sizes={"image": LEVELS**3}, num_text_pieces=256, num_sentinels=8))
+    spelling = build_format("cm3leon", vocabulary, {"image": GRID}, Bytes())
+    documents, keys = [], []
+    for key, picture, caption in synthetic_pairs(num_pairs, size=16, seed=seed):
+        cells = np.asarray(picture, dtype=np.float64).reshape(GRID[0], 4, GRID[1], 4, 3).mean(axis=(1, 3))
+        levels = np.minimum(cells * LEVELS / 256, LEVELS - 1).astype(np.int64)
+        codes = levels @ np.array([LEVELS**2, LEVELS, 1])
+        documents.append(spelling.spell(Document([Text(caption), Image(codes)])))
+        keys.append(f"{key}#0")
+    folder.mkdir(parents=True)
+    entry = write_token_shard(folder, "shard_00000", documents, keys, vocabulary.size)
+    counts = {"documents": len(documents), "tokens": entry["tokens"], "skipped": {}}
+    hashes = {"text_tokenizer_sha256": text_sha256, "image_tokenizer_sha256": "i" * 64}
+    write_manifest(folder, build_manifest(spelling, [entry], counts=counts, **hashes))
+    return TokenShards.open(folder)
+
+
+def tiny_config(root: Path, max_steps: int, **trainer: object) -> PretrainConfig:
+    """A transformer of 0.1M parameters on the shards in `root / "tokens"`, 4 rows of 128 tokens a step."""
+    defaults = {"micro_batch_size": 4, "log_every": 1, "tensorboard": False}
+    return PretrainConfig(
+        model=TransformerConfig(dim=64, num_layers=2, num_heads=2, ffn_dim=128, max_seq_len=128),
+        data=DataConfig(tokens=root / "tokens", seq_len=128),
+        objective=CausalMaskedConfig(min_masks=0, max_masks=4),
+        optimizer=OptimizerConfig(lr=3e-3, warmup_steps=5, min_lr_ratio=0.1),
+        trainer=TrainerConfig(run_dir=root / "run", max_steps=max_steps, **{**defaults, **trainer}),  # type: ignore[arg-type]
+    )

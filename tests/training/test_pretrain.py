@@ -1,0 +1,148 @@
+"""Pretraining end to end on captioned shapes: it learns, splits exactly, and refuses data that does not fit."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from shapes import tiny_config, write_shapes
+
+from mixmodal.interop.export import load_transformer
+from mixmodal.models.transformer import Transformer, TransformerConfig
+from mixmodal.objectives.causal_masked import CausalMaskedConfig
+from mixmodal.training.pretrain import PretrainConfig, PretrainTask, fit_to_data, mean_norm, pretrain
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    """A folder with token shards of 40 documents to train on and 11 others held out."""
+    write_shapes(tmp_path / "tokens", 40)
+    write_shapes(tmp_path / "held_out", 11, seed=1)
+    return tmp_path
+
+
+def records(root: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
+
+
+def with_held_out(config: PretrainConfig, root: Path) -> PretrainConfig:
+    return replace(config, data=replace(config.data, held_out_tokens=root / "held_out"))
+
+
+def test_a_few_documents_are_learnt(tmp_path: Path) -> None:
+    shards = write_shapes(tmp_path / "tokens", 8)
+    config = tiny_config(tmp_path, max_steps=150, log_every=25)
+    data = replace(config.data, image_first_share=0.0, caption_dropout=0.0)
+    pretrain(replace(config, data=data, objective=CausalMaskedConfig(min_masks=0, max_masks=0, poisson_rate=0.0)))
+    lines = [line for line in records(tmp_path) if "loss" in line]
+    assert lines[0]["loss"] < 0.8 * math.log(shards.vocabulary.size)
+    assert lines[-1]["loss"] < 0.35  # nats a token; the uniform loss is 5.8; seen: SEEN
+    assert lines[-1]["loss_image"] < 0.35  # seen: SEEN
+
+
+def test_a_run_writes_metrics_and_a_network_that_loads(shapes: Path) -> None:
+    result = pretrain(with_held_out(tiny_config(shapes, max_steps=3, eval_every=2, peak_flops=1e12), shapes))
+    *_, trained, evaluated = records(shapes)
+    assert {"step", "wall_time_s", "loss", "z_loss", "loss_text", "loss_image", "loss_control"} <= set(trained)
+    assert {"tokens_per_second", "mfu", "grad_norm", "lr", "logit_norm", "output_norm"} <= set(trained)
+    assert evaluated["eval_loss"] == result.metrics["loss"]
+    assert [line["step"] for line in records(shapes) if "eval_loss" in line] == [2, 3]
+    assert isinstance(load_transformer(shapes / "run/export"), Transformer)
+
+
+def test_evaluation_counts_each_held_out_token_once(shapes: Path) -> None:
+    config = with_held_out(tiny_config(shapes, max_steps=1), shapes)
+    one, few = PretrainTask(config), PretrainTask(replace(config, trainer=replace(config.trainer, micro_batch_size=1)))
+    torch.manual_seed(0)
+    model = one.build_model().eval()
+    for task in (one, few):
+        task.build_loader(1, 1, 0, 1)
+    with torch.no_grad():
+        assert few.evaluate(model) == pytest.approx(one.evaluate(model), rel=1e-6)  # worst seen: WORST
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage"),
+    [
+        ("float32", None),
+        ("bfloat16", None),
+        ("float32", 3),
+        pytest.param("autocast_bfloat16", None, marks=pytest.mark.slow),
+        pytest.param("autocast_bfloat16", 3, marks=pytest.mark.slow),
+        pytest.param("bfloat16", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_resume_is_exact(shapes: Path, precision: str, stage: int | None) -> None:
+    zero_file = ROOT / f"configs/deepspeed/zero{stage}.json" if stage else None
+    options: dict[str, Any] = {"deepspeed": zero_file, "precision": precision, "save_every": 2, "keep_checkpoints": 9}
+    config = tiny_config(shapes, max_steps=4, **options)
+    config = replace(config, model=replace(config.model, dropout=0.1))
+    pretrain(config)
+    whole = load_transformer(shapes / "run/export").state_dict()
+    lines = records(shapes)
+    (shapes / "run/checkpoints/latest").write_text("step_00000002\n")
+    pretrain(config)
+    resumed = load_transformer(shapes / "run/export").state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    assert [line["loss"] for line in records(shapes)] == [line["loss"] for line in lines]
+
+
+def test_splitting_a_step_changes_nothing(shapes: Path) -> None:
+    whole = tiny_config(shapes, max_steps=3)
+    split = tiny_config(shapes, max_steps=3, micro_batch_size=1, grad_accum_steps=4)
+    split = replace(split, trainer=replace(split.trainer, run_dir=shapes / "split/run"))
+    pretrain(whole)
+    pretrain(split)
+    for name in ("loss", "loss_text", "loss_image", "z_loss", "grad_norm"):
+        expected = [line[name] for line in records(shapes)]
+        found = [line[name] for line in records(shapes / "split")]
+        assert found == pytest.approx(expected, rel=2e-5), name  # worst seen: WORST
+
+
+def test_held_out_shards_of_other_tokenizers_are_refused(shapes: Path) -> None:
+    write_shapes(shapes / "other/held_out", 5, text_sha256="x" * 64)
+    with pytest.raises(ValueError, match=r"other/held_out/manifest\.json: text_tokenizer_sha256"):
+        PretrainTask(with_held_out(tiny_config(shapes, max_steps=1), shapes / "other"))
+
+
+def test_tokenizers_come_in_pairs(shapes: Path) -> None:
+    with pytest.raises(ValueError, match="give both"):
+        PretrainTask(replace(tiny_config(shapes, max_steps=1), text_tokenizer=Path("t.model")))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "problem"),
+    [({"vocab_size": 10}, r"model\.vocab_size is 10"), ({"max_seq_len": 64}, r"model\.max_seq_len is 64")],
+)
+def test_a_model_too_small_for_the_data_is_refused(sizes: dict[str, int], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        fit_to_data(TransformerConfig(**sizes), vocab_size=11, seq_len=128)
+
+
+def test_the_vocabulary_comes_from_the_data() -> None:
+    assert fit_to_data(TransformerConfig(), vocab_size=11, seq_len=128).vocab_size == 11
+    assert fit_to_data(TransformerConfig(vocab_size=64), vocab_size=11, seq_len=128).vocab_size == 64
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_operations_count_the_matrices_and_attention(shapes: Path, tied: bool) -> None:
+    config = tiny_config(shapes, max_steps=1)
+    config = replace(config, model=replace(config.model, qk_norm=False, tie_embeddings=tied))
+    vocab_size = PretrainTask(config).vocabulary.size
+    matrices = 2 * (4 * 64 * 64 + 3 * 64 * 128) + vocab_size * 64
+    norms = 5 * 64
+    assert PretrainTask(config).flops_per_token() == 6 * (matrices + norms) + 12 * 2 * 64 * 128
+
+
+def test_norms_leave_padding_out() -> None:
+    vectors = torch.tensor([[[3.0, 4.0], [6.0, 8.0], [100.0, 0.0]]])
+    sums = mean_norm(vectors, torch.tensor([[1, 2, 0]]))
+    assert (sums.total.item(), sums.count.item()) == (15.0, 2.0)
