@@ -45,6 +45,9 @@ CONFIG_TYPES = {
     "sample": "generate",
     "classify": "classify",
     "tokenizers/train_text": "train-text-tokenizer",
+    "tokenizers/train_image": "train-image-tokenizer",
+    "tokenizers/image_tiny": "train-image-tokenizer",
+    "tokenizers/vq16_256": "train-image-tokenizer",
     "tokenizers/evaluate_image": "evaluate-image-tokenizer",
 }
 

@@ -137,9 +137,13 @@ class TokenShards:
         start, stop = offsets[index - self._starts[shard] :][:2]
         return tokens[start:stop].astype(np.int64)
 
-    @cached_property
+    @property
     def keys(self) -> list[str]:
-        """Key of each document: `KEY#variant`."""
+        """Key of each document: `KEY#variant`; read once."""
+        return self._keys
+
+    @cached_property
+    def _keys(self) -> list[str]:
         keys: list[str] = []
         for entry in self.manifest["shards"]:
             path = self.folder / f"{entry['name']}.keys.json"

@@ -16,6 +16,8 @@ FLAT, OUTLINE = "flat", "outline"
 STYLES = (FLAT, OUTLINE)
 LICENCES = {FLAT: "Twemoji, CC-BY 4.0", OUTLINE: "OpenMoji, CC BY-SA 4.0"}
 SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
+REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
+"""Two of these spell a country's flag; the newest flags are in no list of categories yet."""
 VARIATION_SELECTOR = "fe0f"
 FULLY_QUALIFIED = 2
 MIN_ALPHA = 16
@@ -61,7 +63,7 @@ def find_emoji() -> list[Emoji]:
         drawn = {style: files[style][code_point] for style in STYLES if code_point in files[style]}
         if drawn and name not in seen:
             seen.add(name)
-            other = "flags" if name.startswith("flag") else "other"
+            other = "flags" if int(code_point.split("-")[0], 16) in REGIONAL_INDICATORS else "other"
             found.append(Emoji(code_point, name, categories.get(code_point, other), drawn))
     return found
 

@@ -229,6 +229,7 @@ def test_packages_hold_the_emoji():
         red = (pixels[..., 0] > 150) & (pixels[..., 1] < 110)
         assert red.mean() > 0.25
         assert (pixels[0, 0] == 255).all()
+    assert found["sark"].category == "flags"
     assert not any("skin tone" in name for name in found)
     assert all(len(set(entry.files) - set(STYLES)) == 0 for entry in found.values())
 
