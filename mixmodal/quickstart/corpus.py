@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from mixmodal.data.shards import INDEX_NAME, PictureFile, Sample, remove_unfinished, write_atomically, write_shards
-from mixmodal.quickstart.art import FLAT, LICENCES, OUTLINE, STYLES, Emoji, find_emoji, render_all
+from mixmodal.quickstart.art import FLAT, LICENCES, OUTLINE, STYLES, Emoji, SkinTone, find_emoji, render_all
 
 Progress = Callable[[int, int], None]
 """Called with the numbers of finished and of all pictures."""
@@ -34,6 +34,7 @@ class DemoCorpusConfig:
     Args:
         image_size: side of the pictures, pixels.
         margin: white around what is drawn, as a share of the side.
+        skin_tones: tones of people and hands that are concepts of their own beside the yellow ones.
         skip_categories: categories that are left out.
         skip_patterns: regular expressions; a concept whose name has a match is left out.
         min_correlation: Pearson correlation that the two styles of a concept must exceed; less shows another motif.
@@ -47,6 +48,7 @@ class DemoCorpusConfig:
 
     image_size: int = 32
     margin: float = 1 / 32
+    skin_tones: tuple[SkinTone, ...] = ()
     skip_categories: tuple[str, ...] = ("flags",)
     skip_patterns: tuple[str, ...] = ()
     min_correlation: float = 0.5
@@ -111,7 +113,7 @@ def build_demo_corpus(config: DemoCorpusConfig, out: Path, progress: Progress | 
     written = _load(config, out)
     if written:
         return written
-    emoji = find_emoji()
+    emoji = find_emoji(config.skin_tones)
     pictures = _render(emoji, config, progress)
     concepts = choose_concepts(emoji, pictures, config)
     heldout = choose_heldout(concepts, config)
