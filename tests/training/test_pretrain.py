@@ -44,8 +44,8 @@ def test_a_few_documents_are_learnt(tmp_path: Path) -> None:
     pretrain(replace(config, data=data, objective=CausalMaskedConfig(min_masks=0, max_masks=0, poisson_rate=0.0)))
     lines = [line for line in records(tmp_path) if "loss" in line]
     assert lines[0]["loss"] < 0.8 * math.log(shards.vocabulary.size)
-    assert lines[-1]["loss"] < 0.35  # nats a token; the uniform loss is 5.8; seen: SEEN
-    assert lines[-1]["loss_image"] < 0.35  # seen: SEEN
+    assert lines[-1]["loss"] < 0.5  # nats a token; the uniform loss is 5.8; seen: 0.25
+    assert lines[-1]["loss_image"] < 0.5  # seen: 0.29
 
 
 def test_a_run_writes_metrics_and_a_network_that_loads(shapes: Path) -> None:
