@@ -16,7 +16,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def record(
     benchmark: str, subject: str, repeats: Sequence[float], unit: str, device_kind: str, config: dict[str, Any]
 ) -> dict[str, Any]:
-    """Appends a line to `results/BENCHMARK.jsonl` and prints its median.
+    """Appends what the running script has measured, here and now.
 
     Args:
         benchmark: name of the file and of the table.
@@ -28,24 +28,28 @@ def record(
     """
     from mixmodal.quickstart.environment import commit, device, versions
 
-    line = {
-        "benchmark": benchmark,
-        "subject": subject,
-        "median": statistics.median(repeats),
-        "repeats": list(repeats),
-        "unit": unit,
-        "device_kind": device_kind,
-        "device": device(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "command": " ".join(["python", relative(sys.argv[0]), *sys.argv[1:]]),
-        "versions": versions(),
-        "config": config,
-    }
+    return append(
+        benchmark=benchmark,
+        subject=subject,
+        repeats=list(repeats),
+        unit=unit,
+        device=device(),
+        device_kind=device_kind,
+        commit=commit(),
+        versions=versions(),
+        command=" ".join(["python", relative(sys.argv[0]), *sys.argv[1:]]),
+        config=config,
+    )
+
+
+def append(**fields: Any) -> dict[str, Any]:
+    """Appends a line to `results/BENCHMARK.jsonl`, with date and median, and prints it in short."""
+    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    line = {**fields, "date": date, "median": statistics.median(fields["repeats"])}
     RESULTS.mkdir(exist_ok=True)
-    with open(RESULTS / f"{benchmark}.jsonl", "a", encoding="utf-8") as file:
+    with open(RESULTS / f"{line['benchmark']}.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-    print(f"{benchmark}, {subject}: {line['median']:,.4g} {unit}")
+    print(f"{line['benchmark']}, {line['subject']}: {line['median']:,.4g} {line['unit']}")
     return line
 
 

@@ -24,8 +24,7 @@ MIN_DOCUMENTS_TO_JUDGE = 1000
 class Documents(Protocol):
     """Spelled documents by index, as `TokenShards` holds them."""
 
-    @property
-    def keys(self) -> Sequence[str]: ...
+    keys: Any  # a sequence of strings; type checkers take no cached property for a property
 
     def __len__(self) -> int: ...
 
@@ -209,7 +208,7 @@ class PackedDocuments:
             self._position += 1
             key, ids = self.documents.keys[index], self.documents[index]
             if len(ids) <= self.config.seq_len:
-                return self._vary(key, ids, np.random.default_rng((self.seed, self._epoch, index)))
+                return self._vary(key, ids, self._random.of(index))
             self.counts["too_long"] += 1
             logger.debug("document %s has %d tokens, a row %d: skipped", key, len(ids), self.config.seq_len)
             if self.counts.total() >= MIN_DOCUMENTS_TO_JUDGE:
@@ -218,6 +217,7 @@ class PackedDocuments:
     def _begin_epoch(self, epoch: int) -> None:
         self._epoch, self._position = epoch, 0
         self._order = np.arange(len(self.documents))
+        self._random = _Randomness(self.seed, epoch)
         if self.config.shuffle:
             np.random.default_rng((self.seed, epoch)).shuffle(self._order)
 
@@ -244,6 +244,26 @@ class PackedDocuments:
             if turn and sorted(is_text) == [False, True]:
                 ids = self.sequence_format.join([run for part in parts[::-1] for run in part])
         return Sample(key, *self.objective.apply(ids, rng, max_len=self.config.seq_len))
+
+
+class _Randomness:
+    """A stream of random numbers for every document of an epoch.
+
+    Philox (Salmon et al. 2011) is keyed by seed and epoch, and the index stands in a high word of its counter: each
+    document has 2^128 numbers of its own. Setting the counter costs a tenth of seeding a generator.
+    """
+
+    def __init__(self, seed: int, epoch: int) -> None:
+        key = np.random.SeedSequence((seed, epoch)).generate_state(2, np.uint64)
+        self._philox = np.random.Philox(key=key)
+        self._generator = np.random.Generator(self._philox)
+        self._start: Any = self._philox.state
+
+    def of(self, index: int) -> np.random.Generator:
+        """The generator at the start of a document's stream; it is the same object for all of them."""
+        self._start["state"]["counter"][:] = (0, 0, index, 0)
+        self._philox.state = self._start
+        return self._generator
 
 
 def _parts(runs: Sequence[Run]) -> list[list[Run]]:

@@ -49,12 +49,10 @@ class ImageEncoder(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretokenizeConfig:
-    """Which shards become token shards, and with what.
+class TokensConfig:
+    """What samples are made tokens with.
 
     Args:
-        shards: folders of shards, or single shards.
-        out: folder of the token shards.
         text_tokenizer: a model file of `mixmodal train-text-tokenizer`.
         image_tokenizer: a folder of `mixmodal train-image-tokenizer`.
         sequence_format: how documents are spelled.
@@ -63,12 +61,9 @@ class PretokenizeConfig:
         augment: how the further variants are changed.
         batch_size: pictures that are encoded at once.
         device: where the image tokenizer runs: `cpu`, `cuda`, ...
-        limits: what a sample may be, and the share of bad ones that fails the job.
         seed: of the changes.
     """
 
-    shards: tuple[Path, ...]
-    out: Path
     text_tokenizer: Path
     image_tokenizer: Path
     sequence_format: FormatName = "cm3leon"
@@ -77,7 +72,6 @@ class PretokenizeConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     batch_size: int = 64
     device: str = "cpu"
-    limits: SampleLimits = field(default_factory=SampleLimits)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -89,6 +83,21 @@ class PretokenizeConfig:
             raise ValueError(f"num_variants is {self.num_variants}, but augment changes nothing; set one of its shares")
         if self.num_variants == 1 and changes:
             raise ValueError("augment is set, but num_variants is 1 and the first variant is never changed; raise it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretokenizeConfig(TokensConfig):
+    """Which shards become token shards, and with what.
+
+    Args:
+        shards: folders of shards, or single shards.
+        out: folder of the token shards.
+        limits: what a sample may be, and the share of bad ones that fails the job.
+    """
+
+    shards: tuple[Path, ...]
+    out: Path
+    limits: SampleLimits = field(default_factory=SampleLimits)
 
 
 def pretokenize(config: PretokenizeConfig, progress: Progress | None = None) -> TokenShards:

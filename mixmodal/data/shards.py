@@ -157,6 +157,13 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(part, path)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Removes the shards of a job that did not come to writing the index; a folder with index is left alone."""
+    if not (folder / INDEX_NAME).is_file():
+        for path in [*folder.glob("*.tar"), *folder.glob("*.part")]:
+            path.unlink()
+
+
 def _members(sample: Sample) -> dict[str, Any]:
     """Suffix -> bytes, as `webdataset.TarWriter` takes it."""
     if not WRITABLE_KEY.fullmatch(sample.key):
@@ -174,7 +181,7 @@ def _members(sample: Sample) -> dict[str, Any]:
             else:
                 members[f"{number}.{part.suffix}"] = part.data
                 metadata["parts"].append({"image": f"{number}.{part.suffix}"})
-    members["json"] = json.dumps(metadata, ensure_ascii=False, sort_keys=True).encode()
+    members["json"] = json.dumps(metadata, sort_keys=True).encode()
     return members
 
 

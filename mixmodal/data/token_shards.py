@@ -41,7 +41,7 @@ def write_token_shard(
     offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
     tokens = np.concatenate([*documents, np.empty(0, dtype=np.int64)]).astype(dtype)
     data = _npy(tokens)
-    write_atomically(folder / f"{name}.keys.json", json.dumps(list(keys), ensure_ascii=False).encode())
+    write_atomically(folder / f"{name}.keys.json", json.dumps(list(keys)).encode())
     write_atomically(folder / f"{name}.offsets.npy", _npy(offsets))
     write_atomically(folder / f"{name}.tokens.npy", data)
     sha256 = hashlib.sha256(data).hexdigest()
@@ -137,9 +137,13 @@ class TokenShards:
         start, stop = offsets[index - self._starts[shard] :][:2]
         return tokens[start:stop].astype(np.int64)
 
-    @cached_property
+    @property
     def keys(self) -> list[str]:
-        """Key of each document: `KEY#variant`."""
+        """Key of each document: `KEY#variant`; read once."""
+        return self._keys
+
+    @cached_property
+    def _keys(self) -> list[str]:
         keys: list[str] = []
         for entry in self.manifest["shards"]:
             path = self.folder / f"{entry['name']}.keys.json"

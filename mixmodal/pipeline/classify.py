@@ -73,7 +73,7 @@ def classify(config: ClassifyConfig) -> None:
         "method": config.method,
         "settings": settings,
         "classes": [one._asdict() for one in classes],
-        "skipped": dict(counter.skipped),
+        "skipped": counter.to_dict(),
     }
     config.out.parent.mkdir(parents=True, exist_ok=True)
     config.out.write_text(json.dumps({**described, **report}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

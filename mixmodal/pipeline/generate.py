@@ -25,11 +25,11 @@ class PromptPart:
     """One part of a prompt: a text or a picture.
 
     Args:
-        text: the text.
-        image: file of the picture.
+        text: the text; empty where the part is a picture.
+        image: file of the picture; null where the part is text.
     """
 
-    text: str | None = None
+    text: str = ""
     image: Path | None = None
 
 
@@ -130,7 +130,7 @@ def read_part(part: PromptPart, place: int) -> str | Picture:
     Raises:
         ValueError: naming the part, where it is not exactly one of them or the file can not be read.
     """
-    if part.image is not None and part.text is None:
+    if part.image is not None and not part.text:
         if not part.image.is_file():
             raise ValueError(f"part {place} of the prompt: there is no picture at {part.image}")
         return open_picture(part.image, f"part {place} of the prompt ({part.image})")

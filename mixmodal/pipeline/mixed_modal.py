@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,8 +42,14 @@ Sample = Any
 """A string, a picture, or for `mixed` the list of them: what `output` says."""
 
 
-class LogLikelihood(NamedTuple):
-    """Nats, and the number of tokens that they are summed over."""
+@dataclass(frozen=True)
+class LogLikelihood:
+    """A sum in nats, and the number of tokens in it.
+
+    Args:
+        total: log-likelihood, float64.
+        count: scored tokens.
+    """
 
     total: float
     count: int

@@ -12,26 +12,22 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from mixmodal.quickstart.environment import num_cores
 
-STOP_SECONDS = 60
-"""How long a stopped process may take to save."""
-
 
 def launch(command: Sequence[str], num_processes: int = 1) -> None:
-    """Runs a command to its end.
+    """Runs a command to its end. When this process is stopped or killed, so is the command, and it may save first.
 
     Raises:
         ValueError: where it fails; what it has said stands above.
     """
-    child = subprocess.Popen(command, env=build_environment(num_processes))
+    supervised = [sys.executable, "-m", "mixmodal.quickstart.supervise", *command]
+    child = subprocess.Popen(supervised, env=build_environment(num_processes), start_new_session=True)
     before = signal.getsignal(signal.SIGTERM)
     in_main = threading.current_thread() is threading.main_thread()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        child.send_signal(number)
         raise KeyboardInterrupt
 
     if in_main:
@@ -39,7 +35,8 @@ def launch(command: Sequence[str], num_processes: int = 1) -> None:
     try:
         code = child.wait()
     except KeyboardInterrupt:
-        end(child)
+        child.terminate()
+        child.wait()
         raise
     finally:
         if in_main:
@@ -48,22 +45,13 @@ def launch(command: Sequence[str], num_processes: int = 1) -> None:
         raise ValueError(f"this command failed with exit code {code}, see above: {' '.join(map(str, command))}")
 
 
-def end(child: subprocess.Popen[Any]) -> None:
-    """Waits for a process that was told to stop, and insists when it takes too long."""
-    for insist in (child.terminate, child.kill):
-        try:
-            child.wait(STOP_SECONDS)
-            return
-        except subprocess.TimeoutExpired:
-            insist()
-    child.wait()
-
-
 def build_environment(num_processes: int) -> dict[str, str]:
     """Ours, with the cores shared among the processes and deepspeed told when there is no accelerator."""
     import torch
 
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
     if not torch.cuda.is_available():
         environment.setdefault("DS_ACCELERATOR", "cpu")
         environment.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // num_processes)))
@@ -85,7 +73,15 @@ def deepspeed_command(num_processes: int, *arguments: str) -> list[str]:
     found = str(beside) if beside.exists() else shutil.which("deepspeed")
     if not found:
         raise ValueError("the deepspeed launcher is missing; install it with: pip install 'mixmodal[train]' (Linux)")
-    options = ["--num_gpus", str(num_processes), "--master_port", str(free_port()), "--module", "mixmodal.cli"]
+    options = [
+        "--quiet",
+        "--num_gpus",
+        str(num_processes),
+        "--master_port",
+        str(free_port()),
+        "--module",
+        "mixmodal.cli",
+    ]
     return [sys.executable, found, *options, *arguments]
 
 

@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
 TOKENIZERS = {"text_tokenizer": "text_tokenizer/text_tokenizer.model", "image_tokenizer": "image_tokenizer/export"}
 ENTRIES = {
-    "corpus": Entry("mixmodal.quickstart.corpus", "CorpusConfig", "", {"out": "data"}),
+    "corpus": Entry("mixmodal.quickstart.corpus", "DemoCorpusConfig", "", {}),
     "text_tokenizer": Entry(
         "mixmodal.training.text_tokenizer",
         "TextTokenizerTrainingConfig",
@@ -35,7 +35,11 @@ ENTRIES = {
         "mixmodal.training.image_tokenizer",
         "ImageTokenizerTrainingConfig",
         "train-image-tokenizer",
-        {"data.train": ["data/train"], "data.held_out": ["data/heldout"], "trainer.run_dir": "image_tokenizer"},
+        {
+            "data.train": ["data/train", "data/tokenizer_extra"],
+            "data.held_out": ["data/heldout"],
+            "trainer.run_dir": "image_tokenizer",
+        },
     ),
     "tokens": Entry(
         "mixmodal.data.pretokenize",
@@ -95,13 +99,19 @@ def load_recipe(run: Path, folder: Path | None = None) -> Recipe:
     loaded: dict[str, Any] = {}
     for name, entry in ENTRIES.items():
         settings[name] = yaml.safe_load(texts[f"{name}.yaml"]) or {}
-        path = write_config(run, name, entry, settings[name])
+        mixed = name == "tokens" and settings["corpus"].get("mixed")
+        path = write_config(run, name, with_mixed(entry) if mixed else entry, settings[name])
         loaded[name] = load_config(getattr(importlib.import_module(entry.module), entry.config), path)
     return Recipe(settings, loaded)
 
 
 def read_packaged(name: str) -> str:
-    return resources.files("mixmodal.quickstart").joinpath("recipe", name).read_text(encoding="utf-8")
+    return resources.files("mixmodal.quickstart").joinpath(f"recipe/{name}").read_text(encoding="utf-8")
+
+
+def with_mixed(entry: Entry) -> Entry:
+    """The entry of the token shards where the corpus has documents of both styles, too."""
+    return entry._replace(paths={**entry.paths, "shards": ["data/train", "data/train_mixed"]})
 
 
 def write_config(run: Path, name: str, entry: Entry, settings: Mapping[str, Any]) -> Path:

@@ -109,6 +109,7 @@ def _first_figures(summary: Results, samples: Results) -> str:
                 split_rate(pictures, "concept_right", heldout), "text to image: right concept", "nearest picture"
             ),
             figure_of(split_rate(pictures, "style_right", heldout), "text to image: right style", "nearest picture"),
+            figure_of(split_rate(pictures, "both_right", heldout), "text to image: both right", "the very picture"),
             figure_of(split_rate(captions, "concept_right", heldout), "image to text: right concept"),
         ]
 

@@ -26,16 +26,17 @@ class Stage:
 
     Args:
         name: of the stage; its marker is `stages/NAME.json`.
-        complete: does the work; it may find what an interrupted attempt with the same config has left in `folder`.
-        folder: what the stage writes. An attempt with another config or other inputs begins with an empty one.
+        complete: does the work; it may find what an interrupted attempt with the same config has left.
+        results: files and folders that the stage writes. An attempt with another config or other inputs begins
+            without them.
         config: plain data from which the work follows.
         inputs: names of the stages whose results it reads.
-        command: what a person types to do this stage by hand; empty where there is no such command.
+        command: what a person types to do this stage by hand.
     """
 
     name: str
     complete: Callable[[], None]
-    folder: Path
+    results: tuple[Path, ...]
     config: Mapping[str, Any]
     inputs: tuple[str, ...] = ()
     command: str = ""
@@ -56,7 +57,7 @@ class StageRunner:
             if self._is_done(stage, digest):
                 say(f"{title}: done before, skipped")
                 continue
-            say(f"{title} ..." + (f"\n      {stage.command}" if stage.command else ""))
+            say(f"{title} ...\n      {stage.command}")
             marker = self._attempt(stage, digest)
             peak = marker["peak_memory_bytes"] / 1024**3
             say(f"{title}: done in {marker['seconds']:.1f} s, peak memory {peak:.2f} GiB")
@@ -70,7 +71,8 @@ class StageRunner:
         attempt = self._folder / f"{stage.name}.attempt.json"
         earlier = self._read(attempt) if attempt.exists() else {}
         if earlier.get("digest") != digest:
-            shutil.rmtree(stage.folder, ignore_errors=True)
+            for result in stage.results:
+                remove(result)
             earlier = {}
         self._marker(stage.name).unlink(missing_ok=True)
 
@@ -93,7 +95,8 @@ class StageRunner:
 
     def _is_done(self, stage: Stage, digest: str) -> bool:
         marker = self._marker(stage.name)
-        return stage.folder.exists() and marker.exists() and self._read(marker)["digest"] == digest
+        whole = marker.exists() and all(result.exists() for result in stage.results)
+        return whole and self._read(marker)["digest"] == digest
 
     def _digest(self, stage: Stage) -> str:
         """Of the config and of the markers of the inputs: a stage that was done again asks its readers to follow."""
@@ -110,6 +113,14 @@ class StageRunner:
             return json.loads(path.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: not JSON ({error}); delete it to do this stage again") from error
+
+
+def remove(path: Path) -> None:
+    """A file, or a folder with all that is in it; nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class Watch:

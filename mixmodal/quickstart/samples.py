@@ -115,6 +115,7 @@ def judge_pictures(
                 },
                 "concept_right": near.concept == label.concept,
                 "style_right": near.style == label.style,
+                "both_right": near.concept == label.concept and near.style == label.style,
             }
         )
     return items
@@ -138,13 +139,16 @@ def write_captions(
     items = []
     for index, caption in zip(chosen, captions, strict=True):
         label = demo.labels[index]
+        concept_right = named_concept(caption, concepts) == label.concept
+        style_right = named_concept(rest_of(caption, concepts), styles) == label.style
         items.append(
             {
                 "label": label._asdict(),
                 "image": save_demo(run, demo, index),
                 "caption": caption,
-                "concept_right": named_concept(caption, concepts) == label.concept,
-                "style_right": named_concept(rest_of(caption, concepts), styles) == label.style,
+                "concept_right": concept_right,
+                "style_right": style_right,
+                "both_right": concept_right and style_right,
             }
         )
     return items
@@ -184,7 +188,7 @@ def summarise_samples(results: dict[str, Any]) -> dict[str, dict[str, float]]:
         rates[direction] = {}
         for heldout, split in ((False, "trained"), (True, "heldout")):
             items = [item for item in results[direction] if item["label"]["heldout"] == heldout]
-            for name in ("concept", "style"):
+            for name in ("concept", "style", "both"):
                 share = sum(item[f"{name}_right"] for item in items) / max(1, len(items))
                 rates[direction][f"{name}_accuracy_{split}"] = share
     return rates

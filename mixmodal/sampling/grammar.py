@@ -203,6 +203,8 @@ class Grammar:
         stuck = ~(self.costs[nodes] <= state.room[:, None]).any(dim=1) | (left > state.room)
         if stuck.any():
             row = int(stuck.nonzero()[0])
+            if not (self.costs[nodes[row]] < NEVER).any():
+                raise SequenceError(f"prompt {row} is open for another part than the output {self.output!r}")
             raise SequenceError(
                 f"prompt {row} has {len(prompts[row])} tokens and {rooms[row]} may follow it: too few for the output "
                 f"{self.output!r}. Shorten the prompt, or raise max_new_tokens or the model's max_seq_len"

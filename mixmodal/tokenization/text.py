@@ -128,7 +128,8 @@ def train_text_tokenizer(
     if vocab_size <= NUM_FIXED_PIECES:
         raise ValueError(f"vocab_size is {vocab_size}; it must exceed {NUM_FIXED_PIECES}, the number of byte pieces")
     model = io.BytesIO()
-    stretches = _stretches(texts)
+    failures: list[Exception] = []
+    stretches = _noting(_stretches(texts), failures)
     first = next(stretches, None)
     if first is None:
         raise ValueError(f"{path}: there is no text to train the tokenizer on")
@@ -156,10 +157,21 @@ def train_text_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
         raise ValueError(f"{path}: can not be trained with vocab_size {vocab_size}: {error}") from error
     tokenizer = TextTokenizer(model.getvalue(), str(path))
     tokenizer.save(path)
     return tokenizer
+
+
+def _noting(texts: Iterator[str], failures: list[Exception]) -> Iterator[str]:
+    """The texts; what they raise is noted, because sentencepiece makes a RuntimeError of it."""
+    try:
+        yield from texts
+    except Exception as error:
+        failures.append(error)
+        raise
 
 
 def _stretches(texts: Iterable[str]) -> Iterator[str]:

@@ -46,12 +46,13 @@ def train_text_tokenizer_on_shards(config: TextTokenizerTrainingConfig) -> TextT
     tokenizer = train_text_tokenizer(
         read_texts(config, counter), config.out, config.vocab_size, character_coverage=config.character_coverage
     )
-    counter.finish()
     print(f"{config.out}: {tokenizer.num_pieces:,} pieces")
     return tokenizer
 
 
 def read_texts(config: TextTokenizerTrainingConfig, counter: SkipCounter) -> Iterator[str]:
+    """All texts; too many bad samples raise before anything is learned from the rest."""
     for sample in read_samples(config.shards, counter, config.limits):
         counter.use()
         yield from sample.texts
+    counter.finish()

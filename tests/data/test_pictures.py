@@ -1,6 +1,7 @@
 """The stream of pictures: a pure function of the seed, however it is spread, cached or streamed, and resumed."""
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 
@@ -14,13 +15,15 @@ from mixmodal.data.pictures import PictureDataConfig, PictureLoader, decode_all,
 from mixmodal.data.shards import PictureFile, Sample, write_shards
 from mixmodal.data.skipping import SampleLimits, TooManySkipped
 from mixmodal.tokenization.preprocessing import to_tensor
-from tests.pictures import draw_shape, draw_shapes, write_shape_shards
 
 SIZE = 16
 
+Draw = Callable[..., torch.Tensor]
+WriteShards = Callable[..., None]
+
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shards(tmp_path_factory: pytest.TempPathFactory, write_shape_shards: WriteShards) -> Path:
     folder = tmp_path_factory.mktemp("shards")
     write_shape_shards(folder, 11, size=SIZE, shard_size=4)
     return folder
@@ -39,9 +42,10 @@ def keys(loader: PictureLoader, batches: int) -> list[str]:
     return [key for batch in islice(loader, batches) for key in batch.keys]
 
 
-def test_pixels_become_the_images_of_preprocessing() -> None:
-    expected = torch.stack([to_tensor(draw_shape(seed, SIZE)) for seed in range(3)])
-    assert torch.equal(to_images(draw_shapes(3, SIZE)), expected)
+def test_pixels_become_the_images_of_preprocessing(draw_shapes: Draw) -> None:
+    pixels = draw_shapes(3, SIZE)
+    expected = torch.stack([to_tensor(Image.fromarray(picture.permute(1, 2, 0).numpy())) for picture in pixels])
+    assert torch.equal(to_images(pixels), expected)
 
 
 def test_each_epoch_shows_every_picture_once_in_a_new_order(config: PictureDataConfig) -> None:
@@ -90,7 +94,7 @@ def test_a_state_of_other_settings_is_refused(config: PictureDataConfig) -> None
         build_loader(config, size=8).load_state_dict(state)
 
 
-def test_pictures_come_in_the_size_asked_for(tmp_path: Path) -> None:
+def test_pictures_come_in_the_size_asked_for(tmp_path: Path, write_shape_shards: WriteShards) -> None:
     write_shape_shards(tmp_path, 2, size=40)
     _, pixels, complete = decode_all([tmp_path], SIZE, SampleLimits(), 10)
     assert complete
@@ -99,7 +103,7 @@ def test_pictures_come_in_the_size_asked_for(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cached", [100, 0])
-def test_bad_pictures_are_left_out_up_to_a_share(tmp_path: Path, cached: int) -> None:
+def test_bad_pictures_are_left_out_up_to_a_share(tmp_path: Path, cached: int, write_shape_shards: WriteShards) -> None:
     write_shape_shards(tmp_path / "good", 9, size=SIZE)
     broken = Sample("bad", ("a shape", PictureFile(b"\x89PNG\r\n\x1a\n and nothing more", "png", "bad.png")))
     write_shards([broken], tmp_path / "bad")
@@ -129,13 +133,13 @@ def draws_of(count: int) -> torch.Tensor:
     return torch.from_numpy(np.stack([draw_changes(0, seed) for seed in range(count)]))
 
 
-def test_the_defaults_change_nothing() -> None:
+def test_the_defaults_change_nothing(draw_shapes: Draw) -> None:
     images = to_images(draw_shapes(4, SIZE))
     assert torch.equal(augment(images, draws_of(4), AugmentConfig()), images)
 
 
 def test_flips_take_their_share_of_the_pictures() -> None:
-    images = to_images(draw_shapes(400, SIZE))
+    images = to_images(torch.randint(256, (400, 3, 4, 4), dtype=torch.uint8))
     found = augment(images, draws_of(400), AugmentConfig(flip_share=0.25))
     flipped = [torch.equal(a, b.flip(-1)) and not torch.equal(a, b) for a, b in zip(found, images, strict=True)]
     assert all(flip or torch.equal(a, b) for flip, a, b in zip(flipped, found, images, strict=True))
@@ -160,7 +164,7 @@ def test_a_scale_keeps_the_centre() -> None:
     torch.testing.assert_close(scaled, rows * 0.8, rtol=0, atol=1e-5)  # measured worst difference: 1e-7
 
 
-def test_a_third_of_a_turn_of_the_hue_permutes_the_channels() -> None:
+def test_a_third_of_a_turn_of_the_hue_permutes_the_channels(draw_shapes: Draw) -> None:
     images = to_images(draw_shapes(2, SIZE))
     turned = turn_hue(images, torch.tensor([2 * np.pi / 3, 0.0]))
     torch.testing.assert_close(turned[0], images[0].roll(1, dims=0), rtol=0, atol=1e-5)  # measured: 4e-7
@@ -169,7 +173,7 @@ def test_a_third_of_a_turn_of_the_hue_permutes_the_channels() -> None:
     torch.testing.assert_close(turn_hue(grey, torch.tensor([1.0])), grey, rtol=0, atol=1e-5)
 
 
-def test_a_picture_is_changed_alike_in_any_batch() -> None:
+def test_a_picture_is_changed_alike_in_any_batch(draw_shapes: Draw) -> None:
     config = AugmentConfig(flip_share=0.5, move_share=0.5, hue_share=0.5)
     images, draws = to_images(draw_shapes(8, SIZE)), draws_of(8)
     whole = augment(images, draws, config)
@@ -184,8 +188,7 @@ def test_augmentation_errors_name_the_key(fields: dict) -> None:
         AugmentConfig(**fields)
 
 
-def test_a_picture_of_pil_is_what_is_decoded(shards: Path) -> None:
+def test_what_was_written_is_what_is_decoded(shards: Path, draw_shapes: Draw) -> None:
     names, pixels, _ = decode_all([shards], SIZE, SampleLimits(), 3)
     assert torch.equal(pixels, draw_shapes(3, SIZE))
     assert len(names) == 3
-    assert Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).size == (SIZE, SIZE)

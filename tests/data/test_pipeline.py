@@ -47,7 +47,7 @@ def text(length: int, seed: int = 0) -> Run:
     return Run("text", VOCABULARY.to_ids("text", pieces))
 
 
-IMAGE = Run("image", np.arange(4, 10))
+IMAGE, OTHER = Run("image", np.arange(4, 10)), Run("image", np.arange(5, 11))
 
 
 def pairs(number: int = 23, name: str = "cm3leon") -> Listed:
@@ -146,10 +146,22 @@ def test_other_data_or_another_seed_is_refused(key: str, other) -> None:
         other().load_state_dict(state)
 
 
-def test_the_stream_is_a_function_of_the_seed() -> None:
-    one, again, other = (stack(list(islice(stream(pairs(), seed=seed), 6))) for seed in (3, 3, 4))
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_stream_is_a_function_of_the_seed(shuffle: bool) -> None:
+    config = replace(CONFIG, shuffle=shuffle)
+    one, again, other = (stack(list(islice(stream(pairs(), config, seed=seed), 6))) for seed in (3, 3, 4))
     assert same(one, again)
     assert not same(one, other)
+
+
+def test_a_document_is_varied_alike_wherever_it_stands() -> None:
+    config = replace(CONFIG, image_first_share=0.5, caption_dropout=0.3)
+    found = []
+    for shuffle in (True, False):
+        one_epoch = draw(stream(pairs(), replace(config, shuffle=shuffle), micro_batch_size=1), 12)[:23]
+        found.append({key: ids.tolist() for key, ids, _ in one_epoch})
+    assert found[0] == found[1]
+    assert len(found[0]) == 23
 
 
 def test_every_epoch_holds_every_document_once_in_a_new_order() -> None:
@@ -201,7 +213,7 @@ def test_a_share_of_the_pairs_has_the_picture_first(name: str, share: float) -> 
 
 
 def test_only_pairs_change_their_order() -> None:
-    runs = [[text(5)], [IMAGE], [IMAGE, IMAGE], [text(2), IMAGE, text(3)], [text(2), IMAGE, IMAGE], [IMAGE, text(3)]]
+    runs = [[text(5)], [IMAGE], [IMAGE, OTHER], [text(2), IMAGE, text(3)], [text(2), IMAGE, IMAGE], [IMAGE, text(3)]]
     documents = Listed([FORMAT["cm3leon"].join(parts) for parts in runs])
     found = {key: ids for key, ids, _ in draw(stream(documents, replace(STORED, image_first_share=1), PLAIN), 6)}
     for number in range(5):

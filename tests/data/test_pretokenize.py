@@ -85,7 +85,8 @@ def test_manifest_counts_every_token(build, build_shards):
 
 def test_every_picture_is_encoded_whatever_the_batch(build, build_shards, image_tokenizer, tmp_path):
     shards = build_shards(7)
-    expected = [build(shards).write()[index] for index in range(7)]
+    tokens = build(shards).write()
+    expected = [tokens[index] for index in range(7)]
     assert image_tokenizer.num_encoded == 7
     for batch_size in (1, 3, 100):
         (tmp_path / "tokens").rename(tmp_path / f"before {batch_size}")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ from mixmodal.evaluation.reconstruction import (
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
 from mixmodal.tokenization.quantizer import QuantizerConfig
-from tests.pictures import draw_shapes, write_shape_shards
+
+Draw = Callable[..., torch.Tensor]
+WriteShards = Callable[..., None]
 
 
 def build_tokenizer() -> ImageTokenizer:
@@ -70,7 +73,7 @@ def test_expected_usage_is_that_of_random_codes() -> None:
     assert expected_usage(700, 512) == pytest.approx(drawn, abs=0.03)
 
 
-def test_scores_do_not_depend_on_the_batches() -> None:
+def test_scores_do_not_depend_on_the_batches(draw_shapes: Draw) -> None:
     tokenizer, images = build_tokenizer(), to_images(draw_shapes(10, size=16))
     whole = score_reconstructions(tokenizer, [images])
     parts = score_reconstructions(tokenizer, images.split(3))
@@ -88,7 +91,9 @@ def test_scores_of_no_pictures_are_refused() -> None:
         score_reconstructions(build_tokenizer(), [])
 
 
-def test_the_command_scores_a_folder_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_scores_a_folder_of_shards(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], write_shape_shards: WriteShards
+) -> None:
     build_tokenizer().save(tmp_path / "tokenizer")
     write_shape_shards(tmp_path / "shards", 6, size=16)
     config = ImageTokenizerEvaluationConfig(

@@ -1,6 +1,7 @@
 """A vocabulary of 40 ids, both sequence formats, and random networks over them."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,3 +57,38 @@ def prompts(form: SequenceFormat, image: Image) -> list[np.ndarray]:
     """Unequal prompts that are open for an image."""
     documents = [[Text("abc")], [], [Text("j")], [Text("ab"), image, Text("cdefg")]]
     return [form.spell_prompt(Document(parts), "image") for parts in documents]
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small text tokenizer and an untrained image tokenizer of 16 px and 4 x 4 codes."""
+    from mixmodal.tokenization.autoencoder import AutoencoderConfig
+    from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
+    from mixmodal.tokenization.quantizer import QuantizerConfig
+    from mixmodal.tokenization.text import train_text_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizers")
+    train_text_tokenizer(["a red apple", "a green apple", "a blue pear, flat style"] * 5, folder / "text.model", 300)
+    autoencoder = AutoencoderConfig(channels=8, channel_multipliers=(1, 1, 1), num_res_blocks=1, norm_groups=4)
+    config = ImageTokenizerConfig(image_size=16, autoencoder=autoencoder, quantizer=QuantizerConfig(levels=(5, 5, 3)))
+    torch.manual_seed(0)
+    ImageTokenizer(config).save(folder / "image")
+    return folder
+
+
+@pytest.fixture(scope="session", params=["cm3leon", "chameleon"])
+def exported(request: pytest.FixtureRequest, tokenizers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an exported random model."""
+    from mixmodal.interop.export import save_export
+    from mixmodal.tokenization.text import TextTokenizer
+
+    pieces = TextTokenizer.load(tokenizers / "text.model").num_pieces
+    sizes = VocabularyConfig(codebook_sizes={"image": 75}, num_text_pieces=pieces, num_sentinels=8)
+    form = build_format(request.param, Vocabulary(sizes), {"image": (4, 4)})
+    torch.manual_seed(0)
+    shape = {"dim": 32, "num_layers": 2, "num_heads": 4, "ffn_dim": 64, "max_seq_len": 96, "init_std": 0.3}
+    model = Transformer(TransformerConfig(vocab_size=form.vocabulary.size, **shape))
+    folder = tmp_path_factory.mktemp(request.param) / "run" / "export"
+    card = {"title": "A test", "data": ["coloured shapes"], "attribution": "nobody", "figures": {"loss": 1.5}}
+    save_export(folder, model, form, tokenizers / "text.model", tokenizers / "image", card)
+    return folder

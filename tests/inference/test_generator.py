@@ -108,7 +108,7 @@ def test_cached_hidden_states_equal_uncached(
         ids = torch.cat((torch.from_numpy(prompt), tokens[:, row]))[None]
         expected = model.hidden(ids)[0, len(prompt) - 1 :]
         found = torch.stack([step[row] for step in steps])
-        torch.testing.assert_close(model.logits(found), model.logits(expected), atol=1e-4, rtol=0)  # worst seen 8e-6
+        torch.testing.assert_close(model.logits(found), model.logits(expected), atol=3e-5, rtol=0)  # worst seen 3e-6
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
@@ -203,4 +203,15 @@ def test_a_prompt_as_long_as_the_context_is_refused(form: SequenceFormat, model:
     with pytest.raises(SequenceError, match="has 4 tokens and 0 may follow it"):
         SequenceGenerator(model, form).generate(
             [form.spell_prompt(Document([Text("abc")]), "text")], [0], output="text"
+        )
+
+
+def test_the_row_of_guidance_must_fit_into_the_context_too(
+    form: SequenceFormat, model: Transformer, prompts: list[np.ndarray], image: Image
+) -> None:
+    long = form.spell_prompt(Document([Mask(0), *[image] * 5, *[Mask(0)] * 5]), "image")
+    assert len(prompts[0]) + LENGTH + 1 <= 48 < len(long) + LENGTH
+    with pytest.raises(SequenceError, match="too few for the output 'image'"):
+        SequenceGenerator(model, form).generate(
+            prompts[:1], [0], output="image", guidance_prompts=[long], guidance_scale=2.0
         )

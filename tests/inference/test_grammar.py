@@ -141,6 +141,11 @@ def test_a_prompt_without_room_is_refused(form: SequenceFormat, prompts: list[np
         Grammar(form, "image", form.vocabulary.size).start(prompts[:1], [5])
 
 
+def test_a_prompt_that_is_open_for_something_else_is_refused(form: SequenceFormat, prompts: list[np.ndarray]) -> None:
+    with pytest.raises(SequenceError, match="prompt 0 is open for another part than the output 'text'"):
+        Grammar(form, "text", form.vocabulary.size).start(prompts[:1], [9])
+
+
 def test_an_unknown_output_names_the_choices(form: SequenceFormat) -> None:
     with pytest.raises(ValueError, match="'picture' is unknown; choose text, image, mixed"):
         Grammar(form, "picture", form.vocabulary.size)

@@ -69,7 +69,7 @@ def test_draws_follow_the_softmax_and_never_take_what_is_struck_out() -> None:
     uniforms = torch.arange(10000, dtype=torch.float64) / 10000
     logits = torch.tensor([-torch.inf, 0.0, 1.0, -torch.inf, 2.0, -torch.inf])
     counts = draw(logits.expand(10000, -1), uniforms).bincount(minlength=6)
-    torch.testing.assert_close(counts / 10000, logits.softmax(0), atol=2e-4, rtol=0)  # worst seen 6e-5
+    torch.testing.assert_close(counts / 10000, logits.softmax(0), atol=2e-4, rtol=0)  # worst seen 7e-5
     assert counts[[0, 3, 5]].tolist() == [0, 0, 0]
     assert draw(logits[None], torch.tensor([1 - 2.0**-53], dtype=torch.float64)).item() == 4
 

@@ -49,6 +49,7 @@ def run(tmp_path: Path) -> Path:
                 "nearest": {"label": labels[1], "image": "samples/a.png", "distance": 0.25},
                 "concept_right": not item["heldout"],
                 "style_right": True,
+                "both_right": not item["heldout"],
             }
             for item in labels
         ],

@@ -44,7 +44,9 @@ class Chain:
             if self.fail and name == "second":
                 raise ValueError("interrupted")
 
-        return Stage(name=name, complete=complete, folder=folder, config=config, inputs=inputs, command=f"do {name}")
+        return Stage(
+            name=name, complete=complete, results=(folder,), config=config, inputs=inputs, command=f"do {name}"
+        )
 
 
 @pytest.fixture

@@ -1,0 +1,302 @@
+"""Corpora as people have them to validated shards, and on to token shards where there are tokenizers."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from itertools import count
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from mixmodal.data.pretokenize import PretokenizeConfig, TokensConfig, pretokenize
+from mixmodal.data.shards import (
+    INDEX_NAME,
+    PICTURE_SUFFIXES,
+    PictureFile,
+    Sample,
+    check_text,
+    read_samples,
+    remove_unfinished,
+    write_atomically,
+    write_shards,
+)
+from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
+from mixmodal.tokenization.preprocessing import PictureError, resize_and_crop
+
+CAPTIONS_NAME = "captions.jsonl"
+REPORT_NAME = "report.json"
+TEXT_KEYS = ("text", "caption")
+IMAGE_KEYS = ("image", "file_name")
+CorpusKind = Literal["folder", "jsonl", "shards"]
+Reader = Callable[[Path, SkipCounter, SampleLimits], Iterator[Sample]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """A corpus as it is.
+
+    Args:
+        kind: `folder` holds pictures, each with a text file of the same name or all in one `captions.jsonl`; `jsonl` is
+            a file with a line `{"image": ..., "text": ...}` or `{"parts": [{"text": ...}, {"image": ...}, ...]}` each,
+            its paths within its folder; `shards` is a folder of img2dataset's or this package's shards.
+        path: the folder or file.
+    """
+
+    kind: CorpusKind
+    path: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """From corpora to shards and token shards.
+
+    Args:
+        corpora: read in this order.
+        out: gets `shards/`, `tokens/` and `report.json`.
+        image_size: pictures are scaled and cropped to this side, pixels, and stored as PNG; 0 keeps the files.
+        shard_size: samples a shard.
+        limits: what a sample may be, and the share of bad ones that fails the job.
+        tokens: tokenizers for token shards; without it the job ends with the shards. Shards that an earlier call made
+            of the same corpora are kept, so that tokenizers can be trained on them in between.
+    """
+
+    corpora: tuple[CorpusConfig, ...]
+    out: Path
+    image_size: int = 0
+    shard_size: int = 1000
+    limits: SampleLimits = field(default_factory=SampleLimits)
+    tokens: TokensConfig | None = None
+
+    def __post_init__(self) -> None:
+        if not self.corpora:
+            raise ValueError("corpora is empty; give at least one with kind and path")
+        if self.image_size < 0 or self.shard_size < 1:
+            raise ValueError(
+                f"image_size is {self.image_size} (at least 0), shard_size is {self.shard_size} (at least 1)"
+            )
+
+
+def prepare(config: PrepareConfig) -> dict[str, Any]:
+    """Writes shards and, with tokenizers, token shards; prints and saves the report, which it returns.
+
+    Raises:
+        ValueError: where a corpus or tokenizer is missing, or `out` holds shards of other settings.
+        TooManySkipped: above the allowed share of bad samples; what is written stays.
+    """
+    path = config.out / REPORT_NAME
+    report = _finished(config, path)
+    if report is None:
+        report = {"settings": _settings(config), "shards": _prepare_shards(config), "tokens": None}
+        _save(path, report)
+    if config.tokens is not None:
+        options = {entry.name: getattr(config.tokens, entry.name) for entry in fields(config.tokens)}
+        shards, out = (config.out / "shards",), config.out / "tokens"
+        tokens = pretokenize(PretokenizeConfig(shards=shards, out=out, limits=config.limits, **options))
+        report["tokens"] = tokens.manifest["counts"]
+        _save(path, report)
+    print(describe(report, config.out))
+    return report
+
+
+def _save(path: Path, report: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(report, indent=1).encode())
+
+
+def _settings(config: PrepareConfig) -> dict[str, Any]:
+    """What the shards follow from, as plain data."""
+    corpora = [{"kind": corpus.kind, "path": str(corpus.path)} for corpus in config.corpora]
+    return {
+        "corpora": corpora,
+        "image_size": config.image_size,
+        "shard_size": config.shard_size,
+        "limits": asdict(config.limits),
+    }
+
+
+def _finished(config: PrepareConfig, path: Path) -> dict[str, Any] | None:
+    """The report of an earlier call that finished the shards.
+
+    Raises:
+        ValueError: where its settings were others.
+    """
+    if not path.is_file() or not (config.out / "shards" / INDEX_NAME).is_file():
+        return None
+    report = json.loads(path.read_bytes())
+    for key, value in _settings(config).items():
+        if report["settings"].get(key) != value:
+            raise ValueError(
+                f"{path}: {key} is {report['settings'].get(key)}, not {value}; remove {config.out} or choose another"
+            )
+    return report
+
+
+def _prepare_shards(config: PrepareConfig) -> dict[str, Any]:
+    """Writes the shards and counts, by corpus and over all."""
+    for corpus in config.corpora:
+        if not corpus.path.exists():
+            raise ValueError(f"{corpus.path}: there is no such corpus of kind {corpus.kind}")
+    counters = [SkipCounter(config.limits.max_skipped_share) for _ in config.corpora]
+    remove_unfinished(config.out / "shards")
+    paths = write_shards(_validate(config, counters), config.out / "shards", config.shard_size)
+    if not paths:
+        raise ValueError(f"{', '.join(str(corpus.path) for corpus in config.corpora)}: there is no usable sample")
+    corpora = [
+        {"kind": corpus.kind, "path": str(corpus.path), **counter.to_dict()}
+        for corpus, counter in zip(config.corpora, counters)
+    ]
+    return {"files": len(paths), "samples": sum(counter.num_used for counter in counters), "corpora": corpora}
+
+
+def _validate(config: PrepareConfig, counters: list[SkipCounter]) -> Iterator[Sample]:
+    """Samples whose every picture decodes, under running keys."""
+    numbers = count()
+    for corpus, counter in zip(config.corpora, counters):
+        for sample in READERS[corpus.kind](corpus.path, counter, config.limits):
+            try:
+                parts = tuple(
+                    part if isinstance(part, str) else _check_picture(part, config.image_size, config.limits)
+                    for part in sample.parts
+                )
+            except PictureError as error:
+                counter.skip(SampleError("broken picture", str(error)))
+                continue
+            counter.use()
+            metadata = {**sample.metadata, "source": sample.source}
+            yield Sample(f"{next(numbers):09d}", parts, metadata, sample.source)
+        counter.finish()
+
+
+def _check_picture(file: PictureFile, image_size: int, limits: SampleLimits) -> PictureFile:
+    """The picture, decoded once to see that it can be, scaled where asked for."""
+    picture = file.open(limits.max_pixels)
+    if not image_size:
+        return file
+    stream = io.BytesIO()
+    resize_and_crop(picture, image_size).save(stream, "PNG")
+    return PictureFile(stream.getvalue(), "png", file.name)
+
+
+def read_folder(path: Path, counter: SkipCounter, limits: SampleLimits) -> Iterator[Sample]:
+    """Pictures with a text file of the same name, at any depth in the order of their names, or `captions.jsonl`.
+
+    Raises:
+        ValueError: where the folder is none, or holds no picture.
+    """
+    if not path.is_dir():
+        raise ValueError(f"{path}: a corpus of kind folder must be a folder")
+    if (path / CAPTIONS_NAME).is_file():
+        yield from read_jsonl(path / CAPTIONS_NAME, counter, limits)
+        return
+    pictures = sorted(entry for entry in path.rglob("*") if entry.suffix[1:].lower() in PICTURE_SUFFIXES)
+    if not pictures:
+        raise ValueError(f"{path}: the folder holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
+    for picture in pictures:
+        try:
+            yield _captioned(picture, counter, limits)
+        except SampleError as error:
+            counter.skip(error)
+
+
+def _captioned(picture: Path, counter: SkipCounter, limits: SampleLimits) -> Sample:
+    text = picture.with_suffix(".txt")
+    if not text.is_file():
+        raise SampleError("no caption", f"{picture}: there is no {text.name} beside it")
+    try:
+        caption = text.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise SampleError("broken text", f"{text}: the text is not UTF-8 ({error})") from error
+    parts = (check_text(caption, str(text), counter, limits), _read_picture(picture, str(picture)))
+    return Sample(picture.stem, parts, {}, str(picture))
+
+
+def read_jsonl(path: Path, counter: SkipCounter, limits: SampleLimits) -> Iterator[Sample]:
+    """Lines with a picture and its caption, or with parts.
+
+    Raises:
+        ValueError: where there is no such file.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: a corpus of kind jsonl must be a file")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            source = f"{path}:{number}"
+            try:
+                yield _line_sample(line, path.parent, source, counter, limits)
+            except SampleError as error:
+                counter.skip(error)
+
+
+def _line_sample(line: bytes, folder: Path, source: str, counter: SkipCounter, limits: SampleLimits) -> Sample:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise SampleError("broken metadata", f"{source}: not JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise SampleError("broken metadata", f"{source}: the line is not an object")
+    used = {"parts", *TEXT_KEYS, *IMAGE_KEYS}
+    entries = (
+        row.get("parts") if "parts" in row else [{"text": _first(row, TEXT_KEYS)}, {"image": _first(row, IMAGE_KEYS)}]
+    )
+    if not isinstance(entries, list) or not entries:
+        raise SampleError("empty document", f"{source}: parts is no list, or empty")
+    parts = tuple(_line_part(entry, folder, source, counter, limits) for entry in entries)
+    return Sample(source, parts, {key: value for key, value in row.items() if key not in used}, source)
+
+
+def _first(row: dict[str, Any], keys: tuple[str, ...]) -> Any:
+    return next((row[key] for key in keys if key in row), None)
+
+
+def _line_part(entry: Any, folder: Path, source: str, counter: SkipCounter, limits: SampleLimits) -> str | PictureFile:
+    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+        return check_text(entry["text"], source, counter, limits)
+    if isinstance(entry, dict) and isinstance(entry.get("image"), str):
+        return _read_picture(_inside(folder, entry["image"], source), f"{source}:{entry['image']}")
+    if entry == {"text": None}:
+        raise SampleError("no caption", f"{source}: none of the keys {', '.join(TEXT_KEYS)} is there")
+    if entry == {"image": None}:
+        raise SampleError("no picture", f"{source}: none of the keys {', '.join(IMAGE_KEYS)} is there")
+    raise SampleError("broken metadata", f"{source}: the part {str(entry)[:80]!r} is neither a text nor an image")
+
+
+def _inside(folder: Path, name: str, source: str) -> Path:
+    """A path of a corpus file, which must not lead out of its folder."""
+    pure = PurePosixPath(name.replace("\\", "/"))
+    if pure.is_absolute() or Path(name).is_absolute() or ".." in pure.parts or "\0" in name:
+        raise SampleError("unsafe name", f"{source}: the path {name!r} leads out of the folder")
+    return folder / name
+
+
+def _read_picture(path: Path, name: str) -> PictureFile:
+    suffix = path.suffix[1:].lower()
+    try:  # decoders look at the bytes; the suffix only has to be one that readers of shards take for a picture
+        return PictureFile(path.read_bytes(), suffix if suffix in PICTURE_SUFFIXES else "png", name)
+    except OSError as error:
+        raise SampleError("no picture", f"{name}: the file can not be read ({error.strerror})") from error
+
+
+READERS: dict[CorpusKind, Reader] = {"folder": read_folder, "jsonl": read_jsonl, "shards": read_samples}
+
+
+def describe(report: dict[str, Any], out: Path) -> str:
+    """The report as lines for people."""
+    lines = []
+    for corpus in report["shards"]["corpora"]:
+        lines.append(f"{corpus['path']} ({corpus['kind']}): {corpus['used']:,} samples")
+        lines += [f"  {number:,} skipped: {reason}" for reason, number in corpus["skipped"].items()]
+        lines += [f"  {number:,} altered: {change}" for change, number in corpus["altered"].items()]
+        lines += [f"    {example}" for example in corpus["examples"][:3]]
+    lines.append(f"{out / 'shards'}: {report['shards']['samples']:,} samples in {report['shards']['files']:,} files")
+    tokens = report["tokens"]
+    if tokens:
+        lines.append(
+            f"{out / 'tokens'}: {tokens['documents']:,} documents, {tokens['tokens']:,} tokens "
+            f"({tokens['text_tokens']:,} text, {tokens['image_tokens']:,} image)"
+        )
+        lines += [f"  {number:,} skipped: {reason}" for reason, number in tokens["skipped"].items()]
+    lines.append(f"report: {out / REPORT_NAME}")
+    return "\n".join(lines)

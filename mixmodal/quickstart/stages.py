@@ -1,0 +1,263 @@
+"""`mixmodal quickstart`: the whole chain on the demo pictures, stage by stage, each resumable.
+
+Nothing heavy is imported here: loading the libraries is part of the time that a run takes, and is counted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mixmodal.quickstart.recipe import DEEPSPEED, TOKENIZERS, Recipe, command_of, config_path, load_recipe
+from mixmodal.quickstart.runner import Stage, StageRunner, largest_memory_bytes, write_json
+
+if TYPE_CHECKING:
+    from mixmodal.pipeline import MixedModal
+    from mixmodal.quickstart.demo import Demo
+
+ENVIRONMENT = "environment.json"
+LINE_EVERY = 0.25
+"""Share of the work after which progress is a line where there is no terminal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuickstartConfig:
+    """Trains a small model on the demo pictures, uses it, and writes `report.html` and `summary.json`.
+
+    Run again after an interruption, it goes on where it was; stages whose recipe is unchanged are skipped.
+
+    Args:
+        out: folder of the run.
+        recipe: folder with YAML files that take the place of the recipe's own, as `pretrain.yaml`; `out/configs` shows
+            what there is.
+        num_processes: processes of the pretraining; on a machine with accelerators each takes one.
+    """
+
+    out: Path = Path("runs/quickstart")
+    recipe: Path | None = None
+    num_processes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.num_processes < 1:
+            raise ValueError(f"num_processes is {self.num_processes}; it must be at least 1")
+
+
+def quickstart(config: QuickstartConfig) -> None:
+    """All stages.
+
+    Raises:
+        ValueError: where a package is missing, a config is wrong or a stage fails; finished stages are kept.
+    """
+    started = time.monotonic()
+    chain = Chain(config, load_recipe(config.out, config.recipe))
+    chain.setup_seconds = time.monotonic() - started
+    chain.runner.complete(say)
+    say(f"\nreport:  {config.out / 'report.html'}\nfigures: {config.out / 'summary.json'}\nmodel:   {chain.export}")
+
+
+def say(message: str) -> None:
+    print(message, flush=True)
+
+
+class Chain:
+    """The stages of one run and what they share.
+
+    Args:
+        config: where the run goes.
+        recipe: how each stage works.
+    """
+
+    def __init__(self, config: QuickstartConfig, recipe: Recipe) -> None:
+        self.config, self.recipe, self.run = config, recipe, config.out
+        self.export = self.run / "export"
+        self.setup_seconds = 0.0
+        self._shared: tuple[MixedModal, Demo] | None = None
+        self.runner = StageRunner(self.run, self._stages())
+
+    def _stages(self) -> list[Stage]:
+        tokenizers = ("data", "text tokenizer", "image tokenizer")
+        trained = ("data", "pretraining")
+        return [
+            self._stage("data", self.build_data, ["data"], "corpus"),
+            self._stage("text tokenizer", self.train_text_tokenizer, ["text_tokenizer"], "text_tokenizer", ("data",)),
+            self._stage(
+                "image tokenizer", self.train_image_tokenizer, ["image_tokenizer"], "image_tokenizer", ("data",)
+            ),
+            self._stage("token shards", self.write_tokens, ["tokens"], "tokens", tokenizers),
+            self._stage("pretraining", self.pretrain, ["pretrain", "export"], "pretrain", ("token shards",)),
+            self._stage("sampling", self.sample, ["samples"], "samples", trained),
+            self._stage("classification", self.classify, ["classification"], "classes", trained),
+            self._stage("report", self.report, ["report.html", "summary.json"], None, ("sampling", "classification")),
+        ]
+
+    def _stage(
+        self,
+        name: str,
+        complete: Callable[[], None],
+        results: list[str],
+        file: str | None,
+        inputs: tuple[str, ...] = (),
+    ) -> Stage:
+        settings = {} if file is None else {file: self.recipe.settings[file]}
+        if file == "pretrain":
+            settings |= {DEEPSPEED: self.recipe.settings[DEEPSPEED], "num_processes": self.config.num_processes}
+        return Stage(
+            name=name,
+            complete=complete,
+            results=tuple(self.run / result for result in results),
+            config=settings,
+            inputs=inputs,
+            command=(command_of(self.run, file) if file else "") or f"mixmodal quickstart --out {self.run}",
+        )
+
+    # what is trained
+
+    def build_data(self) -> None:
+        """Shards of the demo pictures."""
+        from mixmodal.quickstart.corpus import build_demo_corpus
+
+        with progress_bar("pictures") as progress:
+            corpus = build_demo_corpus(self.recipe.configs["corpus"], self.run / "data", progress)
+        say("      " + ", ".join(f"{name} {count:,}" for name, count in corpus.counts.items()))
+
+    def train_text_tokenizer(self) -> None:
+        """BPE on the captions."""
+        from mixmodal.training.text_tokenizer import train_text_tokenizer_on_shards
+
+        train_text_tokenizer_on_shards(self.recipe.configs["text_tokenizer"])
+
+    def train_image_tokenizer(self) -> None:
+        """Trains in a process of its own, as the printed command does, and scores what came out."""
+        from mixmodal.quickstart.launch import launch, mixmodal_command
+        from mixmodal.quickstart.tokenizer_scores import score_tokenizer
+
+        launch(mixmodal_command("train-image-tokenizer", "--config", str(config_path(self.run, "image_tokenizer"))))
+        self._need(TOKENIZERS["image_tokenizer"], "the training of the image tokenizer")
+        score_tokenizer(self.run, self.run / TOKENIZERS["image_tokenizer"])
+
+    def write_tokens(self) -> None:
+        """Token shards of the training pairs, and of the held-out ones for the held-out loss."""
+        from mixmodal.quickstart.tokens import write_token_shards
+
+        with progress_bar("shards") as progress:
+            write_token_shards(self.run, self.recipe.configs["tokens"], progress)
+
+    def pretrain(self) -> None:
+        """Through the deepspeed launcher; the exported model is copied to `export/`."""
+        from mixmodal.quickstart import environment
+        from mixmodal.quickstart.launch import deepspeed_command, launch
+
+        about = {"commit": environment.commit(), "versions": {**environment.versions(), "device": environment.device()}}
+        write_json(self.run / "pretrain" / ENVIRONMENT, about)
+        arguments = ("pretrain", "--config", str(config_path(self.run, "pretrain")))
+        launch(deepspeed_command(self.config.num_processes, *arguments), self.config.num_processes)
+        self._need("pretrain/export", "the pretraining")
+        shutil.rmtree(self.export, ignore_errors=True)
+        shutil.copytree(self.run / "pretrain" / "export", self.export)
+
+    def _need(self, folder: str, what: str) -> None:
+        if not (self.run / folder / "config.json").exists():
+            raise ValueError(f"{what} stopped before its end; run the quickstart again and it goes on")
+
+    # what is made with the trained model
+
+    def _model_and_demo(self) -> tuple[MixedModal, Demo]:
+        if self._shared is None:
+            from mixmodal.pipeline import MixedModal
+            from mixmodal.quickstart.demo import load_demo
+
+            model = MixedModal.from_pretrained(self.export)
+            size = model.codec.image_tokenizer.config.image_size
+            self._shared = model, load_demo(self.run / "data" / "train", self.run / "data" / "heldout", size)
+        return self._shared
+
+    def sample(self) -> None:
+        """Pictures from captions, captions from pictures, and a document of both."""
+        from mixmodal.quickstart.samples import sample_demo
+
+        model, demo = self._model_and_demo()
+        results = sample_demo(self.run, model, demo, self.recipe.configs["samples"])
+        write_json(self.run / "samples" / "results.json", {**results, "counts": demo.counts()})
+
+    def classify(self) -> None:
+        """Held-out pictures among captions."""
+        from mixmodal.quickstart.classes import classify_heldout
+
+        model, demo = self._model_and_demo()
+        results = classify_heldout(self.run, model, demo, self.recipe.configs["classes"])
+        write_json(self.run / "classification" / "results.json", results)
+
+    # what is told about it
+
+    def report(self) -> None:
+        """`summary.json` and `report.html`."""
+        from mixmodal.quickstart.report import write_report
+
+        started = time.monotonic()
+        markers = self.runner.markers(skip=["report"])
+        summary = self._summary(markers)
+        summary["seconds"] = self.setup_seconds + sum(marker["seconds"] for marker in markers)
+        write_report(self.run, summary, markers)
+        summary["seconds"] += time.monotonic() - started
+        write_json(self.run / "summary.json", summary)
+        for name, value in flat(summary):
+            if isinstance(value, float):
+                say(f"      {name:<45} {value:,.3f}")
+
+    def _summary(self, markers: list[dict[str, Any]]) -> dict[str, Any]:
+        from mixmodal.quickstart.report import median_of, read_json, read_metrics
+        from mixmodal.quickstart.samples import summarise_samples
+
+        samples = read_json(self.run / "samples" / "results.json")
+        classes = read_json(self.run / "classification" / "results.json")
+        methods = ("image_given_text", "text_given_image")
+        metrics = read_metrics(self.run / "pretrain" / "metrics.jsonl")
+        return {
+            "seconds": 0.0,
+            "peak_memory_bytes": max(largest_memory_bytes(), *(marker["peak_memory_bytes"] for marker in markers)),
+            "tokenizer": read_json(self.run / "image_tokenizer" / "scores.json"),
+            **summarise_samples(samples),
+            "classification": {
+                **{f"{method}_heldout": classes[method]["hits"] / classes[method]["trials"] for method in methods},
+                "num_candidates": classes["num_candidates"],
+                "pictures": classes[methods[0]]["trials"],
+            },
+            "tokens_per_second_train": median_of(metrics, "tokens_per_second"),
+            "tokens_per_second_generate": samples["tokens_per_second"],
+            **read_json(self.run / "pretrain" / ENVIRONMENT),
+            "counts": samples["counts"],
+            "stages": {marker["name"]: marker["seconds"] for marker in markers},
+        }
+
+
+def flat(data: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Nested keys with dots between them."""
+    found: list[tuple[str, Any]] = []
+    for key, value in data.items():
+        found += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
+    return found
+
+
+@contextlib.contextmanager
+def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, plain lines elsewhere; gives a function of the numbers of finished and of all things."""
+    from rich.progress import Progress
+
+    with Progress(transient=True) as progress:
+        task = progress.add_task(name, total=None)
+
+        shown = 0.0
+
+        def update(done: int, total: int) -> None:
+            nonlocal shown
+            progress.update(task, completed=done, total=total)
+            if not progress.console.is_terminal and (done == total or done / total - shown >= LINE_EVERY):
+                shown = done / total
+                say(f"      {name}: {done:,} of {total:,}")
+
+        yield update

@@ -1,0 +1,42 @@
+"""Synthetic pictures as pixels and as shards, for the tests of several rooms."""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mixmodal.data.shards import PictureFile, Sample, write_shards
+from mixmodal.data.synthetic import synthetic_pairs
+
+Draw = Callable[..., torch.Tensor]
+WriteShards = Callable[..., None]
+
+
+@pytest.fixture(scope="session")
+def draw_shapes() -> Draw:
+    """A function of (count, size, seed): pixels, uint8 `(count, 3, size, size)`."""
+
+    def draw(count: int, size: int, seed: int = 0) -> torch.Tensor:
+        pictures = [np.asarray(pair.picture) for pair in synthetic_pairs(count, size, seed)]
+        return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def write_shape_shards() -> WriteShards:
+    """A function of (folder, count, size, seed, shard_size): writes the same pictures as shards."""
+
+    def samples(count: int, size: int, seed: int) -> Iterator[Sample]:
+        for pair in synthetic_pairs(count, size, seed):
+            data = io.BytesIO()
+            pair.picture.save(data, "png")
+            yield Sample(pair.key, (pair.caption, PictureFile(data.getvalue(), "png", f"{pair.key}.png")))
+
+    def write(folder: Path, count: int, size: int, seed: int = 0, shard_size: int = 1000) -> None:
+        write_shards(samples(count, size, seed), folder, shard_size)
+
+    return write

@@ -1,0 +1,193 @@
+"""What users call: shapes of answers, seeds, batches, likelihoods and messages."""
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image as PIL
+
+from mixmodal import MixedModal
+from mixmodal.document import Document, Image, Mask, SequenceError, Text
+from mixmodal.interop.export import ExportError
+from mixmodal.pipeline import mixed_modal as module
+from mixmodal.pipeline.mixed_modal import without_text
+
+PROMPTS = [["a red apple"], ["pear"], ["a green apple, flat style"]]
+
+
+@pytest.fixture
+def model(exported: Path) -> MixedModal:
+    return MixedModal.from_pretrained(exported, device="cpu")
+
+
+@pytest.fixture
+def picture() -> PIL.Image:
+    return PIL.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+
+
+def same(first: PIL.Image, second: PIL.Image) -> bool:
+    return first.tobytes() == second.tobytes()
+
+
+def test_each_output_has_its_type(model: MixedModal, picture: PIL.Image) -> None:
+    images = model.generate(["a red apple"], output="image", guidance_scale=3.0, num=2, seed=0)
+    assert [image.size for image in images] == [(16, 16)] * 2
+    (text,) = model.generate([picture, "What is this?"], output="text", max_new_tokens=8)
+    assert isinstance(text, str)
+    (mixed,) = model.generate("a red", output="mixed")
+    assert all(isinstance(part, (str, PIL.Image)) for part in mixed)
+
+
+def test_samples_are_what_was_generated_and_not_the_prompt(model: MixedModal, picture: PIL.Image) -> None:
+    for seed in range(2):
+        (mixed,) = model.generate(["a red apple", picture, "pear"], output="mixed", seed=seed)
+        if mixed:
+            assert not (isinstance(mixed[0], str) and mixed[0].startswith("a red apple"))
+        (text,) = model.generate(["a red apple"], output="text", seed=seed, max_new_tokens=6)
+        assert not text.startswith("a red apple")
+
+
+def test_a_sample_depends_on_prompt_and_seed_alone(exported: Path) -> None:
+    small, large = (MixedModal.from_pretrained(exported, "cpu", batch_size=size) for size in (2, 64))
+    batch = large.generate_batch(PROMPTS, num=3, seed=5)
+    for prompt, samples in zip(PROMPTS, batch):
+        assert all(same(*pair) for pair in zip(small.generate(prompt, num=3, seed=5), samples))
+    assert not same(batch[0][0], batch[0][1])
+    assert not same(batch[0][0], large.generate(PROMPTS[0], seed=6)[0])
+
+
+def test_settings_reach_the_sampler(model: MixedModal) -> None:
+    greedy = model.generate(["pear"], num=3, temperature=0)
+    assert same(greedy[0], greedy[1])
+    assert same(greedy[0], model.generate(["pear"], temperature={"image": 0.0})[0])
+    assert same(greedy[0], model.generate(["pear"], top_k=1)[0])
+    assert same(greedy[0], model.generate(["pear"], top_p={"image": 1e-6})[0])
+    assert not same(greedy[0], model.generate(["pear"], temperature={"text": 0.0})[0])
+
+
+def test_log_likelihood_of_a_picture_counts_its_codes(model: MixedModal, picture: PIL.Image) -> None:
+    score = model.log_likelihood(context=["a red apple"], continuation=[picture])
+    assert score.count == 16
+    assert score.total < 0
+    assert model.log_likelihood([], ["pear"]).count == len(model.codec.text_tokenizer.encode("pear")) + 1
+
+
+@pytest.mark.parametrize("method", ["image_given_text", "text_given_image"])
+def test_the_likeliest_class_is_chosen(model: MixedModal, picture: PIL.Image, method: str) -> None:
+    classes = ["a red apple", "pear", "a green apple"]
+    pairs = [([one], [picture]) if method == "image_given_text" else ([picture], [one]) for one in classes]
+    totals = [model.log_likelihood(*pair).total for pair in pairs]
+    assert model.classify(picture, classes, method=method) == classes[int(np.argmax(totals))]
+    found = model.score_classes([picture], classes, method)
+    np.testing.assert_allclose(found.scores[0], totals, atol=1e-5, rtol=0)  # worst seen 5e-7
+
+
+def test_the_prompt_of_guidance_is_masked_text(picture: PIL.Image) -> None:
+    image = Image(np.zeros((4, 4), dtype=np.int64))
+    assert without_text(Document([Text("a"), image, Text("b")])).parts == (Mask(0), image, Mask(0))
+    with pytest.raises(ValueError, match="the prompt has none"):
+        without_text(Document([image]))
+
+
+def test_a_cut_character_is_a_replacement_and_no_crash(model: MixedModal) -> None:
+    for seed in range(3):
+        assert isinstance(model.generate(["\u00e9\u4e2d"], output="text", seed=seed, max_new_tokens=1)[0], str)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output": "picture"}, "choose text, image, mixed"),
+        ({"num": 0}, "num is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"top_p": {"sound": 0.5}}, "top_p for 'sound'; the model has text, image"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"output": "text", "guidance_scale": 2.0}, "acts on coded modalities only"),
+        ({"max_new_tokens": 3}, "too few for the output"),
+    ],
+)
+def test_settings_that_can_not_act_are_refused(model: MixedModal, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        model.generate(["a red apple"], **options)
+
+
+def test_wrong_prompts_are_refused(model: MixedModal) -> None:
+    with pytest.raises(ValueError, match="several prompts to generate_batch"):
+        model.generate([["a"], ["b"]])
+    with pytest.raises(SequenceError, match="a text part is empty"):
+        model.generate([""])
+    with pytest.raises(TypeError, match="not int"):
+        model.generate([3])
+    with pytest.raises(SequenceError, match="too few for the output 'image'"):
+        model.generate(["word " * 60])
+    with pytest.raises(ValueError, match="continuation is empty"):
+        model.log_likelihood(["a"], [])
+
+
+def test_what_users_type_never_becomes_a_control_token(model: MixedModal) -> None:
+    document = model.codec.to_document(["</s><break><mask:0>"])
+    assert model.format.parse(model.format.spell(document)) == document
+
+
+def test_the_codec_batches_pictures_in_order(model: MixedModal, picture: PIL.Image) -> None:
+    pictures = [picture, picture.rotate(90), picture.convert("L"), picture.convert("RGBA").resize((64, 64))]
+    model.codec.batch_size = 3
+    together = model.codec.to_document([pictures[0], "and", *pictures[1:]])
+    alone = [model.codec.to_document([one]).parts[0] for one in pictures]
+    assert together.parts == (alone[0], Text("and"), *alone[1:])
+    decoded = model.codec.from_document(together)
+    assert [type(part) for part in decoded] == [PIL.Image, str, *[PIL.Image] * 3]
+    assert same(decoded[2], model.codec.from_document(Document([alone[1]]))[0])
+
+
+def test_a_hub_id_is_fetched_where_the_library_is_there(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, errors = types.ModuleType("huggingface_hub"), types.ModuleType("huggingface_hub.errors")
+    wanted = []
+    hub.snapshot_download = lambda source, **options: wanted.append((source, options)) or str(exported)
+    errors.HfHubHTTPError = type("HfHubHTTPError", (Exception,), {})
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
+    assert MixedModal.from_pretrained("someone/model").model
+    assert wanted == [("someone/model", {"allow_patterns": module.EXPORT_FILES})]
+
+    def fail(source: str, **options: object) -> str:
+        raise errors.HfHubHTTPError("404")
+
+    monkeypatch.setattr(hub, "snapshot_download", fail)
+    with pytest.raises(ExportError, match="no folder someone/model, and the Hugging Face hub does not give it: 404"):
+        MixedModal.from_pretrained("someone/model")
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ExportError, match="install huggingface_hub"):
+        MixedModal.from_pretrained("someone/model")
+    with pytest.raises(ExportError, match="/no/such/export is not a folder"):
+        MixedModal.from_pretrained("/no/such/export")
+
+
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("deepspeed", "faiss", "diffusers", "gradio", "transformers", "peft"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+import mixmodal
+assert not {"torch", "numpy", "PIL"} & set(sys.modules)
+model = mixmodal.MixedModal.from_pretrained(sys.argv[1], device="cpu")
+print(model.generate(["pear"], seed=1)[0].size)
+"""
+
+
+@pytest.mark.slow
+def test_a_model_loads_and_generates_without_the_optional_libraries(exported: Path) -> None:
+    found = subprocess.run([sys.executable, "-c", BLOCKED, str(exported)], capture_output=True, text=True, timeout=120)
+    assert found.stdout == "(16, 16)\n", found.stderr
+
+
+def test_an_unknown_name_of_the_package_is_an_attribute_error() -> None:
+    import mixmodal
+
+    with pytest.raises(AttributeError, match="no attribute 'Mixed'"):
+        mixmodal.Mixed  # noqa: B018
