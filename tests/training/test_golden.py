@@ -33,7 +33,7 @@ def test_the_first_steps_are_those_on_record(tmp_path: Path) -> None:
     golden = json.loads(GOLDEN.read_text())
     found = curve(tmp_path)
     for name in NAMES:
-        assert found[name] == pytest.approx(golden[name], rel=1e-3), name  # worst seen: WORST (1 against 2 threads)
+        assert found[name] == pytest.approx(golden[name], rel=1e-4), name  # worst seen: 2e-7 (AVX512, AVX2, none)
 
 
 if __name__ == "__main__":

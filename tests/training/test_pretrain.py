@@ -39,13 +39,13 @@ def with_held_out(config: PretrainConfig, root: Path) -> PretrainConfig:
 
 def test_a_few_documents_are_learnt(tmp_path: Path) -> None:
     shards = write_shapes(tmp_path / "tokens", 8)
-    config = tiny_config(tmp_path, max_steps=150, log_every=25)
+    config = tiny_config(tmp_path, max_steps=90, log_every=15)
     data = replace(config.data, image_first_share=0.0, caption_dropout=0.0)
     pretrain(replace(config, data=data, objective=CausalMaskedConfig(min_masks=0, max_masks=0, poisson_rate=0.0)))
     lines = [line for line in records(tmp_path) if "loss" in line]
     assert lines[0]["loss"] < 0.8 * math.log(shards.vocabulary.size)
-    assert lines[-1]["loss"] < 0.35  # nats a token; the uniform loss is 5.8; seen: SEEN
-    assert lines[-1]["loss_image"] < 0.35  # seen: SEEN
+    assert lines[-1]["loss"] < 0.5  # nats a token; the uniform loss is 5.8; seen: 0.25
+    assert lines[-1]["loss_image"] < 0.5  # seen: 0.29
 
 
 def test_a_run_writes_metrics_and_a_network_that_loads(shapes: Path) -> None:
@@ -66,7 +66,7 @@ def test_evaluation_counts_each_held_out_token_once(shapes: Path) -> None:
     for task in (one, few):
         task.build_loader(1, 1, 0, 1)
     with torch.no_grad():
-        assert few.evaluate(model) == pytest.approx(one.evaluate(model), rel=1e-6)  # worst seen: WORST
+        assert few.evaluate(model) == pytest.approx(one.evaluate(model), rel=1e-6)  # worst seen: 8e-8
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_splitting_a_step_changes_nothing(shapes: Path) -> None:
     for name in ("loss", "loss_text", "loss_image", "z_loss", "grad_norm"):
         expected = [line[name] for line in records(shapes)]
         found = [line[name] for line in records(shapes / "split")]
-        assert found == pytest.approx(expected, rel=2e-5), name  # worst seen: WORST
+        assert found == pytest.approx(expected, rel=1e-6), name  # worst seen: 1e-7
 
 
 def test_held_out_shards_of_other_tokenizers_are_refused(shapes: Path) -> None:
