@@ -125,10 +125,11 @@ def load_deepspeed() -> ModuleType:
         raise ValueError(f"training needs deepspeed: pip install 'mixmodal[train]' ({error})") from error
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # at every step
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    if deepspeed.get_accelerator().device_name() == "cpu":
+    accelerator: Any = deepspeed.get_accelerator()
+    if accelerator.device_name() == "cpu":
         # Its communication backend builds a shared-memory extension (half a minute and a C++ compiler), which only
         # inference uses. An op that is not listed as compatible is not built.
-        vars(deepspeed.ops)["__compatible_ops__"] = {}
+        deepspeed.ops.__dict__["__compatible_ops__"] = {}
     return deepspeed
 
 
@@ -141,7 +142,8 @@ def init_distributed() -> Place:
     deepspeed = load_deepspeed()
     backend = deepspeed.get_accelerator().communication_backend_name()
     if not dist.is_initialized() and "RANK" not in os.environ:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     elif not dist.is_initialized():
         atexit.register(leave_distributed)
     os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed asks for it even in a world of one

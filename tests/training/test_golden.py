@@ -1,6 +1,6 @@
 """The first 20 steps of a tiny pretraining run, against stored numbers.
 
-    python tests/training/test_golden.py    # writes them anew; say why in the CHANGELOG, "Changes the numbers"
+python tests/training/test_golden.py    # writes them anew; say why in the CHANGELOG, "Changes the numbers"
 """
 
 from __future__ import annotations
