@@ -320,3 +320,22 @@ def test_held_out_documents_that_do_not_fit_are_named(caplog: pytest.LogCaptureF
     batches = list(held_out_batches(documents, MASKED, CONFIG, micro_batch_size=2))
     assert sum(batch.num_documents for batch in batches) == 22
     assert "1 of 23 held-out documents, first doc4" in caplog.text
+
+
+@every_format
+@pytest.mark.parametrize("image_first", [0.0, 1.0])
+def test_the_first_part_weighs_what_the_config_says(name: str, image_first: float) -> None:
+    config = replace(STORED, first_part_weight=0.25, image_first_share=image_first)
+    for _, ids, weights in draw(PackedDocuments(pairs(8, name), FORMAT[name], PLAIN, config, micro_batch_size=2), 3):
+        first, second = (run.ids for run in FORMAT[name].split(ids))
+        counted = np.flatnonzero(VOCABULARY.is_content(ids))
+        assert (weights[counted[: len(first)]] == 0.25).all()
+        assert (weights[counted[len(first) :]] == 1).all()
+        assert len(counted) == len(first) + len(second)
+
+
+def test_a_lone_part_keeps_its_weight() -> None:
+    documents = Listed([FORMAT["cm3leon"].join([text(20)])])
+    config = replace(STORED, first_part_weight=0.25)
+    packed = PackedDocuments(documents, FORMAT["cm3leon"], MASKED, config, micro_batch_size=1)
+    assert all(set(weights[1:]) <= {0.0, 1.0} for _, _, weights in draw(packed, 3))
