@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
+from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter, TooManySkipped
 from mixmodal.tokenization.preprocessing import open_picture
 
 PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
@@ -253,7 +253,9 @@ def _read_members(path: Path, counter: SkipCounter) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
 
     def note(error: Exception) -> bool:
-        """Counts a broken archive once, and other trouble each time."""
+        """Counts a broken archive once, and other trouble each time; the counter's own word passes through."""
+        if isinstance(error, TooManySkipped):  # webdataset adds what it was reading to the arguments of every error
+            raise TooManySkipped(str(error.args[0]).rsplit(" @ <", 1)[0]) from None
         broken = isinstance(error, BROKEN_TAR)
         text = str(error.args[0]).split(" @ ")[0] if error.args else type(error).__name__
         if not broken or "broken shard" not in seen:
