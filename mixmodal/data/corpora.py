@@ -82,14 +82,16 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
     """Writes shards and, with tokenizers, token shards; prints and saves the report, which it returns.
 
     Raises:
-        ValueError: where a corpus or tokenizer is missing, or `out` holds shards of other settings.
+        ValueError: where a corpus or tokenizer is missing, or `out` holds a corpus, or shards of other settings or of
+            someone else.
         TooManySkipped: above the allowed share of bad samples; what is written stays.
     """
+    _check_apart(config)
     path = config.out / REPORT_NAME
     report = _finished(config, path)
     if report is None:
         report = {"settings": _settings(config), "shards": _prepare_shards(config), "tokens": None}
-        _save(path, report)
+    _save(path, report)
     if config.tokens is not None:
         options = {entry.name: getattr(config.tokens, entry.name) for entry in fields(config.tokens)}
         shards, out = (config.out / "shards",), config.out / "tokens"
@@ -115,15 +117,36 @@ def _settings(config: PrepareConfig) -> dict[str, Any]:
     }
 
 
+def _check_apart(config: PrepareConfig) -> None:
+    """Whether what is written stays apart from what is read.
+
+    Raises:
+        ValueError: where a corpus is the folder of the shards to write, or lies in it.
+    """
+    shards = (config.out / "shards").resolve()
+    for corpus in config.corpora:
+        path = corpus.path.resolve()
+        if shards in (path, *path.parents):
+            raise ValueError(f"{corpus.path}: the shards of {config.out} would be written over this corpus; change out")
+
+
 def _finished(config: PrepareConfig, path: Path) -> dict[str, Any] | None:
-    """The report of an earlier call that finished the shards.
+    """The report of an earlier call that finished the shards; where that broke off behind them, from their index.
 
     Raises:
         ValueError: where its settings were others.
     """
-    if not path.is_file() or not (config.out / "shards" / INDEX_NAME).is_file():
+    index_path = config.out / "shards" / INDEX_NAME
+    if not index_path.is_file():
         return None
-    report = json.loads(path.read_bytes())
+    index = json.loads(index_path.read_bytes())
+    if path.is_file():
+        report = json.loads(path.read_bytes())
+    elif index["shards"] and "job" in index:
+        shards = {"files": len(index["shards"]), **index["job"]["shards"]}
+        path, report = index_path, {"settings": index["job"]["settings"], "shards": shards, "tokens": None}
+    else:
+        return None
     for key, value in _settings(config).items():
         if report["settings"].get(key) != value:
             raise ValueError(
@@ -139,14 +162,23 @@ def _prepare_shards(config: PrepareConfig) -> dict[str, Any]:
             raise ValueError(f"{corpus.path}: there is no such corpus of kind {corpus.kind}")
     counters = [SkipCounter(config.limits.max_skipped_share) for _ in config.corpora]
     remove_unfinished(config.out / "shards")
-    paths = write_shards(_validate(config, counters), config.out / "shards", config.shard_size)
+
+    def report() -> dict[str, Any]:
+        corpora = [
+            {"kind": corpus.kind, "path": str(corpus.path), **counter.to_dict()}
+            for corpus, counter in zip(config.corpora, counters)
+        ]
+        return {"samples": sum(counter.num_used for counter in counters), "corpora": corpora}
+
+    paths = write_shards(
+        _validate(config, counters),
+        config.out / "shards",
+        config.shard_size,
+        lambda: {"settings": _settings(config), "shards": report()},
+    )
     if not paths:
         raise ValueError(f"{', '.join(str(corpus.path) for corpus in config.corpora)}: there is no usable sample")
-    corpora = [
-        {"kind": corpus.kind, "path": str(corpus.path), **counter.to_dict()}
-        for corpus, counter in zip(config.corpora, counters)
-    ]
-    return {"files": len(paths), "samples": sum(counter.num_used for counter in counters), "corpora": corpora}
+    return {"files": len(paths), **report()}
 
 
 def _validate(config: PrepareConfig, counters: list[SkipCounter]) -> Iterator[Sample]:

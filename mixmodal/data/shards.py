@@ -12,19 +12,21 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from PIL import Image
 
-from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
+from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter, TooManySkipped
 from mixmodal.tokenization.preprocessing import open_picture
 
 PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
 INDEX_NAME = "shards.json"
-"""The shards of a folder with their numbers of samples, written last: its absence marks a broken-off job."""
+"""The shards of a folder with their numbers of samples, written last."""
+UNFINISHED_NAME = ".unfinished"
+"""Stands in a folder while `write_shards` fills it, and stays where that broke off: only then are shards removed."""
 WRITABLE_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 BROKEN_TAR = (tarfile.TarError, OSError, EOFError, zlib.error)
 DRIVE = re.compile(r"[A-Za-z]:[\\/]")
@@ -97,15 +99,22 @@ def find_shards(paths: Path | str | Sequence[Path | str]) -> list[Path]:
     return found
 
 
-def write_shards(samples: Iterable[Sample], folder: Path | str, shard_size: int = 1000) -> list[Path]:
+def write_shards(
+    samples: Iterable[Sample],
+    folder: Path | str,
+    shard_size: int = 1000,
+    describe: Callable[[], Mapping[str, Any]] | None = None,
+) -> list[Path]:
     """Writes `00000.tar`, `00001.tar`, ... and the index of the folder.
 
-    Each shard appears whole or not at all. Where `samples` raises, what came before is in the folder, without index.
+    Each shard appears whole or not at all. Where `samples` raises, what came before is in the folder, without index
+    and marked as unfinished.
 
     Args:
         samples: keys are letters, digits, `-` and `_`.
         folder: created where needed; it must not hold shards.
         shard_size: samples a shard.
+        describe: called when all samples are written; what it returns goes into the index as `job`.
 
     Raises:
         ValueError: where the folder holds shards already, or for a key that can not be written.
@@ -115,7 +124,7 @@ def write_shards(samples: Iterable[Sample], folder: Path | str, shard_size: int 
         raise ValueError(f"shard_size is {shard_size}; it must be at least 1")
     if folder.exists() and any(folder.glob("*.tar")):
         raise ValueError(f"{folder}: the folder holds shards already; remove it or choose another one")
-    folder.mkdir(parents=True, exist_ok=True)
+    mark_unfinished(folder)
     stream = iter(samples)
     index: list[dict[str, Any]] = []
     for number in itertools.count():
@@ -124,7 +133,9 @@ def write_shards(samples: Iterable[Sample], folder: Path | str, shard_size: int 
         if not written:
             break
         index.append({"name": path.name, "samples": written})
-    write_atomically(folder / INDEX_NAME, json.dumps({"shards": index}, indent=1).encode())
+    content = {"shards": index, **({"job": dict(describe())} if describe else {})}
+    write_atomically(folder / INDEX_NAME, json.dumps(content, indent=1).encode())
+    (folder / UNFINISHED_NAME).unlink()
     return [folder / entry["name"] for entry in index]
 
 
@@ -157,11 +168,31 @@ def write_atomically(path: Path, data: bytes) -> None:
     os.replace(part, path)
 
 
+def mark_unfinished(folder: Path) -> None:
+    """Marks a folder that is about to be filled, or whose shards are to be written again, and removes its index."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / UNFINISHED_NAME).touch()
+    (folder / INDEX_NAME).unlink(missing_ok=True)
+
+
 def remove_unfinished(folder: Path) -> None:
-    """Removes the shards of a job that did not come to writing the index; a folder with index is left alone."""
-    if not (folder / INDEX_NAME).is_file():
-        for path in [*folder.glob("*.tar"), *folder.glob("*.part")]:
-            path.unlink()
+    """Removes the shards of a `write_shards` that broke off; a folder with index is left alone.
+
+    Raises:
+        ValueError: where the folder holds shards without index that are not marked as unfinished: someone else's.
+    """
+    if (folder / INDEX_NAME).is_file():
+        return
+    shards = sorted(folder.glob("*.tar"))
+    if not (folder / UNFINISHED_NAME).is_file():
+        if shards:
+            raise ValueError(
+                f"{folder}: holds {shards[0].name} and neither {INDEX_NAME} nor {UNFINISHED_NAME}, so these shards are "
+                f"not of an unfinished job and are kept; move them or choose another folder"
+            )
+        return
+    for path in [*shards, *folder.glob("*.part")]:
+        path.unlink()
 
 
 def _members(sample: Sample) -> dict[str, Any]:
@@ -222,7 +253,9 @@ def _read_members(path: Path, counter: SkipCounter) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
 
     def note(error: Exception) -> bool:
-        """Counts a broken archive once, and other trouble each time."""
+        """Counts a broken archive once, and other trouble each time; the counter's own word passes through."""
+        if isinstance(error, TooManySkipped):  # webdataset adds what it was reading to the arguments of every error
+            raise TooManySkipped(str(error.args[0]).rsplit(" @ <", 1)[0]) from None
         broken = isinstance(error, BROKEN_TAR)
         text = str(error.args[0]).split(" @ ")[0] if error.args else type(error).__name__
         if not broken or "broken shard" not in seen:

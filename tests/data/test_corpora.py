@@ -10,7 +10,7 @@ from mixmodal.config import load_config
 from mixmodal.data.augment import AugmentConfig
 from mixmodal.data.corpora import CorpusConfig, PrepareConfig, prepare
 from mixmodal.data.pretokenize import TokensConfig
-from mixmodal.data.shards import INDEX_NAME, Sample, read_samples, write_shards
+from mixmodal.data.shards import INDEX_NAME, Sample, mark_unfinished, read_samples, write_shards
 from mixmodal.data.skipping import SampleLimits, TooManySkipped
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.document import Document, Text
@@ -185,9 +185,53 @@ def test_finished_shards_are_kept_and_other_settings_refused(build, folder, tmp_
     assert (tmp_path / "out" / "shards" / "00000.tar").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"report\.json: image_size is 0, not 4; remove"):
         build("folder", folder, image_size=4)
-    (tmp_path / "out" / "shards" / INDEX_NAME).unlink()
+    mark_unfinished(tmp_path / "out" / "shards")
     _, samples = build("folder", folder, image_size=4)
     assert samples[0].pictures[0].open(16).size == (4, 4)
+
+
+def test_job_killed_between_shards_and_report_goes_on(build, folder, tmp_path):
+    (folder / "b.txt").unlink()
+    report, _ = build("folder", folder)
+    before = (tmp_path / "out" / "shards" / "00000.tar").stat().st_mtime_ns
+    (tmp_path / "out" / "report.json").unlink()
+    with pytest.raises(ValueError, match=r"shards\.json: image_size is 0, not 4; remove"):
+        build("folder", folder, image_size=4)
+    again, _ = build("folder", folder)
+    assert again == report == json.loads((tmp_path / "out" / "report.json").read_bytes())
+    assert (tmp_path / "out" / "shards" / "00000.tar").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("place", ["shards", "shards/more", "shards/00000.tar", "more/../shards"])
+def test_corpus_in_the_place_of_the_shards_is_refused_and_kept(tmp_path, build_shards, place):
+    shards = build_shards(2)
+    (shards / INDEX_NAME).unlink()
+    (tmp_path / "out" / "more").mkdir(parents=True)
+    target = shards.rename(tmp_path / "out" / "shards")
+    (target / "more").mkdir()
+    corpus = CorpusConfig(kind="shards", path=tmp_path / "out" / place)
+    with pytest.raises(ValueError, match="would be written over this corpus"):
+        prepare(PrepareConfig(corpora=(corpus,), out=tmp_path / "out"))
+    assert len(list(read_samples(target))) == 2
+
+
+def test_shards_of_someone_else_are_kept(tmp_path, build, folder, build_shards):
+    shards = build_shards(2)
+    (shards / INDEX_NAME).unlink()
+    (tmp_path / "out").mkdir()
+    target = shards.rename(tmp_path / "out" / "shards")
+    with pytest.raises(ValueError, match=r"out/shards: holds 00000\.tar and neither .* choose another folder"):
+        build("folder", folder)
+    assert len(list(read_samples(target))) == 2
+
+
+def test_corpus_without_usable_samples_is_read_again(tmp_path, build, folder):
+    (tmp_path / "lines.jsonl").write_text("")
+    with pytest.raises(ValueError, match="no usable sample"):
+        build("jsonl", tmp_path / "lines.jsonl")
+    (folder / "lines.jsonl").write_text(json.dumps({"image": "a.png", "text": "fine"}))
+    _, samples = build("jsonl", folder / "lines.jsonl")
+    assert len(samples) == 1
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mixmodal.data.shards import INDEX_NAME, PictureFile, Sample, find_shards, read_samples, write_shards
+from mixmodal.data.shards import (
+    INDEX_NAME,
+    UNFINISHED_NAME,
+    PictureFile,
+    Sample,
+    find_shards,
+    mark_unfinished,
+    read_samples,
+    remove_unfinished,
+    write_shards,
+)
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter, TooManySkipped
 
 
@@ -102,7 +112,8 @@ def test_what_was_read_before_a_failure_is_kept(tmp_path):
 
     with pytest.raises(TooManySkipped):
         write_shards(failing(), tmp_path, shard_size=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.tar", "00001.tar", "00002.tar"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [UNFINISHED_NAME, "00000.tar", "00001.tar", "00002.tar"]
     assert [sample.key for sample in read_samples(tmp_path)] == ["0000", "0001", "0002", "0003", "0004"]
 
 
@@ -113,8 +124,42 @@ def test_full_disk_leaves_no_half_shard(tmp_path):
 
     with pytest.raises(OSError, match="No space"):
         write_shards(failing(), tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == [UNFINISHED_NAME]
 
+
+def test_only_marked_shards_are_removed(tmp_path):
+    (path,) = write_shards([pair(1)], tmp_path)
+    assert not (tmp_path / UNFINISHED_NAME).exists()
+    remove_unfinished(tmp_path)  # finished: left alone
+    (tmp_path / INDEX_NAME).unlink()
+    with pytest.raises(ValueError, match=r"holds 00000\.tar and neither shards\.json nor \.unfinished"):
+        remove_unfinished(tmp_path)
+    assert path.is_file()
+    mark_unfinished(tmp_path)
+    remove_unfinished(tmp_path)
+    assert not path.exists()
+    write_shards([pair(2)], tmp_path)
+    assert [sample.key for sample in read_samples(tmp_path)] == ["0002"]
+
+
+def test_broken_shard_that_ends_the_job_is_counted_once(tmp_path):
+    """Once, and the message is the counter's own."""
+    broken = tmp_path / "00000.tar"
+    broken.write_bytes(b"no tar" * 400)
+    counter = SkipCounter(max_share=0.0, min_samples=1)
+    with pytest.raises(TooManySkipped) as caught:
+        list(read_samples(broken, counter))
+    assert counter.skipped == {"broken shard": 1}
+    assert str(caught.value).startswith("1 of 1 samples are bad (1 broken shard)")
+    assert "BufferedReader" not in str(caught.value)
+
+
+def test_unsafe_name_that_ends_the_job_is_counted_once(tmp_path):
+    path = write_tar(tmp_path / "00000.tar", [("../up.txt", b"text")])
+    counter = SkipCounter(max_share=0.0, min_samples=1)
+    with pytest.raises(TooManySkipped, match=r"1 of 1 samples are bad \(1 unsafe name\)"):
+        list(read_samples(path, counter))
+    assert counter.skipped == {"unsafe name": 1}
 
 @pytest.mark.parametrize("key", ["../up", "a.b", "", "a/b", "x" * 81])
 def test_keys_that_can_not_be_members_are_refused(tmp_path, key):
