@@ -186,8 +186,10 @@ class MixedModal:
         return {name: TokenSampling(**{**vars(defaults[name]), **settings[name]}) for name in modalities}
 
     def _parse(self, prompt: np.ndarray, continuation: np.ndarray) -> Document:
-        """The generated parts; a sample that ran out of room is ended here."""
+        """The generated parts; a sample that ran out of room, or stopped before a block, is ended here."""
         eos = self.format.vocabulary.eos
+        if len(continuation) and continuation[-1] in {block.open_id for block in self.format.blocks.values()}:
+            continuation = continuation[:-1]
         end = [] if len(continuation) and continuation[-1] == eos else [eos]
         return self.format.parse_continuation(np.concatenate([prompt, continuation, end]).astype(np.int64), len(prompt))
 

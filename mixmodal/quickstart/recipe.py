@@ -77,12 +77,13 @@ class Recipe(NamedTuple):
     configs: dict[str, Any]
 
 
-def load_recipe(run: Path, folder: Path | None = None) -> Recipe:
+def load_recipe(run: Path, folder: Path | None = None, num_processes: int = 1) -> Recipe:
     """Writes `run/configs/*.yaml` and loads them; nothing is trained before all of them are right.
 
     Args:
         run: folder of the run.
         folder: holds files that take the place of those of the package, as `pretrain.yaml`.
+        num_processes: of the pretraining, for the command that heads its file.
 
     Raises:
         ValueError: for a file that is not part of the recipe, or a key that its config type does not have.
@@ -100,7 +101,7 @@ def load_recipe(run: Path, folder: Path | None = None) -> Recipe:
     for name, entry in ENTRIES.items():
         settings[name] = yaml.safe_load(texts[f"{name}.yaml"]) or {}
         mixed = name == "tokens" and settings["corpus"].get("mixed")
-        path = write_config(run, name, with_mixed(entry) if mixed else entry, settings[name])
+        path = write_config(run, name, with_mixed(entry) if mixed else entry, settings[name], num_processes)
         loaded[name] = load_config(getattr(importlib.import_module(entry.module), entry.config), path)
     return Recipe(settings, loaded)
 
@@ -114,7 +115,7 @@ def with_mixed(entry: Entry) -> Entry:
     return entry._replace(paths={**entry.paths, "shards": ["data/train", "data/train_mixed"]})
 
 
-def write_config(run: Path, name: str, entry: Entry, settings: Mapping[str, Any]) -> Path:
+def write_config(run: Path, name: str, entry: Entry, settings: Mapping[str, Any], num_processes: int = 1) -> Path:
     """The settings with the paths of the run as `run/configs/NAME.yaml`, headed by the command that reads it."""
     resolved = yaml.safe_load(yaml.safe_dump(dict(settings)))
     for key, value in entry.paths.items():
@@ -124,7 +125,7 @@ def write_config(run: Path, name: str, entry: Entry, settings: Mapping[str, Any]
             place = place.setdefault(parent, {})
         place[last] = [str(run / part) for part in value] if isinstance(value, list) else str(run / value)
     path = config_path(run, name)
-    head = f"# {command_of(run, name)}\n" if entry.command else ""
+    head = f"# {command_of(run, name, num_processes)}\n" if entry.command else ""
     path.write_text(head + yaml.safe_dump(resolved, sort_keys=False, width=110), encoding="utf-8")
     return path
 
@@ -133,11 +134,11 @@ def config_path(run: Path, name: str) -> Path:
     return run / "configs" / f"{name}.yaml"
 
 
-def command_of(run: Path, name: str) -> str:
+def command_of(run: Path, name: str, num_processes: int = 1) -> str:
     """What a person types to do the stage of this file again; empty where only the quickstart does it."""
     entry = ENTRIES[name]
     if not entry.command:
         return ""
     arguments = f"{entry.command} --config {config_path(run, name)}"
-    launched = f"deepspeed --num_gpus 1 --module mixmodal.cli {arguments}"
+    launched = f"deepspeed --num_gpus {num_processes} --module mixmodal.cli {arguments}"
     return launched if entry.command == "pretrain" else f"mixmodal {arguments}"

@@ -17,6 +17,8 @@ from types import TracebackType
 from typing import Any
 
 MARKER_VERSION = 1
+STAGES = "stages"
+"""Folder of the markers; a folder without it is no run."""
 SAMPLE_SECONDS = 0.25
 
 
@@ -42,12 +44,26 @@ class Stage:
     command: str = ""
 
 
+def open_run(run: Path) -> None:
+    """Makes the folder of a run, or finds it; a stage removes what is in the way of its results, so no other will do.
+
+    Raises:
+        ValueError: for a folder that holds something else than a run, or a file.
+    """
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"{run} is a file; choose another --out")
+    stages = run / STAGES
+    if run.exists() and not stages.is_dir() and any(run.iterdir()):
+        raise ValueError(f"{run} is not empty and holds no quickstart run; choose another --out")
+    stages.mkdir(parents=True, exist_ok=True)
+
+
 class StageRunner:
     """Completes stages in order and keeps their markers in `run/stages/`."""
 
     def __init__(self, run: Path, stages: Iterable[Stage]) -> None:
         self.stages = list(stages)
-        self._folder = run / "stages"
+        self._folder = run / STAGES
 
     def complete(self, say: Callable[[str], None]) -> None:
         """Completes what is not done yet; `say` gets a line at the start and the end of every stage."""

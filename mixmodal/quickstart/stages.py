@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixmodal.quickstart.recipe import DEEPSPEED, TOKENIZERS, Recipe, command_of, config_path, load_recipe
-from mixmodal.quickstart.runner import Stage, StageRunner, largest_memory_bytes, write_json
+from mixmodal.quickstart.runner import Stage, StageRunner, largest_memory_bytes, open_run, write_json
 
 if TYPE_CHECKING:
     from mixmodal.pipeline import MixedModal
@@ -33,8 +33,8 @@ class QuickstartConfig:
 
     Args:
         out: folder of the run.
-        recipe: folder with YAML files that take the place of the recipe's own, as `pretrain.yaml`; `out/configs` shows
-            what there is.
+        recipe: folder with YAML files that take the place of the recipe's own, as `pretrain.yaml`. `out/configs` shows
+            what there is: copy a file from there and change it; those there are written anew at each start.
         num_processes: processes of the pretraining; on a machine with accelerators each takes one.
     """
 
@@ -46,15 +46,24 @@ class QuickstartConfig:
         if self.num_processes < 1:
             raise ValueError(f"num_processes is {self.num_processes}; it must be at least 1")
 
+    @property
+    def command(self) -> str:
+        """What a person types for this run."""
+        own = f" --recipe {self.recipe}" if self.recipe else ""
+        processes = f" --num_processes {self.num_processes}" if self.num_processes > 1 else ""
+        return f"mixmodal quickstart --out {self.out}{own}{processes}"
+
 
 def quickstart(config: QuickstartConfig) -> None:
     """All stages.
 
     Raises:
-        ValueError: where a package is missing, a config is wrong or a stage fails; finished stages are kept.
+        ValueError: where `out` holds something else, a package is missing, a config is wrong or a stage fails; finished
+            stages are kept.
     """
     started = time.monotonic()
-    chain = Chain(config, load_recipe(config.out, config.recipe))
+    open_run(config.out)
+    chain = Chain(config, load_recipe(config.out, config.recipe, config.num_processes))
     chain.setup_seconds = time.monotonic() - started
     chain.runner.complete(say)
     say(f"\nreport:  {config.out / 'report.html'}\nfigures: {config.out / 'summary.json'}\nmodel:   {chain.export}")
@@ -106,13 +115,14 @@ class Chain:
         settings = {} if file is None else {file: self.recipe.settings[file]}
         if file == "pretrain":
             settings |= {DEEPSPEED: self.recipe.settings[DEEPSPEED], "num_processes": self.config.num_processes}
+        by_hand = command_of(self.run, file, self.config.num_processes) if file else ""
         return Stage(
             name=name,
             complete=complete,
             results=tuple(self.run / result for result in results),
             config=settings,
             inputs=inputs,
-            command=(command_of(self.run, file) if file else "") or f"mixmodal quickstart --out {self.run}",
+            command=by_hand or self.config.command,
         )
 
     # what is trained

@@ -50,7 +50,7 @@ class Grammar:
 
     Args:
         format: the sequence format.
-        output: `text` (no blocks), a coded modality such as `image` (one block, then stop), or `mixed`.
+        output: `text` (no blocks; a token that opens one ends the text, as `</s>` does), a coded modality such as `image` (one block, then stop), or `mixed`.
         vocab_size: rows of the model's output; ids behind the vocabulary are never legal.
 
     Raises:
@@ -73,6 +73,8 @@ class Grammar:
         self._build_nodes()
         self._spelled = self._build_edges()
         allowed = {(node, kind): to for (node, kind), to in self._spelled.items() if self._allows(node, kind)}
+        if output == "text":  # a text that a block follows has ended, too; its mass must not go to more text
+            allowed |= {("text", block.open_id): self._nodes[self.done] for block in format.blocks.values()}
         self._upload(allowed, torch.device(device))
 
     # the automaton, on the host

@@ -76,13 +76,25 @@ def test_image_output_is_exactly_one_image(form: SequenceFormat, prompts: list[n
     assert len(ids) == 1 + LENGTH + (close is not None)
 
 
-def test_text_output_is_text_up_to_the_end(form: SequenceFormat, image: Image) -> None:
+def test_text_output_is_text_up_to_the_end_or_to_where_a_picture_would_open(form: SequenceFormat, image: Image) -> None:
     prompt = form.spell_prompt(Document([image]), "text")
-    for seed in range(20):
+    ends = {form.vocabulary.eos, form.blocks["image"].open_id}
+    seen = set()
+    for seed in range(60):
         (ids,) = walk(form, "text", [prompt], [12], seed)
-        body = ids[:-1] if ids[-1] == form.vocabulary.eos else ids
+        body = ids[:-1] if ids[-1] in ends else ids
         assert form.vocabulary.contains("text", body).all()
-        assert len(ids) == 12 or ids[-1] == form.vocabulary.eos
+        assert len(ids) == 12 or ids[-1] in ends
+        seen |= {int(ids[-1])} & ends
+    assert seen == ends
+
+
+def test_a_picture_that_does_not_fit_still_ends_a_text(form: SequenceFormat) -> None:
+    grammar = Grammar(form, "text", form.vocabulary.size)
+    open_id = form.blocks["image"].open_id
+    state = grammar.start([form.spell_prompt(Document([Text("abc")]), "text")], [1])
+    assert grammar.legal(state)[0, open_id]
+    assert not grammar.live(grammar.advance(state, torch.tensor([open_id])))
 
 
 def test_control_ids_that_no_document_has_are_never_legal(form: SequenceFormat, prompts: list[np.ndarray]) -> None:

@@ -50,6 +50,15 @@ def test_samples_are_what_was_generated_and_not_the_prompt(model: MixedModal, pi
         assert not text.startswith("a red apple")
 
 
+def test_a_text_that_stopped_before_a_picture_is_read_without_its_break(
+    model: MixedModal, picture: PIL.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = model.format.vocabulary.to_ids("text", np.array(model.codec.text_tokenizer.encode("pear")))
+    ids = np.append(pieces, model.format.blocks["image"].open_id)
+    monkeypatch.setattr(model._generator, "generate", lambda *args, **kwargs: [ids])
+    assert model.generate([picture], output="text") == ["pear"]
+
+
 def test_a_sample_depends_on_prompt_and_seed_alone(exported: Path) -> None:
     small, large = (MixedModal.from_pretrained(exported, "cpu", batch_size=size) for size in (2, 64))
     batch = large.generate_batch(PROMPTS, num=3, seed=5)

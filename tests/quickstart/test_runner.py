@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from mixmodal.quickstart import runner
-from mixmodal.quickstart.runner import Stage, StageRunner, Watch, tree_memory_bytes
+from mixmodal.quickstart.runner import Stage, StageRunner, Watch, open_run, tree_memory_bytes
+from mixmodal.quickstart.stages import QuickstartConfig, quickstart
 
 
 class Chain:
@@ -130,3 +131,23 @@ def test_a_watch_notes_time_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(notes) == 2
     assert watch.seconds == notes[-1] < 5
     assert runner.largest_memory_bytes() > 10_000_000
+
+
+def test_a_folder_that_holds_something_else_is_left_as_it_is(tmp_path: Path) -> None:
+    mine = tmp_path / "project" / "data" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work")
+    with pytest.raises(ValueError, match=r"project is not empty and holds no quickstart run; choose another --out"):
+        quickstart(QuickstartConfig(out=tmp_path / "project"))
+    assert mine.read_text() == "years of work"
+    assert [path.name for path in (tmp_path / "project").iterdir()] == ["data"]
+    with pytest.raises(ValueError, match=r"mine.txt is a file; choose another --out"):
+        open_run(mine)
+
+
+def test_a_run_is_opened_again_whatever_it_holds(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    for run in (tmp_path / "new" / "run", tmp_path / "empty"):
+        open_run(run)
+        (run / "configs").mkdir()
+        open_run(run)

@@ -111,6 +111,25 @@ def test_every_stage_reads_only_earlier_ones(tmp_path: Path) -> None:
         assert set(stage.inputs) <= set(names[:place])
 
 
+def test_printed_commands_say_how_many_processes_and_whose_recipe(tmp_path: Path) -> None:
+    own = write_recipe(tmp_path / "own", {"samples": TINY["samples"]})
+    config = QuickstartConfig(out=tmp_path / "run", recipe=own, num_processes=2)
+    chain = Chain(config, load_recipe(config.out, own, config.num_processes))
+    commands = {stage.name: stage.command for stage in chain.runner.stages}
+    assert commands["pretraining"].startswith("deepspeed --num_gpus 2 ")
+    assert (config.out / "configs" / "pretrain.yaml").read_text().startswith(f"# {commands['pretraining']}\n")
+    assert commands["sampling"] == f"mixmodal quickstart --out {config.out} --recipe {own} --num_processes 2"
+
+
+def test_a_copy_of_a_resolved_config_is_a_recipe_for_any_run(tmp_path: Path) -> None:
+    first = load_recipe(tmp_path / "first").configs["pretrain"]
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "pretrain.yaml").write_text((tmp_path / "first" / "configs" / "pretrain.yaml").read_text())
+    assert load_recipe(tmp_path / "first", own).configs["pretrain"] == first
+    assert load_recipe(tmp_path / "second", own).configs["pretrain"].trainer.run_dir == tmp_path / "second" / "pretrain"
+
+
 def test_moving_the_run_folder_changes_no_digest(tmp_path: Path) -> None:
     chains = [Chain(QuickstartConfig(out=out), load_recipe(out)) for out in (tmp_path / "a", tmp_path / "b")]
     first, second = ([stage.config for stage in chain.runner.stages] for chain in chains)
