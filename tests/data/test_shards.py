@@ -161,6 +161,7 @@ def test_unsafe_name_that_ends_the_job_is_counted_once(tmp_path):
         list(read_samples(path, counter))
     assert counter.skipped == {"unsafe name": 1}
 
+
 @pytest.mark.parametrize("key", ["../up", "a.b", "", "a/b", "x" * 81])
 def test_keys_that_can_not_be_members_are_refused(tmp_path, key):
     with pytest.raises(ValueError, match="a key to write has"):
