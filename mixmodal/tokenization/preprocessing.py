@@ -20,7 +20,7 @@ MAX_PIXELS = 1 << 26
 MAX_ASPECT = 8
 """Longer pictures, in short sides, are cropped before resizing, so that resizing can not blow a thin strip up."""
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""PIL's decoders that are used; of the others one starts Ghostscript, and most are seldom tested. JPEG opens MPO too."""
+"""PIL's decoders that are used, JPEG's for MPO too; of the others one starts Ghostscript."""
 # What PIL's decoders raise on broken files besides OSError.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
