@@ -39,6 +39,7 @@ class InspectConfig:
         num_rows: rows to print.
         image_first_share: as in training.
         caption_dropout: as in training.
+        first_part_weight: as in training.
         seed: of the stream of rows.
         max_codes: codes of a part that are printed before the rest is left out.
     """
@@ -50,6 +51,7 @@ class InspectConfig:
     num_rows: int = 4
     image_first_share: float = 0.5
     caption_dropout: float = 0.1
+    first_part_weight: float = 1.0
     seed: int = 0
     max_codes: int = 12
 
@@ -80,6 +82,7 @@ def inspect(config: InspectConfig) -> None:
         seq_len=config.seq_len,
         image_first_share=config.image_first_share,
         caption_dropout=config.caption_dropout,
+        first_part_weight=config.first_part_weight,
     )
     objective = CausalMasked(config.objective, shards.vocabulary)
     rows = PackedDocuments(shards, shards.build_format(), objective, data, micro_batch_size=1, seed=config.seed)

@@ -50,10 +50,6 @@ class Batch(NamedTuple):
         """Tokens that are not padding, an int64 scalar."""
         return (self.segment_ids != 0).sum()
 
-    def to(self, device: torch.device | str) -> Batch:
-        tensors = (tensor.to(device, non_blocking=True) for tensor in self[:4])
-        return Batch(*tensors, keys=self.keys)
-
 
 def pack(samples: Iterable[Sample], seq_len: int) -> Iterator[list[Sample]]:
     """Fills rows of `seq_len` tokens in the order given (next fit): a row ends where the next sample does not fit.

@@ -15,6 +15,7 @@ from torch import Tensor
 from mixmodal.data.augment import NUM_DRAWS, draw_changes
 from mixmodal.data.shards import PictureFile, find_shards, read_samples
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
+from mixmodal.data.split import check_split
 from mixmodal.tokenization.preprocessing import PictureError, resize_and_crop
 
 
@@ -195,11 +196,13 @@ class PictureLoader:
         world_size: int = 1,
         seed: int = 0,
     ) -> None:
-        if not 0 <= rank < world_size or micro_batch_size < 1 or grad_accum_steps < 1 or seed < 0:
-            raise ValueError(
-                f"data: rank {rank} of {world_size}, {micro_batch_size} pictures, {grad_accum_steps} micro-batches, "
-                f"seed {seed}: pictures and micro-batches must be at least 1, rank and seed at least 0"
-            )
+        check_split(
+            micro_batch_size=micro_batch_size,
+            grad_accum_steps=grad_accum_steps,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+        )
         self.config, self.image_size, self.seed = config, image_size, seed
         self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
         self.rows_per_step = micro_batch_size * grad_accum_steps * world_size

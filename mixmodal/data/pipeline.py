@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mixmodal.data.packing import Batch, Sample, build_batch, pack
+from mixmodal.data.split import check_split
 from mixmodal.document import Run, SequenceFormat
 from mixmodal.objectives.causal_masked import CausalMasked
 
@@ -22,7 +23,7 @@ MIN_DOCUMENTS_TO_JUDGE = 1000
 
 
 class Documents(Protocol):
-    """Spelled documents by index, as `TokenShards` holds them."""
+    """Spelled documents by index, as `TokenShards` holds them; its `digest`, where there is one, names the content."""
 
     keys: Any  # a sequence of strings; type checkers take no cached property for a property
 
@@ -103,11 +104,13 @@ class PackedDocuments:
     ) -> None:
         if not len(documents):
             raise ValueError(f"data: {config.tokens} holds no documents")
-        if not 0 <= rank < world_size or micro_batch_size < 1 or grad_accum_steps < 1 or seed < 0:
-            raise ValueError(
-                f"data: rank {rank} of {world_size}, {micro_batch_size} rows, {grad_accum_steps} micro-batches, seed "
-                f"{seed}: rows and micro-batches must be at least 1, rank and seed at least 0"
-            )
+        check_split(
+            micro_batch_size=micro_batch_size,
+            grad_accum_steps=grad_accum_steps,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+        )
         self.documents = documents
         self.sequence_format = sequence_format
         self.objective = objective
@@ -142,6 +145,7 @@ class PackedDocuments:
         return {
             "seed": self.seed,
             "num_documents": len(self.documents),
+            "manifest_sha256": getattr(self.documents, "digest", ""),
             "seq_len": self.config.seq_len,
             **self._step_start,
             "micro_batch": self._micro_batch,
@@ -155,12 +159,12 @@ class PackedDocuments:
             ValueError: where the seed or the data are others, or, within a step, the rows are spread differently.
         """
         own = self.state_dict()
-        compared = ["seed", "num_documents", "seq_len"] + (["split"] if state["micro_batch"] else [])
-        for key in compared:
-            if state[key] != own[key]:
+        compared = ["seed", "num_documents", "manifest_sha256", "seq_len"]
+        for key in compared + (["split"] if state["micro_batch"] else []):
+            if state.get(key) != own[key]:
                 raise ValueError(
                     f"data {self.config.tokens}: {key} is {own[key]}, but the checkpoint was written with "
-                    f"{state[key]}; resume with the same data and seed, or start a new run folder"
+                    f"{state.get(key)}; resume with the same data and seed, or start a new run folder"
                 )
         self.counts = Counter(state["counts"])
         self._pending = None

@@ -138,6 +138,11 @@ class TokenShards:
         return tokens[start:stop].astype(np.int64)
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, which holds that of every shard's tokens: names what the documents are."""
+        return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+    @property
     def keys(self) -> list[str]:
         """Key of each document: `KEY#variant`; read once."""
         return self._keys
@@ -152,11 +157,6 @@ class TokenShards:
                 raise ValueError(f"{path}: {len(found)} keys for {entry['documents']} documents; pretokenize again")
             keys += found
         return keys
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document, int64 `(len(self),)`."""
-        return np.concatenate([np.empty(0, dtype=np.int64), *(np.diff(offsets) for _, offsets in self._shards)])
 
     def build_format(self, text_tokenizer: TextCodec | None = None) -> SequenceFormat:
         """The sequence format that the documents are spelled in."""
@@ -185,17 +185,6 @@ class TokenShards:
                     f"{self.manifest_path}: {key} is {self.manifest[key][:12]}..., not {value[:12]}...: the token "
                     f"shards were made with another {key.rsplit('_', 1)[0].replace('_', ' ')}; pretokenize again"
                 )
-
-    def verify(self) -> None:
-        """Reads every shard whole and compares its SHA-256.
-
-        Raises:
-            ValueError: naming the file that differs.
-        """
-        for entry in self.manifest["shards"]:
-            if not is_token_shard(self.folder, entry):
-                path = self.folder / f"{entry['name']}.tokens.npy"
-                raise ValueError(f"{path}: its sha256 differs from {self.manifest_path}; pretokenize again")
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self.manifest_path

@@ -19,6 +19,8 @@ MAX_PIXELS = 1 << 26
 """Default cap on the pixels of a picture, 67 million: above it lies what only decompression bombs and maps reach."""
 MAX_ASPECT = 8
 """Longer pictures, in short sides, are cropped before resizing, so that resizing can not blow a thin strip up."""
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""PIL's decoders that are used, JPEG's for MPO too; of the others one starts Ghostscript."""
 # What PIL's decoders raise on broken files besides OSError.
 DECODING_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, struct.error, zlib.error)
 SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
@@ -65,7 +67,7 @@ def _open(source: bytes | Path | Image.Image, key: str) -> Image.Image:
     if isinstance(source, Image.Image):
         return source
     try:
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise PictureError(f"{key}: refused before decoding, too many pixels ({error})") from error
     except FileNotFoundError as error:

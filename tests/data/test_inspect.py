@@ -87,6 +87,13 @@ def test_masks_show_where_they_stand_and_that_they_weigh_nothing(
     assert all(line.count("<mask:0>*0") == 2 and line.endswith("<eoss> </s> ") for line in documents)
 
 
+def test_first_part_shows_the_weight_it_is_trained_with(
+    tmp_path: Path, byte_tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inspect(replace(shards(tmp_path, ["a red square"] * 4), first_part_weight=0.25))
+    assert "<s>*0 a red square*0.25 <break> [image 0 1 2 3 4 5] </s>" in capsys.readouterr().out
+
+
 def test_totals_count_every_token_once(
     tmp_path: Path, byte_tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

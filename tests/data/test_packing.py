@@ -55,12 +55,6 @@ def test_a_row_says_what_stands_where() -> None:
     assert dtypes == [torch.int64, torch.int64, torch.int64, torch.float32]
 
 
-def test_a_batch_moves_as_a_whole() -> None:
-    batch = build_batch([[sample("a", 5)]], 8, PAD).to("meta")
-    assert all(tensor.device.type == "meta" for tensor in batch[:4])
-    assert batch.keys == [["a"]]
-
-
 def losses(model: Transformer, batch: Batch) -> TokenLosses:
     logits = model(batch.tokens, batch.positions, batch.segment_ids)
     return token_losses(logits, batch.tokens, batch.segment_ids, batch.loss_weights, VOCABULARY, z_loss_weight=0.1)

@@ -86,6 +86,12 @@ def test_a_resumed_loader_goes_on_with_the_next_batch(config: PictureDataConfig,
         assert torch.equal(found.draws, wanted.draws)
 
 
+@pytest.mark.parametrize("wrong", [{"rank": 1}, {"rank": -1}, {"size": 0}, {"grad_accum_steps": 0}, {"seed": -1}])
+def test_a_split_that_can_not_be_is_refused_as_for_documents(config: PictureDataConfig, wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=r"rows, .* micro-batches, seed .*: rows and micro-batches must be at least 1"):
+        build_loader(config, **wrong)
+
+
 def test_a_state_of_other_settings_is_refused(config: PictureDataConfig) -> None:
     state = build_loader(config).state_dict()
     with pytest.raises(ValueError, match="seed is 1, but the checkpoint was written with 0"):

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from mixmodal.data.packing import Batch
-from mixmodal.data.pipeline import DataConfig, PackedDocuments, held_out_batches
+from mixmodal.data.pipeline import DataConfig, Documents, PackedDocuments, held_out_batches
+from mixmodal.data.token_shards import TokenShards, build_manifest, write_manifest, write_token_shard
 from mixmodal.document import FORMATS, Run, build_format
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.objectives.loss import target_weights
@@ -54,7 +55,7 @@ def pairs(number: int = 23, name: str = "cm3leon") -> Listed:
     return Listed([FORMAT[name].join([text(1 + i % 9, i), IMAGE]) for i in range(number)])
 
 
-def stream(documents: Listed, config: DataConfig = CONFIG, objective: CausalMasked = MASKED, **split: int):
+def stream(documents: Documents, config: DataConfig = CONFIG, objective: CausalMasked = MASKED, **split: int):
     return PackedDocuments(documents, FORMAT["cm3leon"], objective, config, **{"micro_batch_size": 2, **split})
 
 
@@ -144,6 +145,24 @@ def test_other_data_or_another_seed_is_refused(key: str, other) -> None:
     state = stream(pairs()).state_dict()
     with pytest.raises(ValueError, match=f"shards: {key} is"):
         other().load_state_dict(state)
+
+
+def test_token_shards_made_again_with_another_content_are_refused(tmp_path: Path) -> None:
+    def made(first: int) -> TokenShards:
+        documents = pairs(23).documents
+        documents[0] = FORMAT["cm3leon"].join([text(1, first), IMAGE])
+        entry = write_token_shard(tmp_path, "shard_00000", documents, [f"doc{i}" for i in range(23)], VOCABULARY.size)
+        sha256 = {"text_tokenizer_sha256": "a" * 64, "image_tokenizer_sha256": "b" * 64}
+        write_manifest(tmp_path, build_manifest(FORMAT["cm3leon"], [entry], counts={"documents": 23}, **sha256))
+        return TokenShards(tmp_path)
+
+    state = json.loads(json.dumps(stream(made(0)).state_dict()))
+    assert len(state["manifest_sha256"]) == 64
+    stream(made(0)).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"shards: manifest_sha256 is .*resume with the same data and seed"):
+        stream(made(1)).load_state_dict(state)
+    with pytest.raises(ValueError, match="manifest_sha256 is , but"):
+        stream(pairs()).load_state_dict(state)
 
 
 @pytest.mark.parametrize("shuffle", [True, False])

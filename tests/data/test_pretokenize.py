@@ -11,7 +11,7 @@ from mixmodal.data.augment import AugmentConfig
 from mixmodal.data.pretokenize import PretokenizeConfig, Pretokenizer, pretokenize
 from mixmodal.data.shards import INDEX_NAME, PictureFile, Sample, read_samples
 from mixmodal.data.skipping import SampleLimits, TooManySkipped
-from mixmodal.data.token_shards import MANIFEST_NAME, TokenShards
+from mixmodal.data.token_shards import MANIFEST_NAME, TokenShards, is_token_shard
 from mixmodal.document import Document, Image, Text
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
@@ -75,12 +75,12 @@ def test_manifest_counts_every_token(build, build_shards):
     ids = [tokens[index] for index in range(len(tokens))]
     counts = tokens.manifest["counts"]
     assert counts["documents"] == 7
-    assert counts["tokens"] == sum(map(len, ids)) == tokens.lengths.sum()
+    assert counts["tokens"] == sum(map(len, ids))
     assert counts["image_tokens"] == 7 * 4
     assert counts["tokens"] == counts["text_tokens"] + counts["image_tokens"] + 7 * 3  # <s>, <break> and </s>
     assert [entry["documents"] for entry in tokens.manifest["shards"]] == [3, 3, 1]
     assert all(array.dtype == np.int64 for array in ids)
-    tokens.verify()
+    assert all(is_token_shard(tokens.folder, entry) for entry in tokens.manifest["shards"])
 
 
 def test_every_picture_is_encoded_whatever_the_batch(build, build_shards, image_tokenizer, tmp_path):
@@ -224,8 +224,7 @@ def test_damaged_token_shards_are_named(build, build_shards):
     tokens = np.load(folder / "shard_00000.tokens.npy")
     tokens[3] ^= 1
     np.save(folder / "shard_00000.tokens.npy", tokens)
-    with pytest.raises(ValueError, match=r"shard_00000\.tokens\.npy: its sha256 differs"):
-        TokenShards.open(folder).verify()
+    assert not is_token_shard(folder, entry)
     (folder / "shard_00000.keys.json").write_text('["one"]')
     with pytest.raises(ValueError, match=r"shard_00000\.keys\.json: 1 keys for 3 documents"):
         _ = TokenShards.open(folder).keys

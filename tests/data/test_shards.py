@@ -144,8 +144,8 @@ def test_only_marked_shards_are_removed(tmp_path):
 
 def test_broken_shard_that_ends_the_job_is_counted_once(tmp_path):
     """Once, and the message is the counter's own."""
-    broken = tmp_path / "00000.tar"
-    broken.write_bytes(b"no tar" * 400)
+    broken = write_tar(tmp_path / "00000.tar", [("a.txt", bytes(5000))])
+    broken.write_bytes(broken.read_bytes()[:2000])
     counter = SkipCounter(max_share=0.0, min_samples=1)
     with pytest.raises(TooManySkipped) as caught:
         list(read_samples(broken, counter))

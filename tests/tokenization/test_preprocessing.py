@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from mixmodal.tokenization.preprocessing import PictureError, open_picture, resize_and_crop, to_pictures, to_tensor
 
@@ -95,6 +95,12 @@ def test_floating_point_picture_is_refused():
         open_picture(data, "hdr")
 
 
+def test_pair_of_a_stereo_camera_gives_its_first_picture():
+    second = Image.new("RGB", (8, 4))
+    data = encode(two_halves(), "MPO", save_all=True, append_images=[second], quality=100)
+    assert np.abs(np.array(open_picture(data, "a"))[0, 0].astype(int) - RED).max() <= 2  # measured: 1
+
+
 def test_first_frame_of_an_animation_is_taken():
     frames = [Image.new("RGB", (4, 4), RED), Image.new("RGB", (4, 4), GREEN)]
     data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -138,6 +144,16 @@ def test_corrupt_bytes_never_give_another_error():
 def test_other_files_are_refused_by_name(data):
     with pytest.raises(PictureError, match="shelf/7: not a picture"):
         open_picture(data, "shelf/7")
+
+
+@pytest.mark.parametrize("format", ["EPS", "PPM", "TGA"])
+def test_formats_of_other_decoders_are_refused_before_they_start(format, monkeypatch):
+    """EPS, for one, would start Ghostscript on what a stranger wrote."""
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **kwargs: started.append(args))
+    with pytest.raises(PictureError, match="shelf/7: not a picture"):
+        open_picture(encode(two_halves(), format), "shelf/7")
+    assert not started
 
 
 def test_missing_file_is_named(tmp_path):
