@@ -30,8 +30,10 @@ fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.dev  ## measures, appends to benchmarks/results/, renders docs/results.md
+bench: $(VENV)/.dev  ## measures, takes the figures of OUT where a quickstart has been run, appends to benchmarks/results/, renders docs/results.md
 	set -e; for script in benchmarks/measure_*.py; do $(BIN)/python $$script; done
+	@if [ -f $(OUT)/summary.json ]; then $(BIN)/python benchmarks/record_quickstart.py $(OUT); \
+	  else echo "$(OUT)/summary.json is missing: no figures of a quickstart are recorded; make quickstart makes it"; fi
 	$(BIN)/python benchmarks/render.py
 
 clean:

@@ -1,19 +1,37 @@
-"""Random documents of the quickstart's shape as token shards: 8 pieces of text and 16 codes each."""
+"""Random documents of the quickstart's shape as token shards: 8 pieces of text and the codes of a picture each."""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import numpy as np
 
 from mixmodal.data.token_shards import build_manifest, write_manifest, write_token_shard
 from mixmodal.document import CM3LeonFormat, Run
+from mixmodal.quickstart.recipe import Recipe, load_recipe
+from mixmodal.tokenization.image import ImageTokenizer
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
-VOCABULARY = Vocabulary(VocabularyConfig(codebook_sizes={"image": 2560}, num_text_pieces=1024, num_sentinels=16))
-FORMAT = CM3LeonFormat(VOCABULARY, {"image": (4, 4)})
-SHAPE = {"dim": 128, "num_layers": 4, "num_heads": 4, "ffn_dim": 352, "max_seq_len": 128}
-"""Of the network: that of the quickstart."""
+
+def packaged_recipe() -> Recipe:
+    """That of the quickstart, for a run that is never made."""
+    with tempfile.TemporaryDirectory() as run:
+        return load_recipe(Path(run))
+
+
+RECIPE = packaged_recipe()
+IMAGES = ImageTokenizer(RECIPE.configs["image_tokenizer"].tokenizer)
+VOCABULARY = Vocabulary(
+    VocabularyConfig(
+        codebook_sizes={"image": IMAGES.codebook_size},
+        num_text_pieces=RECIPE.configs["text_tokenizer"].vocab_size,
+        num_sentinels=RECIPE.configs["tokens"].num_sentinels,
+    )
+)
+FORMAT = CM3LeonFormat(VOCABULARY, {"image": IMAGES.grid})
+SHAPE = {name: value for name, value in RECIPE.settings["pretrain"]["model"].items() if name != "dropout"}
+"""Of the network: that of the quickstart, as are the sizes of the vocabulary and of a picture."""
 
 
 def write_documents(folder: Path, count: int = 2000) -> None:

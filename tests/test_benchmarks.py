@@ -8,8 +8,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from PIL import Image
 
 from mixmodal.quickstart import environment
+from mixmodal.quickstart.runner import write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -57,3 +59,48 @@ def test_environment_names_versions_and_device() -> None:
 def test_commit_is_unknown_outside_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "mixmodal" / "quickstart" / "environment.py"))
     assert environment.commit() == "unknown"
+
+
+def test_floors_hold_for_the_better_direction_and_not_without_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    record = load("record_quickstart")
+    summary = {
+        "seconds": 600.0,
+        "tokenizer": {"psnr_heldout": 19.0},
+        "classification": {"image_given_text_heldout": 0.2, "text_given_image_heldout": 0.35},
+        "text_to_image": {"concept_accuracy_heldout": None},
+    }
+    lines = {line.split()[0]: line for line in record.floor_lines(record.read_figures(summary))}
+    assert len(lines) == 10
+    met = [name for name, line in lines.items() if not line.endswith("NOT met")]
+    assert met == ["tokenizer.psnr_heldout", "classification.image_given_text_heldout"]
+    assert "none" in lines["text_to_image.concept_accuracy_heldout"]
+
+
+def test_random_documents_have_the_sizes_of_the_packaged_recipe() -> None:
+    documents = load("documents")
+    recipe = documents.RECIPE
+    assert documents.SHAPE.items() <= vars(recipe.configs["pretrain"].model).items()
+    assert documents.FORMAT.grids["image"] == documents.IMAGES.grid
+    assert len(documents.VOCABULARY.ids("image")) == documents.IMAGES.codebook_size
+
+
+def test_the_contact_sheet_shows_generated_pictures_of_both_splits(tmp_path: Path) -> None:
+    picture = load("picture")
+    items, captions = [], []
+    for number in range(30):
+        label = {"key": str(number), "heldout": number < 15}
+        name = f"{number}.png"
+        Image.new("RGB", (8, 8), (number, 2 * number, 200)).save(tmp_path / name)
+        prompt = f"a thing of a long name {number}, outline style"
+        items.append({"prompt": prompt, "label": label, "image": name})
+        captions.append({"label": label, "image": "never opened.png", "caption": prompt})
+    write_json(tmp_path / "samples" / "results.json", {"text_to_image": items, "image_to_text": captions})
+    out = tmp_path / "docs" / "sheet.png"
+    picture.render(tmp_path, out)
+    with Image.open(out) as sheet:
+        assert 900 <= sheet.width <= 1100
+        colours = {colour for _, colour in sheet.convert("RGB").getcolors(1 << 20) or []}
+    assert {(0, 0, 200), (15, 30, 200)} <= colours
+    assert (14, 28, 200) not in colours  # only the first of each split are shown
+    assert out.stat().st_size < 150_000

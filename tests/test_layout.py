@@ -230,23 +230,41 @@ def names_read() -> frozenset[str]:
     return frozenset(found)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_config_field_is_read(command: str) -> None:
+def config_types() -> list[type[Any]]:
+    """Of the commands and of the files of the quickstart's recipe."""
+    from mixmodal.quickstart.recipe import ENTRIES
+
+    files = [getattr(importlib.import_module(entry.module), entry.config) for entry in ENTRIES.values()]
+    return list(dict.fromkeys([*(config_type(command) for command in COMMANDS), *files]))
+
+
+CONFIGS = pytest.mark.parametrize("config", config_types(), ids=lambda config: config.__name__)
+
+
+def test_the_recipe_has_config_types_that_no_command_has() -> None:
+    commands = {config_type(command) for command in COMMANDS}
+    assert {"SamplesConfig", "ClassesConfig", "DemoCorpusConfig"} <= {
+        config.__name__ for config in config_types() if config not in commands
+    }
+
+
+@CONFIGS
+def test_every_config_field_is_read(config: type[Any]) -> None:
     unread = {
-        f"{config.__name__}.{field.name}"
-        for config in nested(config_type(command))
-        for field in fields(config)
+        f"{part.__name__}.{field.name}"
+        for part in nested(config)
+        for field in fields(part)
         if field.name not in names_read()
     }
     assert not unread
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_config_field_is_documented(command: str) -> None:
-    for config in nested(config_type(command)):
-        lines = (config.__doc__ or "").splitlines()
+@CONFIGS
+def test_every_config_field_is_documented(config: type[Any]) -> None:
+    for part in nested(config):
+        lines = [line for kind in part.__mro__ for line in (kind.__doc__ or "").splitlines()]
         documented = {line.strip().split(":")[0] for line in lines if ":" in line}
-        assert {field.name for field in fields(config)} <= documented, config.__name__
+        assert {field.name for field in fields(part)} <= documented, part.__name__
 
 
 def test_importing_the_package_pulls_no_heavy_library() -> None:

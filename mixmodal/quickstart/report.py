@@ -19,6 +19,7 @@ from mixmodal.quickstart.page import (
     figures,
     page,
     paragraph,
+    percent,
     picture,
     section,
     table,
@@ -26,7 +27,7 @@ from mixmodal.quickstart.page import (
     tiles,
     verdict,
 )
-from mixmodal.quickstart.scoring import Rate, rate
+from mixmodal.quickstart.scoring import split_rate
 
 ART = (
     ("Twemoji", "Twitter, Inc. and other contributors", "CC-BY 4.0", "https://creativecommons.org/licenses/by/4.0/"),
@@ -79,11 +80,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return metrics
 
 
-def split_rate(items: Sequence[Results], key: str, heldout: bool) -> Rate:
-    """How many items of one split have `key` true."""
-    return rate(bool(item[key]) for item in items if item["label"]["heldout"] == heldout)
-
-
 def _head(summary: Results) -> Iterator[str]:
     counts = summary["counts"]
     yield "<header><h1>One model that draws and describes</h1>"
@@ -115,8 +111,8 @@ def _first_figures(summary: Results, samples: Results) -> str:
 
     first = [
         *cards(heldout=True),
-        figure(f"{100 * classified['image_given_text_heldout']:.0f} %", "classified by p(image | text)", chance),
-        figure(f"{100 * classified['text_given_image_heldout']:.0f} %", "classified by p(text | image)", chance),
+        figure(percent(classified["image_given_text_heldout"]), "classified by p(image | text)", chance),
+        figure(percent(classified["text_given_image_heldout"]), "classified by p(text | image)", chance),
         figure(f"{summary['tokenizer']['psnr_heldout']:.1f} dB", "image tokenizer: PSNR of held-out pictures"),
     ]
     return section(
@@ -124,8 +120,25 @@ def _first_figures(summary: Results, samples: Results) -> str:
         f"Pairs of concept and style that were not in the training data. The nearest picture is sought among all "
         f"{summary['counts']['pictures']:,} demo pictures; the distance is the {samples['distance']}.",
         figures(first, first=True),
+        paragraph(_shared_with_training(pictures), "note"),
         "<h3>Training pairs, for comparison</h3>",
         figures(cards(heldout=False)),
+    )
+
+
+def _shared_with_training(pictures: Sequence[Results]) -> str:
+    """What the two separate figures hide, in numbers: how often one and the same picture has both right."""
+    heldout = [item for item in pictures if item["label"]["heldout"]]
+    familiar = [
+        item
+        for item in heldout
+        if not item["nearest"]["label"]["heldout"] and (item["concept_right"] or item["style_right"])
+    ]
+    both = split_rate(pictures, "both_right", heldout=True)
+    return (
+        "Right concept and right style are counted apart. For held-out pairs the picture nearest to what the model "
+        f"draws is a training picture of the right style or of the right concept in {len(familiar)} of {len(heldout)} "
+        f"cases; in {both.hits} of {both.trials} ({percent(both.share)}) it is right in both."
     )
 
 
@@ -212,7 +225,13 @@ def _tokenizer(run: Path, summary: Results) -> str:
     cards = [
         figure(f"{figures_of_it['psnr_heldout']:.2f} dB", "PSNR, held-out pictures"),
         figure(f"{figures_of_it['ssim_heldout']:.3f}", "SSIM, held-out pictures"),
-        figure(f"{100 * figures_of_it['codebook_usage']:.0f} %", "of all codes are used"),
+        figure(percent(figures_of_it["codebook_usage"]), "of the codes are used", "by all demo pictures, both splits"),
+        figure(
+            percent(figures_of_it["codebook_usage_heldout"]),
+            "of the codes are used",
+            "by held-out pictures alone; equally likely codes would give "
+            + percent(figures_of_it["codebook_usage_heldout_if_uniform"]),
+        ),
     ]
     items = [
         tile(
@@ -247,7 +266,9 @@ def _curves(run: Path) -> str:
     ]
     return section(
         "Loss curves",
-        "The loss of each modality, mean over the tokens of a step.",
+        "The loss of each modality, mean over the tokens of a step. Solid and dashed curves measure different things: "
+        "in training both orders occur, with masks, dropout and less weight on a document's first part; held-out "
+        "documents are read as stored, text first.",
         f'<div class="charts">{"".join(charts)}</div>',
     )
 
@@ -275,7 +296,9 @@ def _making(summary: Results, stages: Sequence[Results]) -> str:
     )
     return section(
         "How it was made",
-        f"Each stage can be run again by its command from the project's folder. {speed}",
+        "These commands have done the stages, from the project's folder. Their configs are written anew at each start: "
+        "to change one, copy it from configs/ to a folder of your own, edit the copy and run mixmodal quickstart "
+        f"--recipe FOLDER. {speed}",
         table(["stage", "seconds", "peak memory, GiB", "command"], rows, numbers=(1, 2)),
         f"<p>Versions: {code(versions)}</p>",
         f"<footer><p>The pictures are from these works:</p>{art}</footer>",

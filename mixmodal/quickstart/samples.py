@@ -14,7 +14,7 @@ from rich.progress import track
 
 from mixmodal.pipeline import MixedModal
 from mixmodal.quickstart.demo import Demo, choose, save_picture
-from mixmodal.quickstart.scoring import DISTANCE, named_concept, nearest_pictures
+from mixmodal.quickstart.scoring import DISTANCE, named_concept, nearest_pictures, split_rate
 from mixmodal.sampling.guidance import TokenSampling
 from mixmodal.tokenization.preprocessing import to_pictures, to_tensor
 
@@ -182,13 +182,12 @@ def save_demo(run: Path, demo: Demo, index: int) -> str:
 
 
 def summarise_samples(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The rates of `summary.json`: `text_to_image` and `image_to_text`, by split."""
+    """The rates of `summary.json`: `text_to_image` and `image_to_text`, by split; nan for a split without samples."""
     rates: dict[str, dict[str, float]] = {}
     for direction in ("text_to_image", "image_to_text"):
         rates[direction] = {}
         for heldout, split in ((False, "trained"), (True, "heldout")):
-            items = [item for item in results[direction] if item["label"]["heldout"] == heldout]
             for name in ("concept", "style", "both"):
-                share = sum(item[f"{name}_right"] for item in items) / max(1, len(items))
-                rates[direction][f"{name}_accuracy_{split}"] = share
+                found = split_rate(results[direction], f"{name}_right", heldout)
+                rates[direction][f"{name}_accuracy_{split}"] = found.share
     return rates

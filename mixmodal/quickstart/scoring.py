@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,11 @@ class Rate(NamedTuple):
 def rate(outcomes: Iterable[bool]) -> Rate:
     outcomes = list(outcomes)
     return Rate(sum(outcomes), len(outcomes))
+
+
+def split_rate(items: Sequence[Mapping[str, Any]], key: str, heldout: bool) -> Rate:
+    """How many items of one split have `key` true."""
+    return rate(bool(item[key]) for item in items if item["label"]["heldout"] == heldout)
 
 
 class Nearest(NamedTuple):

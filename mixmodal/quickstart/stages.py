@@ -222,6 +222,7 @@ class Chain:
     def _summary(self, markers: list[dict[str, Any]]) -> dict[str, Any]:
         from mixmodal.quickstart.report import median_of, read_json, read_metrics
         from mixmodal.quickstart.samples import summarise_samples
+        from mixmodal.quickstart.scoring import Rate
 
         samples = read_json(self.run / "samples" / "results.json")
         classes = read_json(self.run / "classification" / "results.json")
@@ -233,7 +234,7 @@ class Chain:
             "tokenizer": read_json(self.run / "image_tokenizer" / "scores.json"),
             **summarise_samples(samples),
             "classification": {
-                **{f"{method}_heldout": classes[method]["hits"] / classes[method]["trials"] for method in methods},
+                **{f"{name}_heldout": Rate(classes[name]["hits"], classes[name]["trials"]).share for name in methods},
                 "num_candidates": classes["num_candidates"],
                 "pictures": classes[methods[0]]["trials"],
             },

@@ -50,7 +50,8 @@ class Grammar:
 
     Args:
         format: the sequence format.
-        output: `text` (no blocks; a token that opens one ends the text, as `</s>` does), a coded modality such as `image` (one block, then stop), or `mixed`.
+        output: `text` (no blocks; a token that opens one ends the text, as `</s>` does), a coded modality such as
+            `image` (one block, then stop), or `mixed`.
         vocab_size: rows of the model's output; ids behind the vocabulary are never legal.
 
     Raises:

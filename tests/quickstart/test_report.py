@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from mixmodal.quickstart.charts import Curve, heat_table, line_chart
-from mixmodal.quickstart.report import median_of, read_metrics, split_rate, write_report
+from mixmodal.quickstart.report import median_of, read_metrics, write_report
+from mixmodal.quickstart.scoring import split_rate
 
 NASTY = '<script>alert("1")</script> & apple'
 
@@ -89,7 +90,14 @@ SUMMARY: dict[str, Any] = {
     "seconds": 480.0,
     "peak_memory_bytes": 3 * 1024**3,
     "counts": {"pictures": 1234, "concepts": 600, "heldout": 60, "styles": ["flat", "outline"]},
-    "tokenizer": {"psnr_heldout": 19.25, "ssim_heldout": 0.81, "codebook_usage": 0.95, "num_codes": 16},
+    "tokenizer": {
+        "psnr_heldout": 19.25,
+        "ssim_heldout": 0.81,
+        "codebook_usage": 0.95,
+        "codebook_usage_heldout": 0.72,
+        "codebook_usage_heldout_if_uniform": 0.86,
+        "num_codes": 16,
+    },
     "classification": {"image_given_text_heldout": 0.4, "text_given_image_heldout": 0.3, "num_candidates": 10},
     "tokens_per_second_train": 12345.0,
     "tokens_per_second_generate": 678.0,
@@ -157,6 +165,14 @@ def test_figures_time_versions_and_attribution_are_on_the_page(html: str) -> Non
         assert wanted in text, wanted
     assert "mixmodal prepare --config <x>" in text
     assert "distance of this test" in text
+
+
+def test_figures_say_what_they_count(html: str) -> None:
+    text = Page(html).text
+    assert "95 %of the codes are usedby all demo pictures" in text
+    assert "72 %of the codes are usedby held-out pictures alone; equally likely codes would give 86 %" in text
+    assert "of the right style or of the right concept in 1 of 1 cases; in 0 of 1 (0 %) it is right in both" in text
+    assert "Solid and dashed curves measure different things" in text
 
 
 def test_a_line_of_metrics_cut_short_by_a_kill_is_left_out(run: Path) -> None:

@@ -133,6 +133,14 @@ def test_a_watch_notes_time_while_it_runs(monkeypatch: pytest.MonkeyPatch) -> No
     assert runner.largest_memory_bytes() > 10_000_000
 
 
+def test_what_is_not_a_number_is_null_in_json(tmp_path: Path) -> None:
+    runner.write_json(tmp_path / "a.json", {"rates": [float("nan"), 0.5], "name": "nan"})
+    assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
+        "rates": [None, 0.5],
+        "name": "nan",
+    }
+
+
 def test_a_folder_that_holds_something_else_is_left_as_it_is(tmp_path: Path) -> None:
     mine = tmp_path / "project" / "data" / "mine.txt"
     mine.parent.mkdir(parents=True)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -112,6 +113,9 @@ def test_summary_rates_are_by_split() -> None:
     assert rates["text_to_image"]["concept_accuracy_heldout"] == 0.5
     assert rates["image_to_text"]["concept_accuracy_trained"] == 1.0
     assert rates["text_to_image"]["style_accuracy_heldout"] == 1.0
+    heldout = [item for item in items if item["label"]["heldout"]]
+    rates = summarise_samples({"text_to_image": heldout, "image_to_text": heldout})
+    assert np.isnan(rates["text_to_image"]["concept_accuracy_trained"])  # nobody failed where nobody tried
 
 
 def test_every_heldout_picture_is_classified_both_ways(tmp_path: Path, model: MixedModal, demo: Demo) -> None:
