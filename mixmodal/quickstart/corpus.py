@@ -15,7 +15,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mixmodal.data.shards import INDEX_NAME, PictureFile, Sample, remove_unfinished, write_atomically, write_shards
+from mixmodal.data.shards import (
+    INDEX_NAME,
+    PictureFile,
+    Sample,
+    mark_unfinished,
+    remove_unfinished,
+    write_atomically,
+    write_shards,
+)
 from mixmodal.quickstart.art import FLAT, LICENCES, OUTLINE, STYLES, Emoji, SkinTone, find_emoji, render_all
 
 Progress = Callable[[int, int], None]
@@ -136,7 +144,8 @@ def build_demo_corpus(config: DemoCorpusConfig, out: Path, progress: Progress | 
         splits[MIXED] = _mixed_samples(both, pictures, config)
     counts = {"concepts": len(concepts)}
     for name, samples in splits.items():
-        (out / name / INDEX_NAME).unlink(missing_ok=True)  # without `corpus.json` these shards are unfinished
+        if (out / name / INDEX_NAME).is_file():  # but there is no `corpus.json`: the corpus is unfinished
+            mark_unfinished(out / name)
         remove_unfinished(out / name)
         write_shards(samples, out / name, config.shard_size)
         index = json.loads((out / name / INDEX_NAME).read_bytes())

@@ -50,7 +50,7 @@ def emoji(tmp_path, monkeypatch):
             draw(files[style], number, style == "outline")
         category = "flags" if number < 3 else "food & drink"
         found.append(Emoji(f"1f{number:03x}", f"thing {number}", category, files))
-    monkeypatch.setattr(corpus, "find_emoji", lambda: found)
+    monkeypatch.setattr(corpus, "find_emoji", lambda skin_tones: found)
     return found
 
 
@@ -138,7 +138,7 @@ def test_finished_corpus_is_kept_and_an_unfinished_one_is_built_again(emoji, tmp
     first = build_demo_corpus(ALL, tmp_path / "out")
     (first.folder / "corpus.json").unlink()
     assert build_demo_corpus(ALL, tmp_path / "out") == first
-    monkeypatch.setattr(corpus, "find_emoji", lambda: pytest.fail("built again"))
+    monkeypatch.setattr(corpus, "find_emoji", lambda skin_tones: pytest.fail("built again"))
     assert build_demo_corpus(ALL, tmp_path / "out") == first
     with pytest.raises(ValueError, match=r"corpus\.json: seed is 0, not 1; remove the folder"):
         build_demo_corpus(replace(ALL, seed=1), tmp_path / "out")
@@ -240,3 +240,15 @@ def test_whole_corpus_is_built(tmp_path):
     built = build_demo_corpus(DemoCorpusConfig(), tmp_path / "out")
     assert built.counts["concepts"] > 400
     assert sum(built.counts[name] for name in ("train", "heldout", "tokenizer_extra")) > 3800
+
+
+def test_wanted_skin_tones_are_concepts_of_their_category() -> None:
+    plain, toned = ({entry.concept: entry for entry in find_emoji(tones)} for tones in ((), ("light", "dark")))
+    added = {name: entry for name, entry in toned.items() if name not in plain}
+    assert plain.keys() < toned.keys()
+    assert added["waving hand dark skin tone"].category == toned["waving hand"].category == "people & body"
+    assert {name.rsplit(" skin tone", 1)[0].split()[-1] for name in added if name.endswith("skin tone")} == {
+        "light",
+        "dark",
+    }
+    assert not any("medium" in name for name in added)
