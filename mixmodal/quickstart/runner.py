@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mixmodal.files import write_whole
+
 MARKER_VERSION = 1
 SAMPLE_SECONDS = 0.25
 
@@ -210,6 +212,4 @@ def _resident_bytes(process: int) -> int:
 def write_json(path: Path, data: object) -> None:
     """Writes JSON whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode())
