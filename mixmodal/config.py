@@ -10,6 +10,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from mixmodal.files import write_whole
+
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
@@ -50,7 +52,7 @@ def save_config(config: Any, path: Path) -> None:
     import yaml
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(plain(config), sort_keys=False, width=120))
+    write_whole(path, yaml.safe_dump(plain(config), sort_keys=False, width=120).encode())
 
 
 def plain(value: Any) -> Any:

@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mixmodal"
 SCRIPT_FOLDERS = ("tokenizers", "train", "sample")
 FLOORS = {
+    "files": 0,
     "vocabulary": 0,
-    "config": 0,
+    "config": 1,
     "document": 1,
     "models": 1,
     "tokenization": 2,

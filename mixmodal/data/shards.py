@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter, TooManySkipped
+from mixmodal.files import write_whole
 from mixmodal.tokenization.preprocessing import open_picture
 
 PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
@@ -163,9 +164,7 @@ def _write_shard(samples: Iterator[Sample], path: Path) -> int:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """The whole file or none: under another name first."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    write_whole(path, data)
 
 
 def mark_unfinished(folder: Path) -> None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mixmodal.document import SequenceFormat, build_format
+from mixmodal.files import write_whole
 from mixmodal.models.transformer import Transformer, TransformerConfig, load_weights, save_weights
 from mixmodal.vocabulary import Vocabulary
 
@@ -93,8 +94,8 @@ def save_export(
     staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         staging.mkdir()
-        (staging / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (staging / CARD).write_text(text, encoding="utf-8")
+        write_whole(staging / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        write_whole(staging / CARD, text.encode())
         shutil.copyfile(_existing(Path(text_tokenizer), "text tokenizer"), staging / TEXT_TOKENIZER)
         (staging / IMAGE_TOKENIZER).mkdir()
         for name in (CONFIG, WEIGHTS):  # named files only: nothing else of that folder may slip in

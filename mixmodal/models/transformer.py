@@ -5,6 +5,9 @@ It knows tensors and logits, not what an id means. Shapes: B batch, T tokens, D 
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -255,8 +258,17 @@ class Transformer(nn.Module):
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Writes every parameter and buffer of `model` to one safetensors file."""
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, path)
+    """Writes every parameter and buffer of `model` to one safetensors file.
+
+    Raises:
+        OSError: naming the file, where the disk is full or does not let it be written.
+    """
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, path)
+    except SafetensorError as error:  # it holds the number of the system's error in its text alone
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from mixmodal.files import write_whole
+
 MARKER_VERSION = 1
 STAGES = "stages"
 """Folder of the markers; a folder without it is no run."""
@@ -227,9 +229,7 @@ def _resident_bytes(process: int) -> int:
 def write_json(path: Path, data: object) -> None:
     """Writes JSON whole or not at all; numbers that are not finite become null, which JSON has."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(json.dumps(_finite(data), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, (json.dumps(_finite(data), indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _finite(data: object) -> object:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from mixmodal.files import write_whole
 from mixmodal.tokenization.autoencoder import AutoencoderConfig, Decoder, Encoder, channels_last, check_autoencoder
 from mixmodal.tokenization.quantizer import Quantized, QuantizerConfig, build_quantizer, check_quantizer
 
@@ -199,10 +199,3 @@ def config_from_dict(config_type: type[Config], data: dict[str, Any]) -> Config:
     if unknown:
         raise ValueError(f"{config_type.__name__} has no key {', '.join(sorted(unknown))}")
     return config_type(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that a reader finds the old one or the new one, never a part."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
-    os.replace(part, path)

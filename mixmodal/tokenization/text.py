@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import sentencepiece
+
+from mixmodal.files import write_whole
 
 # sentencepiece writes a space as this character, so that it can not tell the two apart; it is spelled in bytes instead.
 SPACE_MARK = "\u2581"
@@ -67,9 +68,7 @@ class TextTokenizer:
         """Writes the model file, whole or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        part.write_bytes(self._model)
-        os.replace(part, path)
+        write_whole(path, self._model)
 
     @property
     def num_pieces(self) -> int:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mixmodal.files import naming, write_whole
+
 LATEST = "latest"
 PARTIAL = ".partial"
 PREFIX = "step_"
@@ -41,24 +43,13 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file atomically: a reader finds the old one or the new one, whole."""
-    temporary = path.with_name(path.name + PARTIAL)
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
 def save_tensors(state: Any, path: Path) -> None:
-    """`torch.save` that waits for the disk and fails with an OSError alone."""
-    with open(path, "wb") as file:
+    """`torch.save` that waits for the disk and fails with an OSError alone, which names the file."""
+    with naming(path), open(path, "wb") as file:
         try:
             torch.save(state, file)
         except RuntimeError as error:  # torch's writer puts its own error over that of the disk
-            raise OSError(f"{path}: {error}") from error
+            raise OSError(str(error)) from error
         file.flush()
         os.fsync(file.fileno())
 
@@ -208,7 +199,7 @@ def _prepare(folder: Path, partial: Path) -> None:
 def _write_extra(partial: Path, state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
     for file_name, tensors in extra.items():
         save_tensors(tensors, partial / file_name)
-    write_bytes(partial / "state.json", json.dumps(state, indent=2).encode())
+    write_whole(partial / "state.json", json.dumps(state, indent=2).encode())
 
 
 def _put_in_force(folder: Path, partial: Path, final: Path, keep: int) -> None:
@@ -217,7 +208,8 @@ def _put_in_force(folder: Path, partial: Path, final: Path, keep: int) -> None:
     sync_folder(partial)
     os.replace(partial, final)
     sync_folder(folder)
-    write_bytes(folder / LATEST, (final.name + "\n").encode())
+    write_whole(folder / LATEST, (final.name + "\n").encode())
+    sync_folder(folder)
     prune(folder, keep)
 
 

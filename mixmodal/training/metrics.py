@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixmodal.files import naming, write_whole
 from mixmodal.objectives.loss import Sums
 
 Record = dict[str, float | int | str | None]
@@ -75,7 +75,7 @@ class MetricsLog:
         if not active:
             return
         self._path = run_dir / METRICS_FILE
-        drop_later(self._path, first_step)
+        drop_later(self._path, first_step, finished=first_step >= max_steps)
         self._file = self._path.open("a", encoding="utf-8")
         if tensorboard:
             self._writer = build_writer(run_dir / "tensorboard", first_step)
@@ -86,8 +86,9 @@ class MetricsLog:
         """One line; `step` is the number of steps done."""
         if not self._active:
             return
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
         step = int(record["step"] or 0)
         for name, value in record.items():
             if self._writer and name != "step" and isinstance(value, (int, float)):
@@ -116,7 +117,8 @@ class MetricsLog:
     def close(self) -> None:
         if not self._active:
             return
-        self._file.close()
+        with naming(self._path):
+            self._file.close()
         if self._writer:
             self._writer.close()
         if self._progress:
@@ -131,21 +133,24 @@ class MetricsLog:
         self.close()
 
 
-def drop_later(path: Path, step: int) -> None:
-    """Removes lines of steps after `step`, and a last line that was cut short."""
+def drop_later(path: Path, step: int, finished: bool = False) -> None:
+    """Removes what is written again: lines of steps after `step`, and a last line that was cut short.
+
+    Where the run is finished, that is its last evaluation, too.
+    """
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if is_until(line, step)]
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-    os.replace(temporary, path)
+    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if is_until(line, step, finished)]
+    write_whole(path, "".join(f"{line}\n" for line in kept).encode())
 
 
-def is_until(line: str, step: int) -> bool:
+def is_until(line: str, step: int, finished: bool) -> bool:
     try:
-        return json.loads(line)["step"] <= step
+        record = json.loads(line)
     except json.JSONDecodeError:
         return False
+    is_last_evaluation = finished and record["step"] == step and any(name.startswith("eval_") for name in record)
+    return record["step"] <= step and not is_last_evaluation
 
 
 def build_writer(folder: Path, first_step: int) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mixmodal.data.packing import Batch
 from mixmodal.data.pipeline import DataConfig, PackedDocuments, held_out_batches
 from mixmodal.data.token_shards import TokenShards
+from mixmodal.files import write_whole
 from mixmodal.interop.export import CONFIG, WEIGHTS, save_export
 from mixmodal.models.transformer import Transformer, TransformerConfig, save_weights
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
@@ -79,6 +80,12 @@ class PretrainTask(Task):
         if self.held_out:
             made_with = {key: self.shards.manifest[key] for key in ("text_tokenizer_sha256", "image_tokenizer_sha256")}
             self.held_out.check(**made_with, vocabulary_digest=self.vocabulary.digest)
+            found, wanted = (shards.manifest["sequence_format"] for shards in (self.held_out, self.shards))
+            if found != wanted:
+                raise ValueError(
+                    f"{self.held_out.manifest_path}: sequence_format is {found}, not {wanted} as in "
+                    f"{self.shards.manifest_path}; pretokenize one of them again"
+                )
         self._check_tokenizers()
         self.model_config = fit_to_data(config.model, self.vocabulary.size, config.data.seq_len)
         self.objective = CausalMasked(config.objective, self.vocabulary)
@@ -177,9 +184,8 @@ class PretrainTask(Task):
         if text is None or image is None:
             folder.mkdir(parents=True, exist_ok=True)
             save_weights(model, folder / WEIGHTS)
-            (folder / CONFIG).write_text(
-                json.dumps({"format_version": 1, "model": asdict(self.model_config)}, indent=2)
-            )
+            config = {"format_version": 1, "model": asdict(self.model_config)}
+            write_whole(folder / CONFIG, json.dumps(config, indent=2).encode())
             return
         assert isinstance(model, Transformer)
         counts = self.shards.manifest["counts"]

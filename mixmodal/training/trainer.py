@@ -111,6 +111,7 @@ class Run:
         self.loader = task.build_loader(
             self.config.micro_batch_size, self.config.grad_accum_steps, place.rank, place.world_size
         )
+        self.flops_per_token = task.flops_per_token()
         self.rank_state: dict[str, Any] = {}
         self.step = 0
         self.saved_step = -1
@@ -153,16 +154,16 @@ class Run:
                 seconds = time.perf_counter() - clock
                 self._log(log, norm, lr, tokens, seconds)
                 clock, tokens = time.perf_counter(), 0
+            pause = time.perf_counter()
             if self._is_due(config.eval_every) and not due:
                 self._evaluate(log)
             if due or self._is_due(config.save_every):
                 self._save()
+            clock += time.perf_counter() - pause
             if stopping and self.step < config.max_steps:
                 name = stop.name or "a signal to another rank"
                 log.say(f"stopped by {name} at step {self.step}; the same command goes on from here")
                 return False
-            if self._is_due(config.eval_every) or self._is_due(config.save_every):
-                clock = time.perf_counter()
         return True
 
     def _is_due(self, every: int) -> bool:
@@ -229,7 +230,7 @@ class Run:
     def _log(self, log: MetricsLog, norm: float, lr: float, tokens: int, seconds: float) -> None:
         self.seconds += seconds
         rate = tokens / seconds if tokens else None  # of this rank
-        flops, peak = self.task.flops_per_token(), self.config.peak_flops
+        flops, peak = self.flops_per_token, self.config.peak_flops
         record: Record = {"step": self.step, "wall_time_s": round(self.seconds, 3), **self.sums.means()}
         record["tokens_per_second"] = rate * self.place.world_size if rate else None
         record["mfu"] = rate * flops / peak if rate and flops and peak else None

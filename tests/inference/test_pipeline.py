@@ -189,7 +189,6 @@ print(model.generate(["pear"], seed=1)[0].size)
 """
 
 
-@pytest.mark.slow
 def test_a_model_loads_and_generates_without_the_optional_libraries(exported: Path) -> None:
     found = subprocess.run([sys.executable, "-c", BLOCKED, str(exported)], capture_output=True, text=True, timeout=120)
     assert found.stdout == "(16, 16)\n", found.stderr

@@ -112,6 +112,15 @@ def test_held_out_shards_of_other_tokenizers_are_refused(shapes: Path) -> None:
         PretrainTask(with_held_out(tiny_config(shapes, max_steps=1), shapes / "other"))
 
 
+def test_held_out_shards_of_another_format_are_refused(shapes: Path) -> None:
+    path = shapes / "held_out/manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["sequence_format"]["grids"]["image"] = [2, 8]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"held_out/manifest\.json: sequence_format is .*\[2, 8\].*, not .*\[4, 4\]"):
+        PretrainTask(with_held_out(tiny_config(shapes, max_steps=1), shapes))
+
+
 def test_tokenizers_come_in_pairs(shapes: Path) -> None:
     with pytest.raises(ValueError, match="give both"):
         PretrainTask(replace(tiny_config(shapes, max_steps=1), text_tokenizer=Path("t.model")))

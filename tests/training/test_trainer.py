@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -219,11 +220,46 @@ def test_metrics_lines_carry_throughput_rate_and_norm(fit: Fit, tmp_path: Path) 
     assert {"loss", "grad_norm", "lr"} <= set(first)
 
 
-def test_a_finished_run_is_only_exported_again(fit: Fit, exported: Exported) -> None:
-    fit()
-    before = exported()
+def test_throughput_leaves_out_evaluation_and_saving(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    class Timed(ToyTask):
+        def losses(self, model: nn.Module, batch: Rows, step: int) -> ToyLoss:
+            nonlocal now
+            now += 2.0
+            return super().losses(model, batch, step)
+
+        def evaluate(self, model: nn.Module) -> dict[str, float | None]:
+            nonlocal now
+            now += 1000.0
+            return super().evaluate(model)
+
+    monkeypatch.setattr("mixmodal.training.trainer.time", SimpleNamespace(perf_counter=lambda: now))
+    fit(task=Timed(), log_every=4, eval_every=3, save_every=5, max_steps=12)
+    lines = [record for record in records(tmp_path / "run") if "loss" in record]
+    assert [line["tokens_per_second"] for line in lines] == [4.0, 4.0, 4.0]  # 8 rows in 2 seconds
+    assert [line["wall_time_s"] for line in lines] == [8.0, 16.0, 24.0]
+
+
+def test_operations_of_a_token_are_counted_once(fit: Fit) -> None:
+    class Counted(ToyTask):
+        counts = 0
+
+        def flops_per_token(self) -> float:
+            self.counts += 1
+            return 100.0
+
+    task = Counted()
+    fit(task=task)
+    assert task.counts == 1
+
+
+def test_a_finished_run_is_only_exported_again(fit: Fit, exported: Exported, tmp_path: Path) -> None:
+    first = fit()
+    before, lines = exported(), records(tmp_path / "run")
     result = fit()
-    assert (result.steps, result.finished) == (6, True)
+    assert (result.steps, result.finished, result.metrics) == (6, True, first.metrics)
+    assert records(tmp_path / "run") == lines
     assert all(torch.equal(exported()[name], value) for name, value in before.items())
 
 
