@@ -48,9 +48,9 @@ def table(benchmark: str, lines: list[dict[str, Any]]) -> list[str]:
             newest[line["subject"], line["device_kind"]] = line
     subjects = list(dict.fromkeys(subject for subject, _ in newest)) or ["all"]
     rows = ["| what | device | value | unit | repeats | date | commit | versions | command |", "|" + "---|" * 9]
-    for subject in subjects:
-        for kind in DEVICES:
-            rows.append(row(subject, kind, newest.get((subject, kind))))
+    measured = [kind for kind in DEVICES if any(found == kind for _, found in newest)]
+    rows += [row(subject, kind, newest.get((subject, kind))) for subject in subjects for kind in measured]
+    rows += [row("all", kind, None) for kind in DEVICES if kind not in measured]
     return rows
 
 

@@ -84,6 +84,9 @@ class TransformerConfig:
             raise ValueError(f"model: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
         if self.position == "rope" and self.attention_sizes["head_dim"] % 2:
             raise ValueError(f"model: rotary positions need an even head_dim, not {self.attention_sizes['head_dim']}")
+        idle = "rope_theta" if self.position == "learned" else "position_init_std"
+        if getattr(self, idle) != type(self).__dataclass_fields__[idle].default:
+            raise ValueError(f"model: {idle} can not act where position is {self.position}; leave it out")
 
     @property
     def attention_sizes(self) -> dict[str, int]:

@@ -142,6 +142,8 @@ def test_weights_round_trip_and_refuse_what_does_not_fit(tmp_path: Path) -> None
         ({"num_heads": 5}, "dim 32 does not divide into num_heads 5"),
         ({"num_kv_heads": 3}, "num_heads 4 is no multiple of num_kv_heads 3"),
         ({"head_dim": 7}, "even head_dim, not 7"),
+        ({"position": "learned", "rope_theta": 5e5}, "rope_theta can not act where position is learned"),
+        ({"position_init_std": 0.1}, "position_init_std can not act where position is rope"),
     ],
 )
 def test_impossible_shapes_name_the_key(change: dict[str, int], message: str) -> None:
