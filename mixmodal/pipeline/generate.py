@@ -69,6 +69,11 @@ class GenerateConfig:
     device: str = "auto"
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
 
+    def __post_init__(self) -> None:
+        for modality, idle in (("text", "image"), ("image", "text")):
+            if self.output == modality and getattr(self, f"{idle}_sampling") != DEFAULT_SAMPLING[idle]:
+                raise ValueError(f"{idle}_sampling can not act where output is {modality}; leave it out")
+
     @classmethod
     def read_arguments(cls, argv: Sequence[str]) -> list[str]:
         """Gathers `--prompt` and `--image` into `--parts`, because an ordinary option would lose their order.

@@ -97,6 +97,8 @@ class PretrainTask(Task):
         if (text is None) != (image is None):
             raise ValueError("text_tokenizer and image_tokenizer: give both, or none to export the network alone")
         if text is None or image is None:
+            if self.config.card:
+                raise ValueError("card: a model card is written with both tokenizers only; give them or leave it out")
             return
         from mixmodal.tokenization.image import ImageTokenizer
 

@@ -14,6 +14,7 @@ from mixmodal.data.skipping import SkipCounter, TooManySkipped
 from mixmodal.pipeline import MixedModal
 from mixmodal.pipeline.classify import ClassifyConfig, classify
 from mixmodal.pipeline.generate import GenerateConfig, PromptPart, generate
+from mixmodal.sampling.guidance import TokenSampling
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
 
@@ -119,6 +120,12 @@ def test_generate_lists_every_file_it_writes(exported: Path, tmp_path: Path, out
 def test_a_part_that_is_none_is_named(part: PromptPart, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         generate(GenerateConfig(model="m", out=tmp_path, parts=[part]))
+
+
+@pytest.mark.parametrize(("output", "idle"), [("text", "image_sampling"), ("image", "text_sampling")])
+def test_sampling_of_what_is_not_made_is_refused(output: str, idle: str) -> None:
+    with pytest.raises(ValueError, match=f"{idle} can not act where output is {output}"):
+        GenerateConfig(model="model", out=Path("out"), output=output, **{idle: TokenSampling(top_k=7)})
 
 
 @pytest.mark.parametrize("method", ["image_given_text", "text_given_image"])

@@ -154,3 +154,8 @@ def test_norms_leave_padding_out() -> None:
     vectors = torch.tensor([[[3.0, 4.0], [6.0, 8.0], [100.0, 0.0]]])
     sums = mean_norm(vectors, torch.tensor([[1, 2, 0]]))
     assert (sums.total.item(), sums.count.item()) == (15.0, 2.0)
+
+
+def test_a_card_that_nobody_writes_is_refused(shapes: Path) -> None:
+    with pytest.raises(ValueError, match="card: a model card is written with both tokenizers only"):
+        PretrainTask(replace(tiny_config(shapes, max_steps=1), card={"title": "shapes"}))
