@@ -46,6 +46,7 @@ class GenerateConfig:
         output: `text`, `image`, or `mixed` for texts and pictures as the model likes.
         num: number of samples.
         seed: equal seeds give equal samples.
+        best_of: images drawn for each one that is kept, the one from which the model reads the prompt's text best.
         guidance_scale: how closely images follow the text: weight of classifier-free guidance; 1 is none.
         text_sampling: how text is drawn.
         image_sampling: how the codes of images are drawn.
@@ -61,6 +62,7 @@ class GenerateConfig:
     output: Literal["text", "image", "mixed"] = "image"
     num: int = 1
     seed: int = 0
+    best_of: int = 1
     guidance_scale: float = 1.0
     text_sampling: TokenSampling = DEFAULT_SAMPLING["text"]
     image_sampling: TokenSampling = DEFAULT_SAMPLING["image"]
@@ -113,7 +115,7 @@ def generate(config: GenerateConfig) -> None:
         name: {modality: getattr(one, name) for modality, one in sampling.items()}
         for name in ("temperature", "top_k", "top_p")
     }
-    options |= {"guidance_scale": config.guidance_scale, "max_new_tokens": config.max_new_tokens}
+    options |= {name: getattr(config, name) for name in ("best_of", "guidance_scale", "max_new_tokens")}
     samples = model.generate(prompt, config.output, num=config.num, seed=config.seed, **options)
     described = {
         "model": config.model,

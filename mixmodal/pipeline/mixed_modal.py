@@ -105,6 +105,7 @@ class MixedModal:
         *,
         num: int = 1,
         seed: int = 0,
+        best_of: int = 1,
         guidance_scale: float = 1.0,
         temperature: PerModality[float] = None,
         top_k: PerModality[int] = None,
@@ -117,6 +118,8 @@ class MixedModal:
             prompt: texts and pictures in order; `generate_batch` takes several prompts.
             output: `text` gives strings, `image` pictures, `mixed` lists of both.
             seed: equal seeds give equal samples, whatever else is generated with them.
+            best_of: candidates drawn for each image, of which the one is kept from which the model reads the prompt's
+                text best, by log p(text | image): re-ranking as in DALL-E (arXiv 2102.12092, section 2.6), without CLIP.
             guidance_scale: weight of classifier-free guidance of images: how closely they follow the text; 1 is none.
             temperature, top_k, top_p: for all modalities, or by modality as `{"text": 0.7, "image": 1.0}`.
             max_new_tokens: most tokens of a sample; None is as many as the model's context takes.
@@ -125,7 +128,7 @@ class MixedModal:
             ValueError: for settings that can not act, or a prompt behind which the output does not fit.
         """
         options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        options |= {"guidance_scale": guidance_scale, "max_new_tokens": max_new_tokens}
+        options |= {"best_of": best_of, "guidance_scale": guidance_scale, "max_new_tokens": max_new_tokens}
         return self.generate_batch([prompt], output, num=num, seed=seed, **options)[0]
 
     def generate_batch(
@@ -135,6 +138,7 @@ class MixedModal:
         *,
         num: int = 1,
         seed: int = 0,
+        best_of: int = 1,
         guidance_scale: float = 1.0,
         temperature: PerModality[float] = None,
         top_k: PerModality[int] = None,
@@ -142,8 +146,13 @@ class MixedModal:
         max_new_tokens: int | None = None,
     ) -> list[list[Sample]]:
         """`num` samples for each of many prompts; the arguments are those of `generate`."""
-        if num < 1:
-            raise ValueError(f"num is {num}; it must be at least 1")
+        if min(num, best_of) < 1:
+            raise ValueError(f"num is {num} and best_of is {best_of}; both must be at least 1")
+        sampling = self._sampling(temperature, top_k, top_p)
+        if best_of > 1 and (output not in self.format.blocks or not sampling[output].temperature):
+            raise ValueError(
+                "best_of chooses among images that differ; it needs output image and a temperature above 0"
+            )
         documents = self.codec.to_documents([_parts(prompt) for prompt in prompts])
         following = None if output == MIXED else output
         if following not in (None, "text", *self.format.blocks):
@@ -152,7 +161,7 @@ class MixedModal:
         guidance = None
         if guidance_scale != 1:
             guidance = [self.format.spell_prompt(without_text(document), following) for document in documents]
-        order = [(row, sample) for row in range(len(rows)) for sample in range(num)]
+        order = [(row, sample) for row in range(len(rows)) for sample in range(num * best_of)]
         found: list[Document] = []
         for start in range(0, len(order), self.batch_size):
             chosen = order[start : start + self.batch_size]
@@ -160,12 +169,14 @@ class MixedModal:
                 [rows[row] for row, _ in chosen],
                 [sample_seed(seed, sample, rows[row]) for row, sample in chosen],
                 output=output,
-                sampling=self._sampling(temperature, top_k, top_p),
+                sampling=sampling,
                 guidance_prompts=None if guidance is None else [guidance[row] for row, _ in chosen],
                 guidance_scale=guidance_scale,
                 max_new_tokens=max_new_tokens,
             )
             found += [self._parse(rows[row], ids) for (row, _), ids in zip(chosen, continuations)]
+        if best_of > 1:
+            found = self._keep_best([documents[row] for row, _ in order], found, best_of)
         samples = [_sample(parts, output) for parts in self.codec.from_documents(found)]
         return [samples[start : start + num] for start in range(0, len(samples), num)]
 
@@ -184,6 +195,21 @@ class MixedModal:
                     settings[modality][option] = value
         defaults = {name: DEFAULT_SAMPLING.get(name, TokenSampling()) for name in modalities}
         return {name: TokenSampling(**{**vars(defaults[name]), **settings[name]}) for name in modalities}
+
+    def _keep_best(self, prompts: Sequence[Document], found: Sequence[Document], best_of: int) -> list[Document]:
+        """Of every `best_of` candidates the one from which the model reads the text of its prompt best."""
+        sequences: list[ScoredSequence] = []
+        for prompt, candidate in zip(prompts, found, strict=True):
+            texts = [part for part in prompt.parts if isinstance(part, Text)]
+            if not texts:
+                raise ValueError(
+                    "best_of compares images with the prompt's text, and the prompt has none; leave it at 1"
+                )
+            pictures = [part for part in prompt.parts if not isinstance(part, Text)]
+            before = Document([*pictures, *candidate.parts])
+            sequences.append(ScoredSequence(*self.format.spell_continuation(before, Document(texts))))
+        totals = self._scorer.score(sequences).totals.reshape(-1, best_of)
+        return [found[group * best_of + int(place)] for group, place in enumerate(totals.argmax(axis=1))]
 
     def _parse(self, prompt: np.ndarray, continuation: np.ndarray) -> Document:
         """The generated parts; a sample that ran out of room, or stopped before a block, is ended here."""

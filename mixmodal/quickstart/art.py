@@ -36,11 +36,12 @@ OVERSAMPLING = 3
 
 @dataclass(frozen=True)
 class Emoji:
-    """One thing with a name, and the files that draw it, by style."""
+    """One thing with a name, and the files that draw it, by style. Those of one family differ in their skin tone only."""
 
     code_point: str
     concept: str
     category: str
+    family: str
     files: dict[str, Path]
 
 
@@ -75,8 +76,8 @@ def find_emoji(skin_tones: Collection[SkinTone] = ()) -> list[Emoji]:
         if drawn and name not in seen:
             seen.add(name)
             other = "flags" if int(code_point.split("-")[0], 16) in REGIONAL_INDICATORS else "other"
-            category = categories.get(_without_tone(code_point), other)
-            found.append(Emoji(code_point, name, category, drawn))
+            family = _without_tone(code_point)
+            found.append(Emoji(code_point, name, categories.get(family, other), family, drawn))
     return found
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ class DemoCorpusConfig:
         skip_patterns: regular expressions; a concept whose name has a match is left out.
         min_correlation: Pearson correlation that the two styles of a concept must exceed; less shows another motif.
         min_distance: root mean squared difference, 0 .. 1, that the nearest other concept must exceed in both styles.
+        min_family: concepts that must be left of a family, which differ in their skin tone only, where it had several.
         max_concepts: drawn by the seed where more are left; 0 keeps all.
         heldout_share: share of the pairs of concept and style that is held out, half of it in either style.
         mixed: whether to write documents of both styles of a concept, too.
@@ -61,6 +63,7 @@ class DemoCorpusConfig:
     skip_patterns: tuple[str, ...] = ()
     min_correlation: float = 0.5
     min_distance: float = 0.1
+    min_family: int = 1
     max_concepts: int = 0
     heldout_share: float = 0.12
     mixed: bool = False
@@ -205,6 +208,9 @@ def choose_concepts(emoji: Sequence[Emoji], pictures: Pictures, config: DemoCorp
         kept &= correlations(flat, outline) > config.min_correlation
         for pixels in (flat, outline):
             kept &= distances_to_nearest(pixels) > config.min_distance
+    sizes, left = (Counter(entry.family for entry in some) for some in (both, [both[i] for i in np.flatnonzero(kept)]))
+    whole = [sizes[entry.family] == 1 or left[entry.family] >= config.min_family for entry in both]
+    kept &= np.array(whole, dtype=bool)
     if not kept.any():
         raise ValueError("no concept of the demo corpus is left; lower min_correlation or min_distance, or skip less")
     order = np.random.default_rng((config.seed, 0)).permutation(np.flatnonzero(kept))

@@ -30,6 +30,7 @@ class SamplesConfig:
         image: how codes are drawn.
         text: how text is drawn.
         guidance_scale: of codes towards the caption; 1 is none.
+        best_of: pictures drawn for each caption, of which the one is kept from which the model reads the caption best.
         max_caption_tokens: tokens after which a caption is cut.
         batch_size: samples drawn at a time.
         compare_with: what generated pictures are compared with: all demo pictures themselves (`original`), or as the
@@ -43,6 +44,7 @@ class SamplesConfig:
     image: TokenSampling = field(default_factory=TokenSampling)
     text: TokenSampling = field(default_factory=lambda: TokenSampling(temperature=0.0))
     guidance_scale: float = 1.0
+    best_of: int = 1
     max_caption_tokens: int = 32
     batch_size: int = 32
     compare_with: Literal["original", "redrawn"] = "original"
@@ -84,6 +86,7 @@ def generate(
             output,
             seed=config.seed,
             guidance_scale=config.guidance_scale if output == "image" else 1.0,
+            best_of=config.best_of if output == "image" else 1,
             temperature={"image": config.image.temperature, "text": config.text.temperature},
             top_k={"image": config.image.top_k, "text": config.text.top_k},
             top_p={"image": config.image.top_p, "text": config.text.top_p},

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image as PIL
 
 from mixmodal import MixedModal
+from mixmodal.classification.autoregressive import ScoredSequence
 from mixmodal.document import Document, Image, Mask, SequenceError, Text
 from mixmodal.interop.export import ExportError
 from mixmodal.pipeline import mixed_modal as module
@@ -77,6 +78,20 @@ def test_settings_reach_the_sampler(model: MixedModal) -> None:
     assert not same(greedy[0], model.generate(["pear"], temperature={"text": 0.0})[0])
 
 
+def test_of_several_images_the_one_is_kept_that_reads_best(
+    model: MixedModal, picture: PIL.Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model.codec, "from_documents", lambda found: [document.parts for document in found])  # codes
+    for prompt in (["a red apple"], [picture, "pear"]):
+        candidates = model.generate(prompt, num=6, seed=5)
+        *pictures, text = model.codec.to_document(prompt).parts
+        spelled = [model.format.spell_continuation(Document([*pictures, one]), Document([text])) for one in candidates]
+        totals = [float(model._scorer.score([ScoredSequence(*pair)]).totals[0]) for pair in spelled]
+        first, second = int(np.argmax(totals[:3])), 3 + int(np.argmax(totals[3:]))
+        assert model.generate(prompt, num=2, seed=5, best_of=3) == [candidates[first], candidates[second]]
+    assert (first, second) != (0, 3)  # so that keeping the first candidate would not do
+
+
 def test_log_likelihood_of_a_picture_counts_its_codes(model: MixedModal, picture: PIL.Image) -> None:
     score = model.log_likelihood(context=["a red apple"], continuation=[picture])
     assert score.count == 16
@@ -111,6 +126,9 @@ def test_a_cut_character_is_a_replacement_and_no_crash(model: MixedModal) -> Non
     [
         ({"output": "picture"}, "choose text, image, mixed"),
         ({"num": 0}, "num is 0"),
+        ({"best_of": 0}, "best_of is 0"),
+        ({"best_of": 2, "output": "text"}, "best_of chooses among images that differ"),
+        ({"best_of": 2, "temperature": 0.0}, "a temperature above 0"),
         ({"seed": -1}, "seed is -1"),
         ({"top_p": {"sound": 0.5}}, "top_p for 'sound'; the model has text, image"),
         ({"temperature": -1.0}, "temperature is -1"),
@@ -128,6 +146,8 @@ def test_wrong_prompts_are_refused(model: MixedModal) -> None:
         model.generate([["a"], ["b"]])
     with pytest.raises(SequenceError, match="a text part is empty"):
         model.generate([""])
+    with pytest.raises(ValueError, match="best_of compares images with the prompt's text, and the prompt has none"):
+        model.generate([], best_of=2)
     with pytest.raises(TypeError, match="not int"):
         model.generate([3])
     with pytest.raises(SequenceError, match="too few for the output 'image'"):

@@ -49,7 +49,7 @@ def emoji(tmp_path, monkeypatch):
             files[style] = folder / f"{number}_{style}.png"
             draw(files[style], number, style == "outline")
         category = "flags" if number < 3 else "food & drink"
-        found.append(Emoji(f"1f{number:03x}", f"thing {number}", category, files))
+        found.append(Emoji(f"1f{number:03x}", f"thing {number}", category, f"1f{number // 2:03x}", files))
     monkeypatch.setattr(corpus, "find_emoji", lambda skin_tones: found)
     return found
 
@@ -92,6 +92,12 @@ def test_every_picture_is_in_exactly_one_place(emoji, tmp_path):
     assert sorted(found) == sorted(f"{entry.code_point}_{style}" for entry in emoji for style in entry.files)
     assert {key.split("_")[0] for key in keys(built.tokenizer_extra)} == {"1f000", "1f001", "1f002", "1f026", "1f027"}
     assert built.counts["train"] == len(keys(built.train))
+
+
+def test_families_that_are_too_small_are_left_out(emoji, tmp_path):
+    built = build_demo_corpus(replace(ALL, min_family=2), tmp_path / "out")
+    # of the pairs 0-1, 2-3, ... the first three emoji are flags and 38 and 39 lack a style: 3 loses its sibling
+    assert {pair["concept"] for pair in built.pairs} == {f"thing {number}" for number in range(4, 38)}
 
 
 def test_captions_and_metadata(emoji, tmp_path):
