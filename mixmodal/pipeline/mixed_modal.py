@@ -119,7 +119,7 @@ class MixedModal:
             output: `text` gives strings, `image` pictures, `mixed` lists of both.
             seed: equal seeds give equal samples, whatever else is generated with them.
             best_of: candidates drawn for each image, of which the one is kept from which the model reads the prompt's
-                text best, by log p(text | image): re-ranking as in DALL-E (arXiv 2102.12092, section 2.6), without CLIP.
+                text best, by log p(text | image): re-ranking as DALL-E does with CLIP (arXiv 2102.12092, 2.6).
             guidance_scale: weight of classifier-free guidance of images: how closely they follow the text; 1 is none.
             temperature, top_k, top_p: for all modalities, or by modality as `{"text": 0.7, "image": 1.0}`.
             max_new_tokens: most tokens of a sample; None is as many as the model's context takes.

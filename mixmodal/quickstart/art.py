@@ -36,7 +36,7 @@ OVERSAMPLING = 3
 
 @dataclass(frozen=True)
 class Emoji:
-    """One thing with a name, and the files that draw it, by style. Those of one family differ in their skin tone only."""
+    """One thing with a name, and the files that draw it, by style. A family differs in its skin tone only."""
 
     code_point: str
     concept: str
