@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mixmodal.objectives.loss import Sums
+from mixmodal.training.optimizer import OptimizerConfig
 
 Batch = Any
 """What a task's loader yields: tensors in named tuples, tuples, lists or dicts; other things travel along."""
@@ -37,12 +38,27 @@ class Loader(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+MODEL = "model"
+"""Name of the network that is evaluated and exported."""
+
+
+class Opponent(NamedTuple):
+    """A network that is trained beside the model, such as a discriminator, with an optimizer of its own."""
+
+    model: nn.Module
+    optimizer: OptimizerConfig
+
+
 class Task(Protocol):
     """What is trained. Subclass it to get the defaults of the last methods."""
 
     def build_model(self) -> nn.Module:
         """The model on the CPU in float32; the global generator is seeded, the same on every rank."""
         ...
+
+    def build_opponents(self) -> dict[str, Opponent]:
+        """Further networks by name, built after the model; like it on the CPU in float32, the same on every rank."""
+        return {}
 
     def build_loader(self, micro_batch_size: int, grad_accum_steps: int, rank: int, world_size: int) -> Loader: ...
 
@@ -53,6 +69,15 @@ class Task(Protocol):
     def losses(self, model: nn.Module, batch: Batch, step: int) -> Losses:
         """Calls `model` on a batch that is on the device; `step` counts from 0."""
         ...
+
+    def rounds(self, networks: Mapping[str, nn.Module], batch: Batch, step: int) -> Iterator[tuple[str, Losses]]:
+        """What each network is trained on, for one micro-batch: names of networks with losses that lead to them.
+
+        The trainer sends each loss backwards before it asks for the next. A network that no round names rests in this
+        step; its metrics must come all the same, with the count 0 (see `MetricSums`). Without opponents the only round
+        is `losses`.
+        """
+        yield MODEL, self.losses(networks[MODEL], batch, step)
 
     def batch_keys(self, batch: Batch) -> list[str]:
         """Names of the samples, for messages."""

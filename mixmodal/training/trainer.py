@@ -22,7 +22,7 @@ from mixmodal.training.interrupt import StopSignal
 from mixmodal.training.metrics import MetricsLog, MetricSums, Record
 from mixmodal.training.optimizer import OptimizerConfig, build_optimizer, lr_at, set_lr
 from mixmodal.training.randomness import random_state, set_random_state, set_seeds
-from mixmodal.training.task import Batch, Task, to_device
+from mixmodal.training.task import MODEL, Batch, Task, to_device
 
 
 class NonFiniteError(ValueError):
@@ -83,7 +83,8 @@ class Trainer:
                 save_config(self.resolved, self.config.run_dir / "config.yaml")
             return run.train()
         finally:
-            run.engine.close()
+            for engine in run.engines.values():
+                engine.close()
 
     def _find_start(self) -> Path | None:
         start = checkpoint.latest_checkpoint(self.config.run_dir / "checkpoints")
@@ -104,7 +105,12 @@ class Run:
         set_seeds(self.config.seed)
         model = task.build_model()
         self.ema = AveragedWeights(model, self.config.ema_decay) if self.config.ema_decay else None
-        self.engine = Engine(model, build_optimizer(model, self.optimizer_config), settings, place)
+        self.optimizers = {MODEL: self.optimizer_config}
+        self.engines = {MODEL: Engine(model, build_optimizer(model, self.optimizer_config), settings, place)}
+        self.engine = self.engines[MODEL]
+        for name, (opponent, optimizer) in task.build_opponents().items():
+            self.optimizers[name] = optimizer
+            self.engines[name] = Engine(opponent, build_optimizer(opponent, optimizer), settings, place)
         if self.ema:
             self.ema.to(place.device)
         set_seeds(self.config.seed, place.rank + 1)
@@ -144,15 +150,16 @@ class Run:
         config = self.config
         clock, tokens, batches = time.perf_counter(), 0, self._next_batches()
         while self.step < config.max_steps:
-            lr = lr_at(self.step, self.optimizer_config, config.max_steps)
-            set_lr(self.engine.optimizer, lr)
+            rates = {name: lr_at(self.step, self.optimizers[name], config.max_steps) for name in self.engines}
+            for name, engine in self.engines.items():
+                set_lr(engine.optimizer, rates[name])
             tokens += sum(self.task.batch_tokens(batch) for batch in batches)
-            norm, stopping, batches = self._optimize(batches, stop)
+            norms, stopping, batches = self._optimize(batches, stop)
             log.advance(self.step)
             due = stopping or self.step == config.max_steps
             if due or self.step % config.log_every == 0:
                 seconds = time.perf_counter() - clock
-                self._log(log, norm, lr, tokens, seconds)
+                self._log(log, norms, rates, tokens, seconds)
                 clock, tokens = time.perf_counter(), 0
             pause = time.perf_counter()
             if self._is_due(config.eval_every) and not due:
@@ -177,37 +184,42 @@ class Run:
         goes_on = self.step < self.config.max_steps
         return [next(self.loader) for _ in range(self.config.grad_accum_steps if goes_on else 0)]
 
-    def _optimize(self, batches: list[Batch], stop: StopSignal) -> tuple[float, bool, list[Batch]]:
-        """One optimizer step: gradient norm, whether to stop, and the batches of the next step.
+    def _optimize(self, batches: list[Batch], stop: StopSignal) -> tuple[dict[str, float], bool, list[Batch]]:
+        """One optimizer step: gradient norms, whether to stop, and the batches of the next step.
 
         The gradient is that of the sum of losses over the weight of all micro-batches of all ranks. The next batches
-        are made while the device works; its one wait is where loss and norm are checked, before the weights change.
+        are made while the device works; its one wait is where losses and norms are checked, before any weights change.
         """
         weight = self._global_weight(batches, stop)
-        self.engine.model.train()
-        objectives = []
-        for batch in batches:
-            losses = self.task.losses(self.engine.model, to_device(batch, self.place.device), self.step)
-            self.sums.add(losses.metrics)
-            objectives.append(losses.objective.detach())
-            self.engine.backward(losses.objective / weight[0])
-            if len(objectives) < len(batches):
-                self.engine.end_micro_batch()
-        norm = self.engine.clip_gradients(self.config.max_grad_norm)
+        networks = {name: engine.model for name, engine in self.engines.items()}
+        for network in networks.values():
+            network.train()
+        objectives: dict[str, list[Tensor]] = {}
+        for number, batch in enumerate(batches, 1):
+            for name, losses in self.task.rounds(networks, to_device(batch, self.place.device), self.step):
+                self.sums.add(losses.metrics)
+                objectives.setdefault(name, []).append(losses.objective.detach())
+                self.engines[name].backward(losses.objective / weight[0])
+                if number < len(batches):
+                    self.engines[name].end_micro_batch()
+        norms = {name: self.engines[name].clip_gradients(self.config.max_grad_norm) for name in objectives}
         self.step += 1
         following = self._next_batches()
-        value, norm_value, total_weight, stopping = self._read(objectives, norm, weight)
-        check = _Check(self, batches, objectives)
-        check(total_weight > 0, "weight of the loss is 0: no token of the step counts")
-        check(np.isfinite(value), f"loss is {value}")
-        check(np.isfinite(norm_value), f"gradient norm is {norm_value}")
-        self.engine.end_micro_batch()
-        if norm is None:
-            norm_value = self.engine.step_norm()
-            check(np.isfinite(norm_value), f"gradient norm is {norm_value}")
+        totals, found, total_weight, stopping = self._read(objectives, norms, weight)
+        for name, values in objectives.items():
+            check = _Check(self, batches, values)
+            of = "" if name == MODEL else f" of the {name}"
+            check(total_weight > 0, "weight of the loss is 0: no token of the step counts")
+            check(np.isfinite(totals[name]), f"loss{of} is {totals[name]}")
+            check(np.isfinite(found[name]), f"gradient norm{of} is {found[name]}")
+        for name, values in objectives.items():
+            self.engines[name].end_micro_batch()
+            if norms[name] is None:
+                found[name] = self.engines[name].step_norm()
+                _Check(self, batches, values)(np.isfinite(found[name]), f"gradient norm is {found[name]}")
         if self.ema:
             self.ema.update(self.engine.module)
-        return norm_value, bool(stopping), following
+        return found, bool(stopping), following
 
     def _global_weight(self, batches: list[Batch], stop: StopSignal) -> Tensor:
         """`[weight of the step, whether any rank was told to stop]`, float64 on the device."""
@@ -217,24 +229,34 @@ class Run:
             dist.all_reduce(sums)
         return sums
 
-    def _read(self, objectives: list[Tensor], norm: Tensor | None, weight: Tensor) -> list[float]:
-        """Loss, gradient norm (0 where it is not known yet), weight and stop sign: one wait for the device."""
-        objective = torch.stack(objectives).sum().double()
+    def _read(
+        self, objectives: dict[str, list[Tensor]], norms: dict[str, Tensor | None], weight: Tensor
+    ) -> tuple[dict[str, float], dict[str, float], float, float]:
+        """Loss and gradient norm (0 where not known yet) of each network, weight, stop sign: one wait for the device."""
+        sums = torch.stack([torch.stack(values).sum().double() for values in objectives.values()])
         if self.place.world_size > 1:
-            dist.all_reduce(objective)
-        norm = torch.zeros_like(objective) if norm is None else norm.double()
-        return torch.stack([objective / weight[0], norm, weight[0], weight[1]]).tolist()
+            dist.all_reduce(sums)
+        zero = torch.zeros_like(weight[0])
+        known = torch.stack([zero if norm is None else norm.double() for norm in norms.values()])
+        table = torch.cat([sums / weight[0], known, weight]).tolist()
+        size = len(objectives)
+        return dict(zip(objectives, table)), dict(zip(objectives, table[size:])), table[-2], table[-1]
 
     # metrics
 
-    def _log(self, log: MetricsLog, norm: float, lr: float, tokens: int, seconds: float) -> None:
+    def _log(
+        self, log: MetricsLog, norms: dict[str, float], rates: dict[str, float], tokens: int, seconds: float
+    ) -> None:
         self.seconds += seconds
         rate = tokens / seconds if tokens else None  # of this rank
         flops, peak = self.flops_per_token, self.config.peak_flops
         record: Record = {"step": self.step, "wall_time_s": round(self.seconds, 3), **self.sums.means()}
         record["tokens_per_second"] = rate * self.place.world_size if rate else None
         record["mfu"] = rate * flops / peak if rate and flops and peak else None
-        log.write({**record, "grad_norm": norm, "lr": lr})
+        for name in self.engines:
+            suffix = "" if name == MODEL else f"_{name}"
+            record |= {f"grad_norm{suffix}": norms.get(name), f"lr{suffix}": rates[name]}
+        log.write(record)
 
     def _evaluate(self, log: MetricsLog) -> None:
         with self._evaluated_weights() as model:
@@ -273,13 +295,17 @@ class Run:
         checkpoint.save_checkpoint(
             self.config.run_dir / "checkpoints",
             state,
-            self.engine.save,
+            self._save_engines,
             self.rank_state,
             {"ema.pt": self.ema.state_dict()} if self.ema else {},
             rank=self.place.rank,
             keep=self.config.keep_checkpoints,
         )
         self.saved_step = self.step
+
+    def _save_engines(self, folder: Path) -> None:
+        for name, engine in self.engines.items():
+            engine.save(folder if name == MODEL else folder / name)
 
     def restore(self, folder: Path | None) -> None:
         """Goes on where a checkpoint stands.
@@ -296,7 +322,8 @@ class Run:
                     f"checkpoint {folder} was written with {name} {state[name]}, not {own}; "
                     "go on with what it was written with, or start a new run folder"
                 )
-        self.engine.load(folder)
+        for name, engine in self.engines.items():
+            engine.load(folder if name == MODEL else folder / name)
         ranked = folder / f"rank_{self.place.rank:05d}.pt"
         if not ranked.exists():  # more ranks than before: the data's place is the same on all, dropout's is not
             ranked = folder / "rank_00000.pt"
@@ -312,7 +339,9 @@ class Run:
         """What can not change within a run. ZeRO spreads the optimizer over ranks, so their number can not either."""
         stage = self.engine.zero_stage
         world = {"world_size": self.place.world_size} if stage else {}
-        return {"zero_stage": stage, "precision": self.config.precision, "ema": self.ema is not None, **world}
+        networks = sorted(self.engines)
+        own = {"precision": self.config.precision, "ema": self.ema is not None, "networks": networks}
+        return {"zero_stage": stage, **own, **world}
 
 
 class _Check:

@@ -1,0 +1,144 @@
+"""A second network beside the model: each takes its own steps, rests when no round names it, and resumes exactly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_trainer import MODES, losses, stop_in_step
+from torch import Tensor, nn
+from toy_task import DIM, Rows, ToyLoader, ToyLoss, ToyTask
+
+from mixmodal.objectives.loss import Sums
+from mixmodal.training.checkpoint import CheckpointError
+from mixmodal.training.optimizer import OptimizerConfig
+from mixmodal.training.randomness import set_seeds
+from mixmodal.training.task import MODEL, Opponent
+from mixmodal.training.trainer import NonFiniteError
+
+CRITIC = OptimizerConfig(lr=3e-3, betas=(0.5, 0.9), warmup_steps=1, schedule="constant", weight_decay=0.0)
+Fit = Callable[..., Any]
+Exported = Callable[..., dict[str, Tensor]]
+
+
+class Contest(ToyTask):
+    """The model lowers what the critic thinks of its answers besides its errors; the critic raises it."""
+
+    def __init__(self, start: int = 0, bad_step: int = -1) -> None:
+        super().__init__(noise=0.1)
+        self.start, self.bad_critic_step = start, bad_step
+        self.critics: list[nn.Module] = []
+
+    def build_opponents(self) -> dict[str, Opponent]:
+        self.critics.append(nn.Sequential(nn.Linear(DIM + 1, 8), nn.GELU(), nn.Linear(8, 1)))
+        return {"critic": Opponent(self.critics[-1], CRITIC)}
+
+    def rounds(
+        self, networks: Mapping[str, nn.Module], batch: Rows, step: int
+    ) -> Iterator[tuple[str, ToyLoss]]:
+        critic = networks["critic"]
+        dtype = next(critic.parameters()).dtype
+        answers = networks[MODEL](batch.inputs.to(dtype))
+        total = (batch.weights * (answers.float().squeeze(-1) - batch.targets).square()).sum()
+        weight = batch.weights.sum()
+        active = step >= self.start
+        if active:
+            frozen = {name: p.detach() for name, p in self.critics[-1].named_parameters()}
+            seen = torch.cat([batch.inputs.to(dtype), answers], dim=-1)
+            opinion = torch.func.functional_call(self.critics[-1], frozen, (seen,))
+            total = total + (batch.weights * opinion.float().squeeze(-1)).sum()
+        yield MODEL, ToyLoss(total, {"loss": Sums(total.detach(), weight), "critic_loss": Sums(weight * 0, weight * 0)})
+        if active:
+            opinion = critic(torch.cat([batch.inputs.to(dtype), answers.detach()], dim=-1))
+            value = (batch.weights * (opinion.float().squeeze(-1) - 1).square()).sum()
+            if step == self.bad_critic_step:
+                value = value * float("nan")
+            yield "critic", ToyLoss(value, {"critic_loss": Sums(value.detach(), weight)})
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        super().export(model, folder)
+        critic = {name: value.float() for name, value in self.critics[-1].state_dict().items()}
+        torch.save(critic, folder / "critic.pt")
+
+
+@pytest.fixture
+def critic(tmp_path: Path) -> Exported:
+    return lambda name="run": torch.load(tmp_path / name / "export" / "critic.pt", weights_only=True)
+
+
+def test_both_networks_take_the_steps_of_a_plain_loop(fit: Fit, exported: Exported, critic: Exported) -> None:
+    fit(task=Contest(), max_steps=3, max_grad_norm=0.0)
+    task, loader = Contest(), ToyLoader(8, 1, 0, 1)
+    set_seeds(0)
+    model = task.build_model()
+    opponent = task.build_opponents()["critic"].model
+    matrices = [[p for p in model.parameters() if p.ndim == 2], [p for p in model.parameters() if p.ndim == 1]]
+    groups = [{"params": params, "weight_decay": decay} for params, decay in zip(matrices, (0.1, 0.0), strict=True)]
+    first = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5)
+    second = torch.optim.AdamW(opponent.parameters(), lr=3e-3, betas=(0.5, 0.9), eps=1e-5, weight_decay=0.0)
+    for step, rate in enumerate((5e-3, 1e-2, 1e-2)):
+        batch = next(loader)
+        for group in first.param_groups:
+            group["lr"] = rate
+        for _, found in task.rounds({MODEL: model, "critic": opponent}, batch, step):
+            (found.objective / batch.weights.sum()).backward()
+        for optimizer in (first, second):
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(exported()[name], value, rtol=0, atol=1e-6)
+    for name, value in opponent.state_dict().items():
+        torch.testing.assert_close(critic()[name], value, rtol=0, atol=1e-6)
+
+
+def test_splitting_a_step_into_micro_batches_changes_neither(fit: Fit, exported: Exported, critic: Exported) -> None:
+    fit("whole", Contest(), max_steps=3)
+    fit("split", Contest(), max_steps=3, micro_batch_size=2, grad_accum_steps=4)
+    for network in (exported, critic):
+        for name, value in network("whole").items():
+            torch.testing.assert_close(network("split")[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["float32", "autocast", "bfloat16", "zero1", "zero2_bfloat16"])
+def test_both_resume_bit_for_bit(fit: Fit, exported: Exported, critic: Exported, tmp_path: Path, mode: str) -> None:
+    fit("whole", Contest(start=1), **MODES[mode])
+    stopping = Contest(start=1)
+    stop_in_step(stopping, 2)
+    assert not fit("parts", stopping, **MODES[mode]).finished
+    torch.manual_seed(123)
+    assert fit("parts", Contest(start=1), **MODES[mode]).finished
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    for network in (exported, critic):
+        assert all(torch.equal(network("parts")[name], value) for name, value in network("whole").items())
+
+
+def test_an_opponent_rests_until_a_round_names_it(fit: Fit, critic: Exported, tmp_path: Path) -> None:
+    fit("rested", Contest(start=6))
+    fit("fought", Contest(start=5))
+    set_seeds(0)
+    task = Contest()
+    task.build_model()
+    fresh = task.build_opponents()["critic"].model.state_dict()
+    assert all(torch.equal(critic("rested")[name], value) for name, value in fresh.items())
+    assert not torch.equal(critic("fought")["0.weight"], fresh["0.weight"])
+    lines = [json.loads(line) for line in (tmp_path / "fought" / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    assert [line["grad_norm_critic"] is not None for line in lines] == [False] * 5 + [True]
+    assert [line["critic_loss"] is not None for line in lines] == [False] * 5 + [True]
+    assert lines[-1]["lr_critic"] == pytest.approx(3e-3)
+
+
+def test_a_bad_loss_of_the_opponent_stops_both(fit: Fit) -> None:
+    task = Contest(bad_step=2)
+    with pytest.raises(NonFiniteError, match="step 3: loss of the critic is nan; the weights are those of step 2"):
+        fit(task=task)
+
+
+def test_a_checkpoint_without_the_opponent_is_refused(fit: Fit) -> None:
+    fit(max_steps=2)
+    with pytest.raises(CheckpointError, match="written with networks"):
+        fit(task=Contest(), max_steps=4)
