@@ -232,7 +232,7 @@ class Run:
     def _read(
         self, objectives: dict[str, list[Tensor]], norms: dict[str, Tensor | None], weight: Tensor
     ) -> tuple[dict[str, float], dict[str, float], float, float]:
-        """Loss and gradient norm (0 where not known yet) of each network, weight, stop sign: one wait for the device."""
+        """Loss and gradient norm (0 where not known yet) of each network, weight, stop sign: one wait."""
         sums = torch.stack([torch.stack(values).sum().double() for values in objectives.values()])
         if self.place.world_size > 1:
             dist.all_reduce(sums)

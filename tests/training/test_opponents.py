@@ -37,9 +37,7 @@ class Contest(ToyTask):
         self.critics.append(nn.Sequential(nn.Linear(DIM + 1, 8), nn.GELU(), nn.Linear(8, 1)))
         return {"critic": Opponent(self.critics[-1], CRITIC)}
 
-    def rounds(
-        self, networks: Mapping[str, nn.Module], batch: Rows, step: int
-    ) -> Iterator[tuple[str, ToyLoss]]:
+    def rounds(self, networks: Mapping[str, nn.Module], batch: Rows, step: int) -> Iterator[tuple[str, ToyLoss]]:
         critic = networks["critic"]
         dtype = next(critic.parameters()).dtype
         answers = networks[MODEL](batch.inputs.to(dtype))
