@@ -47,7 +47,7 @@ CONFIG_TYPES = {
     "classify": "classify",
     "tokenizers/train_text": "train-text-tokenizer",
     "tokenizers/train_image": "train-image-tokenizer",
-    "tokenizers/image_tiny": "train-image-tokenizer",
+    "tokenizers/demo_32px_16": "train-image-tokenizer",
     "tokenizers/vq16_256": "train-image-tokenizer",
     "tokenizers/evaluate_image": "evaluate-image-tokenizer",
 }

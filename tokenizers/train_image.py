@@ -1,6 +1,6 @@
 """Train an image tokenizer on shards of pictures.
 
-python tokenizers/train_image.py --config configs/tokenizers/image_tiny.yaml \
+python tokenizers/train_image.py --config configs/tokenizers/demo_32px_16.yaml \
         --data.train [runs/shards/train] --data.held_out [runs/shards/held_out] --trainer.run_dir runs/image_tokenizer
     deepspeed tokenizers/train_image.py --config configs/tokenizers/vq16_256.yaml ...
 """

@@ -1,10 +1,12 @@
-"""Trains an image tokenizer on pictures: reconstruction losses and the quantizer's own."""
+"""Trains an image tokenizer on pictures: reconstruction, perceptual and adversarial losses, and the quantizer's own."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +14,15 @@ from torch import Tensor, nn
 from mixmodal.data.augment import AugmentConfig, augment
 from mixmodal.data.pictures import PictureBatch, PictureDataConfig, PictureLoader, decode_all, to_images
 from mixmodal.evaluation.reconstruction import ReconstructionScores, score_reconstructions
+from mixmodal.evaluation.sheet import save_sheet
+from mixmodal.models.discriminator import PatchDiscriminator, check_discriminator
+from mixmodal.objectives.adversarial import AdversarialConfig, adaptive_weight, discriminator_loss, generator_loss
 from mixmodal.objectives.loss import Sums, TokenLosses
+from mixmodal.objectives.perceptual import PerceptualConfig, PerceptualLoss
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
-from mixmodal.tokenization.preprocessing import to_pictures
-from mixmodal.tokenization.quantizer import QuantizerConfig
+from mixmodal.tokenization.quantizer import Quantized, remedy
 from mixmodal.training.optimizer import OptimizerConfig
-from mixmodal.training.task import Task
+from mixmodal.training.task import MODEL, Opponent, Task
 from mixmodal.training.trainer import FitResult, Trainer, TrainerConfig
 
 logger = logging.getLogger(__name__)
@@ -25,23 +30,36 @@ logger = logging.getLogger(__name__)
 EVALUATION_BATCH = 64
 PICTURES_SHOWN = 16
 """Held-out pictures in `reconstructions.png`."""
+DISCRIMINATOR = "discriminator"
+
+
+class DivergedError(ValueError):
+    """Held-out pictures come back far worse than before; the checkpoints are left as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionLossConfig:
-    """Weights of the losses on pixels in [-1, 1]; the quantizer's own loss is added as it is.
+    """Weights of the losses between pictures in [-1, 1]; the quantizer's own loss is added as it is.
 
     Args:
         l1_weight: of the mean absolute error.
         l2_weight: of the mean squared error.
+        perceptual_weight: of the distance of features; 0 leaves it out.
+        perceptual: whose features.
     """
 
     l1_weight: float = 0.1
     l2_weight: float = 1.0
+    perceptual_weight: float = 0.0
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
 
     def __post_init__(self) -> None:
         if min(self.l1_weight, self.l2_weight) < 0 or not self.l1_weight + self.l2_weight:
             raise ValueError("losses: l1_weight and l2_weight must not be negative, and one of them must be above 0")
+        if self.perceptual_weight < 0:
+            raise ValueError(f"losses.perceptual_weight is {self.perceptual_weight}; it must not be negative")
+        if not self.perceptual_weight and self.perceptual != PerceptualConfig():
+            raise ValueError("losses.perceptual has no effect with perceptual_weight 0; leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +74,12 @@ class ImageTokenizerTrainingConfig:
         augment: random changes of the pictures.
         augment_until: share of the steps after which pictures are no longer changed, 0 .. 1.
         losses: weights of the reconstruction losses.
+        adversarial: a discriminator against the tokenizer, with an optimizer of its own; null is none.
+        discriminator_optimizer: AdamW of the discriminator.
         min_codebook_usage: an alarm is logged where held-out pictures meet less than this share of the codes that as
             many equally likely ones would meet, 0 .. 1.
+        max_psnr_drop: training stops where the PSNR of held-out pictures lies more than this below the best that this
+            process has seen, dB; 0 never stops.
     """
 
     data: PictureDataConfig
@@ -67,17 +89,36 @@ class ImageTokenizerTrainingConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     augment_until: float = 1.0
     losses: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
+    adversarial: AdversarialConfig | None = None
+    discriminator_optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     min_codebook_usage: float = 0.3
+    max_psnr_drop: float = 6.0
 
     def __post_init__(self) -> None:
         for name in ("augment_until", "min_codebook_usage"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in 0 .. 1")
+        if self.max_psnr_drop < 0:
+            raise ValueError(f"max_psnr_drop is {self.max_psnr_drop}; it must not be negative")
+        if self.adversarial:
+            check_discriminator(self.adversarial.discriminator, self.tokenizer.image_size)
+        elif self.discriminator_optimizer != OptimizerConfig():
+            raise ValueError("discriminator_optimizer has no effect without adversarial; leave it out")
         if self.trainer.precision == "bfloat16" and self.tokenizer.quantizer.kind != "fsq":
             raise ValueError(
                 "trainer.precision bfloat16 would round the codebook; choose autocast_bfloat16 or float32, "
                 "or tokenizer.quantizer.kind fsq"
             )
+
+
+class Reconstruction(NamedTuple):
+    """Pictures of one micro-batch, what came back, and the sums over pictures of the parts of the loss."""
+
+    images: Tensor
+    reconstructions: Tensor
+    parts: dict[str, Tensor]
+    picture_loss: Tensor
+    quantizer_loss: Tensor
 
 
 class ImageTokenizerTask(Task):
@@ -86,9 +127,21 @@ class ImageTokenizerTask(Task):
     def __init__(self, config: ImageTokenizerTrainingConfig) -> None:
         self.config = config
         self._held_out: Tensor | None = None
+        self._perceptual: PerceptualLoss | None = None
+        self._discriminator: PatchDiscriminator | None = None
+        self._best_psnr = 0.0
 
     def build_model(self) -> ImageTokenizer:
-        return ImageTokenizer(self.config.tokenizer)
+        model = ImageTokenizer(self.config.tokenizer)  # first, so that its weights do not depend on the losses
+        if self.config.losses.perceptual_weight:
+            self._perceptual = PerceptualLoss(self.config.losses.perceptual)
+        return model
+
+    def build_opponents(self) -> dict[str, Opponent]:
+        if not self.config.adversarial:
+            return {}
+        self._discriminator = PatchDiscriminator(self.config.adversarial.discriminator)
+        return {DISCRIMINATOR: Opponent(self._discriminator, self.config.discriminator_optimizer)}
 
     def build_loader(self, micro_batch_size: int, grad_accum_steps: int, rank: int, world_size: int) -> PictureLoader:
         return PictureLoader(
@@ -113,28 +166,100 @@ class ImageTokenizerTask(Task):
         return len(batch.pixels) * side * side
 
     def losses(self, model: nn.Module, batch: PictureBatch, step: int) -> TokenLosses:
-        """Sums over pictures: `loss` is what is minimised, `l1`, `l2` and `commitment` its parts before weighting."""
+        """Sums over pictures without a discriminator: `loss` is what is minimised, the others its parts, unweighted."""
+        found = self._reconstruct(model, batch, step)
+        return self._sum(found, found.picture_loss + found.quantizer_loss)
+
+    def rounds(
+        self, networks: Mapping[str, nn.Module], batch: PictureBatch, step: int
+    ) -> Iterator[tuple[str, TokenLosses]]:
+        """The tokenizer's loss and, from `adversarial.start_step` on, the discriminator's on the same pictures."""
+        adversarial = self.config.adversarial
+        if adversarial is None:
+            yield MODEL, self.losses(networks[MODEL], batch, step)
+            return
+        found = self._reconstruct(networks[MODEL], batch, step)
+        objective = found.picture_loss + found.quantizer_loss
+        count = objective.new_tensor(float(len(found.images)))
+        resting = Sums(torch.zeros_like(count), torch.zeros_like(count))
+        metrics = dict.fromkeys(("adversarial", "adaptive_weight", "discriminator", "logits_real", "logits_fake"), resting)
+        if step < adversarial.start_step:
+            yield MODEL, self._sum(found, objective, metrics)
+            return
+        scale, fooled = self._adversarial_part(networks[MODEL], found, count)
+        objective = objective + adversarial.weight * scale * fooled
+        metrics |= {"adversarial": Sums(fooled.detach(), count), "adaptive_weight": Sums(scale * count, count)}
+        own = {name: metrics.pop(name) for name in ("discriminator", "logits_real", "logits_fake")}
+        yield MODEL, self._sum(found, objective, metrics)
+        images = torch.cat([found.images, found.reconstructions.detach()]).to(self._discriminator_dtype)
+        real, fake = networks[DISCRIMINATOR](images).chunk(2)
+        loss = discriminator_loss(real, fake, adversarial.loss)
+        values = (loss.detach(), *(logits.detach().float().flatten(1).mean(-1).sum() for logits in (real, fake)))
+        own = {name: Sums(value, count) for name, value in zip(own, values, strict=True)}
+        yield DISCRIMINATOR, TokenLosses(loss, count, own)
+
+    def _reconstruct(self, model: nn.Module, batch: PictureBatch, step: int) -> Reconstruction:
         images = to_images(batch.pixels)
         if step < self.config.augment_until * self.config.trainer.max_steps:
             images = augment(images, batch.draws, self.config.augment)
         reconstructions, quantized = model(images)
         errors = reconstructions - images
-        count = images.new_tensor(float(len(images)))
-        l1 = errors.abs().flatten(1).mean(-1).sum()
-        l2 = errors.square().flatten(1).mean(-1).sum()
-        commitment = quantized.loss * count
-        objective = self.config.losses.l1_weight * l1 + self.config.losses.l2_weight * l2 + commitment
-        parts = {"loss": objective, "l1": l1, "l2": l2, "commitment": commitment}
-        return TokenLosses(objective, count, {name: Sums(part.detach(), count) for name, part in parts.items()})
+        weights = self.config.losses
+        parts = {"l1": errors.abs().flatten(1).mean(-1).sum(), "l2": errors.square().flatten(1).mean(-1).sum()}
+        loss = weights.l1_weight * parts["l1"] + weights.l2_weight * parts["l2"]
+        if self._perceptual:
+            parts["perceptual"] = self._perceptual.to(images.device)(reconstructions, images).sum()
+            loss = loss + weights.perceptual_weight * parts["perceptual"]
+        assert isinstance(quantized, Quantized)
+        parts |= {name: part * len(images) for name, part in quantized.parts.items()}
+        return Reconstruction(images, reconstructions, parts, loss, quantized.loss * len(images))
+
+    def _sum(
+        self, found: Reconstruction, objective: Tensor, further: Mapping[str, Sums] | None = None
+    ) -> TokenLosses:
+        count = objective.new_tensor(float(len(found.images)))
+        parts = {"loss": objective, **found.parts}
+        metrics = {name: Sums(part.detach(), count) for name, part in parts.items()}
+        return TokenLosses(objective, count, {**metrics, **(further or {})})
+
+    def _adversarial_part(self, model: nn.Module, found: Reconstruction, count: Tensor) -> tuple[Tensor, Tensor]:
+        """What scales the generator's loss, a scalar without gradient, and that loss, a sum over pictures."""
+        adversarial, discriminator = self.config.adversarial, self._discriminator
+        assert adversarial is not None
+        assert discriminator is not None
+        frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+        autocast = self.config.trainer.precision == "autocast_bfloat16"
+        with torch.autocast(found.images.device.type, torch.bfloat16, enabled=autocast):
+            fakes = found.reconstructions.to(self._discriminator_dtype)
+            logits = torch.func.functional_call(discriminator, frozen, (fakes,))
+        fooled = generator_loss(logits, adversarial.loss)
+        if not adversarial.adaptive:
+            return torch.ones_like(count), fooled
+        last = model.decoder.conv_out.weight
+        if not last.numel():
+            raise ValueError("adversarial.adaptive needs whole weights, which ZeRO stage 3 does not keep; set it to false")
+        assert isinstance(last, Tensor)
+        weight = adaptive_weight(found.picture_loss / count, fooled / count, last, adversarial.max_adaptive_weight)
+        return weight, fooled
+
+    @property
+    def _discriminator_dtype(self) -> torch.dtype:
+        assert self._discriminator is not None
+        return next(self._discriminator.parameters()).dtype
 
     def evaluate(self, model: nn.Module) -> dict[str, float | None]:
-        """Scores on the held-out pictures; every rank scores all of them."""
+        """Scores on the held-out pictures; every rank scores all of them.
+
+        Raises:
+            DivergedError: where they come back far worse than before.
+        """
         pixels = self._held_out_pixels()
         if pixels is None:
             return {}
         assert isinstance(model, ImageTokenizer)
         scores = score_reconstructions(model, (to_images(part) for part in pixels.split(EVALUATION_BATCH)))
         self._check_usage(scores)
+        self._check_divergence(scores.psnr)
         return {
             "psnr": scores.psnr,
             "ssim": scores.ssim,
@@ -150,7 +275,8 @@ class ImageTokenizerTask(Task):
         scores = None
         if pixels is not None:
             scores = score_reconstructions(model, (to_images(part) for part in pixels.split(EVALUATION_BATCH)))
-            save_comparison(model, to_images(pixels[:PICTURES_SHOWN]), folder / "reconstructions.png")
+            images = to_images(pixels[:PICTURES_SHOWN]).to(next(model.parameters()).device)
+            save_sheet(images, model.decode(model.encode(images)), folder / "reconstructions.png")
         (folder / "README.md").write_text(card(self.config, scores), encoding="utf-8")
 
     def _held_out_pixels(self) -> Tensor | None:
@@ -171,37 +297,18 @@ class ImageTokenizerTask(Task):
                 100 * scores.codebook_usage,
                 100 * share,
                 100 * self.config.min_codebook_usage,
-                remedy(self.config.tokenizer.quantizer),
+                remedy(self.config.tokenizer.quantizer, "tokenizer.quantizer"),
             )
 
-
-def remedy(config: QuantizerConfig) -> str:
-    """What to change when few codes are used."""
-    if config.kind == "fsq":
-        return "choose fewer or smaller tokenizer.quantizer.levels, or train longer"
-    if config.update == "gradient":
-        return "choose tokenizer.quantizer.update ema, which restarts dead codes, or kind fsq"
-    if not config.restart_below:
-        return "set tokenizer.quantizer.restart_below above 0, so that dead codes restart, or choose kind fsq"
-    if config.kind == "vq":
-        return "choose tokenizer.quantizer.kind vq_cosine, a smaller codebook_dim, or kind fsq"
-    return "raise tokenizer.quantizer.restart_below, lower codebook_dim or codebook_size, or choose kind fsq"
-
-
-@torch.no_grad()
-def save_comparison(tokenizer: ImageTokenizer, images: Tensor, path: Path) -> None:
-    """Originals beside their reconstructions, four pairs a row, as one PNG; `images` is `(B, 3, H, W)`."""
-    from PIL import Image
-
-    images = images.to(next(tokenizer.parameters()).device)
-    pairs = torch.cat([images, tokenizer.decode(tokenizer.encode(images))], dim=-1)  # (B, 3, H, 2W)
-    size = images.shape[-1]
-    gap = max(2, size // 16)
-    rows = -(-len(images) // 4)
-    sheet = Image.new("RGB", (4 * (2 * size + gap) + gap, rows * (size + gap) + gap), "white")
-    for index, picture in enumerate(to_pictures(pairs)):
-        sheet.paste(picture, (gap + index % 4 * (2 * size + gap), gap + index // 4 * (size + gap)))
-    sheet.save(path)
+    def _check_divergence(self, psnr: float) -> None:
+        self._best_psnr = max(self._best_psnr, psnr)
+        allowed = self.config.max_psnr_drop
+        if allowed and psnr < self._best_psnr - allowed:
+            causes = "optimizer.lr" + (" or adversarial.weight" if self.config.adversarial else "")
+            raise DivergedError(
+                f"training diverges: held-out PSNR fell from {self._best_psnr:.1f} to {psnr:.1f} dB, more than "
+                f"max_psnr_drop {allowed:g}; lower {causes} and go on from an earlier checkpoint"
+            )
 
 
 def card(config: ImageTokenizerTrainingConfig, scores: ReconstructionScores | None) -> str:
@@ -222,7 +329,7 @@ def card(config: ImageTokenizerTrainingConfig, scores: ReconstructionScores | No
     if scores is not None:
         lines += ["", "| held out | |", "|---|---|"]
         lines += [f"| {name} | {value:,.4g} |" for name, value in asdict(scores).items()]
-        lines += ["", "`reconstructions.png` shows held-out originals, each beside its reconstruction."]
+        lines += ["", "`reconstructions.png` shows held-out originals, each above its reconstruction."]
     lines += ["", "```python", "from mixmodal.tokenization.image import ImageTokenizer", ""]
     lines += [
         'tokenizer = ImageTokenizer.load("this/folder")',

@@ -1,0 +1,177 @@
+"""Image tokenizers of 64 codes on the demo pictures at 64 pixels: trained alike, scored alike.
+
+python benchmarks/compare_image_tokenizers.py data                           # writes the pictures
+python benchmarks/compare_image_tokenizers.py train ours --seeds 0 1 2       # arms, any number; done ones are skipped
+python benchmarks/compare_image_tokenizers.py record                         # appends the lines, draws the sheet
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from record import record
+
+from mixmodal.config import load_config
+from mixmodal.data.shards import read_samples
+from mixmodal.evaluation.reconstruction import (
+    ImageTokenizerEvaluation,
+    ImageTokenizerEvaluationConfig,
+    evaluate_image_tokenizer,
+)
+from mixmodal.objectives.adversarial import AdversarialConfig
+from mixmodal.quickstart.art import FLAT
+from mixmodal.quickstart.corpus import DemoCorpusConfig, build_demo_corpus
+from mixmodal.tokenization.autoencoder import AutoencoderConfig
+from mixmodal.tokenization.image import ImageTokenizer
+from mixmodal.tokenization.preprocessing import to_pictures, to_tensor
+from mixmodal.tokenization.quantizer import QuantizerConfig
+from mixmodal.training.image_tokenizer import (
+    ImageTokenizerTrainingConfig,
+    ReconstructionLossConfig,
+    train_image_tokenizer,
+)
+from mixmodal.training.optimizer import OptimizerConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "tokenizers" / "demo_64px_64.yaml"
+DATA = Path("runs/demo_64px")
+RUNS = Path("runs/compare_image_tokenizers")
+SHEET = ROOT / "docs" / "tokenizers_64px.png"
+CORPUS = DemoCorpusConfig(
+    image_size=64, margin=1 / 32, skip_categories=(), min_correlation=-1, min_distance=-1, heldout_share=0.13
+)
+"""All emoji that both makers draw; one in eight pictures is held out, its concept seen in the other style."""
+
+LLAMAGEN_SHAPE = AutoencoderConfig(
+    channels=20,
+    channel_multipliers=(1, 2, 2, 4),
+    num_res_blocks=2,
+    num_decoder_res_blocks=3,
+    attention_stages=(3,),
+    latent_channels=80,
+    norm_groups=4,
+)
+"""LlamaGen's VQ-8 with the channels that make it as large as ours."""
+LLAMAGEN_CODES = QuantizerConfig(kind="vq_cosine", update="gradient", codebook_size=1024, codebook_dim=8)
+QUANTIZERS = {
+    "fsq": QuantizerConfig(kind="fsq", levels=(8, 5, 5, 5)),
+    "lfq": QuantizerConfig(kind="lfq", codebook_dim=10),
+    "vq_ema": QuantizerConfig(kind="vq", codebook_size=1024, codebook_dim=8),
+    "vq_cosine_ema": QuantizerConfig(kind="vq_cosine", codebook_size=1024, codebook_dim=8),
+    "vq_cosine_gradient": LLAMAGEN_CODES,
+    "simvq": QuantizerConfig(kind="simvq", codebook_size=1024, codebook_dim=8),
+    "vq_rotation": QuantizerConfig(kind="vq", codebook_size=1024, codebook_dim=8, gradient="rotation"),
+}
+PIXELS_ONLY = ReconstructionLossConfig(l1_weight=0.1, l2_weight=1.0)
+SHOWN = ("pixels", "perceptual", "ours")
+COLUMNS, CELL = 12, 96
+"""Pictures of a row of the sheet, and the pixels that each takes there."""
+
+
+def build_config(arm: str, seed: int, steps: int | None) -> ImageTokenizerTrainingConfig:
+    """What an arm trains; it differs from `demo_64px_64.yaml` in what its name says."""
+    config: ImageTokenizerTrainingConfig = load_config(ImageTokenizerTrainingConfig, CONFIG)
+    trainer = replace(config.trainer, run_dir=RUNS / f"{arm}-{seed}", seed=seed, tensorboard=False)
+    config = replace(config, trainer=replace(trainer, max_steps=steps) if steps else trainer)
+    alone = {"adversarial": None, "discriminator_optimizer": OptimizerConfig()}
+    if arm == "llamagen":  # its losses and weights, too; the discriminator starts at the same step
+        losses = ReconstructionLossConfig(l1_weight=0.0, l2_weight=1.0, perceptual_weight=1.0)
+        tokenizer = replace(config.tokenizer, autoencoder=LLAMAGEN_SHAPE, quantizer=LLAMAGEN_CODES)
+        adversarial = replace(config.adversarial or AdversarialConfig(), weight=0.5, adaptive=False)
+        return replace(config, tokenizer=tokenizer, losses=losses, adversarial=adversarial)
+    if arm in QUANTIZERS:
+        tokenizer = replace(config.tokenizer, quantizer=QUANTIZERS[arm])
+        return replace(config, tokenizer=tokenizer, losses=PIXELS_ONLY, **alone)
+    if arm == "pixels":
+        return replace(config, losses=PIXELS_ONLY, **alone)
+    if arm == "perceptual":
+        return replace(config, **alone)
+    if arm == "ours":
+        return config
+    raise SystemExit(f"arm {arm} is unknown; choose ours, llamagen, pixels, perceptual, {', '.join(QUANTIZERS)}")
+
+
+def train(arm: str, seed: int, steps: int | None) -> None:
+    """Trains one arm and writes `scores.json` beside it."""
+    config = build_config(arm, seed, steps)
+    scores = config.trainer.run_dir / "scores.json"
+    if scores.exists():
+        return
+    started = time.perf_counter()
+    train_image_tokenizer(config)
+    seconds = time.perf_counter() - started
+    export = config.trainer.run_dir / "export"
+    found: ImageTokenizerEvaluation = evaluate_image_tokenizer(
+        ImageTokenizerEvaluationConfig(image_tokenizer=export, data=(DATA / "heldout",), sheet=export / "sheet.png")
+    )
+    parameters = sum(p.numel() for p in ImageTokenizer.load(export).parameters())
+    values = {**asdict(found.scores), **found.distances, "parameters": parameters, "seconds": seconds}
+    shared = {"steps": config.trainer.max_steps, "batch": config.trainer.micro_batch_size}
+    line = {"arm": arm, "seed": seed, **shared, "values": values, "reference_sha256": found.reference_sha256}
+    scores.write_text(json.dumps(line, indent=1) + "\n", encoding="utf-8")
+
+
+UNITS = {
+    "psnr": "dB",
+    "ssim": "",
+    "frechet_efficientnet_lite0": "",
+    "perceptual_efficientnet_lite0": "",
+    "codebook_usage": "",
+    "expected_usage": "",
+    "parameters": "",
+}
+
+
+def record_all() -> None:
+    """One line for each arm and score, over the seeds that were trained."""
+    arms: dict[str, list[dict[str, Any]]] = {}
+    for path in sorted(RUNS.glob("*/scores.json")):
+        line = json.loads(path.read_text(encoding="utf-8"))
+        arms.setdefault(line["arm"], []).append(line)
+    for arm, lines in arms.items():
+        shared = {key: lines[0][key] for key in ("steps", "batch", "reference_sha256")}
+        assert all(line[key] == value for line in lines for key, value in shared.items()), f"{arm}: seeds differ"
+        settings = {**shared, "seeds": [line["seed"] for line in lines]}
+        for name, unit in UNITS.items():
+            values = [line["values"][name] for line in lines]
+            record("image_tokenizers", f"{arm}: {name}", values, unit, "cpu", settings)
+
+
+def draw_sheet() -> None:
+    """Held-out pictures as they are and as the arms of SHOWN redraw them; of the flat style, whose licence allows it."""
+    samples = [sample for sample in read_samples(DATA / "heldout") if sample.metadata["style"] == FLAT][:COLUMNS]
+    pictures = [sample.pictures[0].open(CORPUS.image_size**2) for sample in samples]
+    rows = [torch.stack([to_tensor(picture) for picture in pictures])]
+    for arm in SHOWN:
+        tokenizer = ImageTokenizer.load(RUNS / f"{arm}-0" / "export")
+        rows.append(tokenizer.decode(tokenizer.encode(rows[0])))
+    sheet = Image.new("RGB", (COLUMNS * CELL, len(rows) * CELL), "white")
+    for y, images in enumerate(rows):
+        for x, picture in enumerate(to_pictures(images)):
+            sheet.paste(picture.resize((CELL, CELL), Image.Resampling.NEAREST), (x * CELL, y * CELL))
+    sheet.save(SHEET)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("job", choices=("data", "train", "record"))
+    parser.add_argument("arms", nargs="*")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, help="instead of those of the config: for a quick look")
+    arguments = parser.parse_args()
+    if arguments.job == "data":
+        build_demo_corpus(CORPUS, DATA)
+    elif arguments.job == "train":
+        for seed in arguments.seeds:
+            for arm in arguments.arms:
+                train(arm, seed, arguments.steps)
+    else:
+        record_all()
+        draw_sheet()
