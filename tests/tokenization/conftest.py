@@ -1,13 +1,14 @@
 """One quantizer of every kind, for the tests of what they share."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from mixmodal.tokenization.quantizer import Quantizer, QuantizerConfig, build_quantizer
 
-VQ = {"codebook_size": 64, "codebook_dim": 4}
+VQ: dict[str, Any] = {"codebook_size": 64, "codebook_dim": 4}
 CONFIGS = {
     "fsq": QuantizerConfig(kind="fsq", levels=(8, 6, 5, 4)),
     "lfq": QuantizerConfig(kind="lfq", codebook_dim=4, entropy_temperature=1.0),
