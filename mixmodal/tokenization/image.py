@@ -60,9 +60,9 @@ class ImageTokenizer(nn.Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Codes of a picture, `(h, w)`."""
+        """Codes of a picture, `(h, w)`; a quantizer with several codes a place makes it that many times wider."""
         side = self.config.image_size // self.config.autoencoder.downsampling
-        return side, side
+        return side, side * self.quantizer.codes_per_place
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
         """Images to their reconstructions `(B, 3, H, W)`, float32 and not clamped, and what the quantizer did."""

@@ -7,9 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mixmodal.document import CM3LeonFormat, Document, Image
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
 from mixmodal.tokenization.quantizer import QuantizerConfig
+from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 AUTOENCODER = AutoencoderConfig(
     channels=16,
@@ -25,6 +27,9 @@ AUTOENCODER = AutoencoderConfig(
 QUANTIZERS = {
     "fsq": QuantizerConfig(kind="fsq", levels=(8, 5, 5)),
     "vq": QuantizerConfig(kind="vq_cosine", codebook_size=64, codebook_dim=4),
+    "lfq": QuantizerConfig(kind="lfq", codebook_dim=6),
+    "simvq": QuantizerConfig(kind="simvq", codebook_size=64, codebook_dim=4),
+    "residual_vq": QuantizerConfig(kind="residual_vq", num_levels=2, codebook_size=64, codebook_dim=4),
 }
 
 
@@ -45,8 +50,8 @@ def draw_images(batch: int = 4) -> torch.Tensor:
 
 def test_encode_and_decode_keep_their_shapes_and_ranges(tokenizer: ImageTokenizer) -> None:
     codes = tokenizer.encode(draw_images())
-    assert tokenizer.grid == (4, 4)
-    assert codes.shape == (4, 4, 4)
+    assert tokenizer.grid == (4, 4 * tokenizer.quantizer.codes_per_place)
+    assert codes.shape == (4, *tokenizer.grid)
     assert codes.dtype == torch.int64
     assert codes.min() >= 0
     assert codes.max() < tokenizer.codebook_size
@@ -109,7 +114,25 @@ def test_inputs_of_another_shape_are_named(tokenizer: ImageTokenizer) -> None:
     with pytest.raises(ValueError, match="codes of shape"):
         tokenizer.decode(torch.zeros(1, 16, dtype=torch.int64))
     with pytest.raises(ValueError, match=f"0 .. {tokenizer.codebook_size - 1}"):
-        tokenizer.decode(torch.full((1, 4, 4), tokenizer.codebook_size))
+        tokenizer.decode(torch.full((1, *tokenizer.grid), tokenizer.codebook_size))
+
+
+def test_the_codes_of_several_levels_stand_in_a_sequence_and_come_back() -> None:
+    torch.manual_seed(0)
+    config = ImageTokenizerConfig(image_size=16, autoencoder=AUTOENCODER, quantizer=QUANTIZERS["residual_vq"])
+    tokenizer = ImageTokenizer(config).eval()
+    assert tokenizer.grid == (4, 8)
+    vocabulary = Vocabulary(
+        VocabularyConfig(codebook_sizes={"image": tokenizer.codebook_size}, num_text_pieces=4, num_sentinels=2)
+    )
+    form = CM3LeonFormat(vocabulary, {"image": tokenizer.grid})
+    codes = tokenizer.encode(draw_images(1))
+    ids = form.spell(Document([Image(codes[0].numpy())]))
+    (found,) = form.parse(ids).parts
+    assert isinstance(found, Image)
+    assert torch.equal(tokenizer.decode(torch.from_numpy(found.codes)[None]), tokenizer.decode(codes))
+    with pytest.raises(ValueError, match=r"codes of shape \(1, 4, 4\) instead of \(B, \*\(4, 8\)\)"):
+        tokenizer.decode(codes[:, :, ::2])  # the first level alone
 
 
 def test_a_missing_folder_says_what_to_do(tmp_path: Path) -> None:
