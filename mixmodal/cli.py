@@ -49,7 +49,7 @@ COMMANDS: dict[str, Subcommand] = {
         "mixmodal.evaluation.reconstruction",
         "ImageTokenizerEvaluationConfig",
         "evaluate_image_tokenizer",
-        "PSNR, SSIM and share of codes used",
+        "PSNR, SSIM, distances of networks, share of codes used",
     ),
     "pretrain": Subcommand("mixmodal.training.pretrain", "PretrainConfig", "pretrain", "trains the transformer"),
     "generate": Subcommand("mixmodal.pipeline.generate", "GenerateConfig", "generate", "texts and pictures"),

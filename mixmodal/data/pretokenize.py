@@ -78,10 +78,9 @@ class TokensConfig:
         for name in ("num_variants", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        changes = self.augment.flip_share or self.augment.move_share or self.augment.hue_share
-        if self.num_variants > 1 and not changes:
+        if self.num_variants > 1 and not self.augment.changes_pictures:
             raise ValueError(f"num_variants is {self.num_variants}, but augment changes nothing; set one of its shares")
-        if self.num_variants == 1 and changes:
+        if self.num_variants == 1 and self.augment.changes_pictures:
             raise ValueError("augment is set, but num_variants is 1 and the first variant is never changed; raise it")
 
 

