@@ -141,7 +141,8 @@ def evaluate_image_tokenizer(config: ImageTokenizerEvaluationConfig) -> Reconstr
         ValueError: naming folder or file, where the tokenizer or the pictures can not be read.
     """
     tokenizer = ImageTokenizer.load(config.image_tokenizer).to(config.device)
-    _, pixels, _ = decode_all(config.data, tokenizer.config.image_size, config.limits, config.max_pictures)
+    image_size, preprocess = tokenizer.config.image_size, tokenizer.config.preprocess
+    _, pixels, _ = decode_all(config.data, image_size, config.limits, config.max_pictures, preprocess)
     scores = score_reconstructions(tokenizer, (to_images(part) for part in pixels.split(config.batch_size)))
     for name, value in asdict(scores).items():
         print(f"{name:>15}  {value:,.4g}" if isinstance(value, float) else f"{name:>15}  {value:,}")
