@@ -54,6 +54,9 @@ COMMANDS: dict[str, Subcommand] = {
     "pretrain": Subcommand("mixmodal.training.pretrain", "PretrainConfig", "pretrain", "trains the transformer"),
     "generate": Subcommand("mixmodal.pipeline.generate", "GenerateConfig", "generate", "texts and pictures"),
     "classify": Subcommand("mixmodal.pipeline.classify", "ClassifyConfig", "classify", "zero-shot, by likelihood"),
+    "import": Subcommand(
+        "mixmodal.interop.importing", "ImportConfig", "import_checkpoint", "image tokenizers of other projects"
+    ),
     "inspect": Subcommand("mixmodal.data.inspect", "InspectConfig", "inspect", "packed training rows in colour"),
 }
 

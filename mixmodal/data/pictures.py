@@ -16,7 +16,7 @@ from mixmodal.data.augment import NUM_DRAWS, draw_changes
 from mixmodal.data.shards import PictureFile, find_shards, read_samples
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
 from mixmodal.data.split import check_split
-from mixmodal.tokenization.preprocessing import PictureError, resize_and_crop
+from mixmodal.tokenization.preprocessing import PictureError, Preprocess, resize_and_crop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,14 +89,16 @@ def read_pictures(paths: Sequence[Path], counter: SkipCounter, limits: SampleLim
         yield from sample.pictures
 
 
-def decode(picture: PictureFile, image_size: int, counter: SkipCounter, limits: SampleLimits) -> Tensor | None:
+def decode(
+    picture: PictureFile, image_size: int, counter: SkipCounter, limits: SampleLimits, preprocess: Preprocess = "meta"
+) -> Tensor | None:
     """Pixels of one picture, uint8 `(3, image_size, image_size)`; a bad one is counted and gives None.
 
     Raises:
         TooManySkipped: when the counter has had enough.
     """
     try:
-        pixels = np.asarray(resize_and_crop(picture.open(limits.max_pixels), image_size))  # H W C
+        pixels = np.asarray(resize_and_crop(picture.open(limits.max_pixels), image_size, preprocess))  # H W C
     except PictureError as error:
         counter.skip(SampleError("broken picture", str(error)))
         return None
@@ -104,7 +106,11 @@ def decode(picture: PictureFile, image_size: int, counter: SkipCounter, limits: 
 
 
 def decode_all(
-    paths: Sequence[Path], image_size: int, limits: SampleLimits, max_pictures: int
+    paths: Sequence[Path],
+    image_size: int,
+    limits: SampleLimits,
+    max_pictures: int,
+    preprocess: Preprocess = "meta",
 ) -> tuple[list[str], Tensor, bool]:
     """Keys and pixels, uint8 `(N, 3, H, W)`, of the first `max_pictures` good pictures, and whether these are all.
 
@@ -116,7 +122,7 @@ def decode_all(
     keys: list[str] = []
     decoded: list[Tensor] = []
     for picture in read_pictures(paths, counter, limits):
-        pixels = decode(picture, image_size, counter, limits)
+        pixels = decode(picture, image_size, counter, limits, preprocess)
         if pixels is None:
             continue
         if len(decoded) == max_pictures:
@@ -190,6 +196,7 @@ class PictureLoader:
         config: PictureDataConfig,
         image_size: int,
         *,
+        preprocess: Preprocess = "meta",
         micro_batch_size: int,
         grad_accum_steps: int = 1,
         rank: int = 0,
@@ -203,7 +210,9 @@ class PictureLoader:
             world_size=world_size,
             seed=seed,
         )
-        self.config, self.image_size, self.seed = config, image_size, seed
+        self.config, self.seed = config, seed
+        self.image_size = image_size
+        self.preprocess: Preprocess = preprocess
         self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
         self.rows_per_step = micro_batch_size * grad_accum_steps * world_size
         self.counter = SkipCounter(config.limits.max_skipped_share)
@@ -214,7 +223,9 @@ class PictureLoader:
     def _open(self) -> tuple[PictureSource, int | None]:
         """The pictures, and how many there are where they are cached."""
         most = self.config.max_cached_pictures
-        keys, pixels, complete = decode_all(self.config.train, self.image_size, self.config.limits, most)
+        keys, pixels, complete = decode_all(
+            self.config.train, self.image_size, self.config.limits, most, self.preprocess
+        )
         if complete:
             return CachedPictures(keys, pixels, self.seed), len(keys)
         return StreamedPictures(self.config, self.counter, self.seed), None
@@ -235,7 +246,7 @@ class PictureLoader:
         for row in rows:
             picture = row.picture
             if isinstance(picture, PictureFile):
-                picture = decode(picture, self.image_size, self.counter, self.config.limits)
+                picture = decode(picture, self.image_size, self.counter, self.config.limits, self.preprocess)
             if picture is not None:
                 keys.append(row.key)
                 pixels.append(picture)

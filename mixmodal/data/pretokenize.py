@@ -27,7 +27,7 @@ from mixmodal.data.token_shards import (
     write_token_shard,
 )
 from mixmodal.document import Document, FormatName, Image, Part, SequenceFormat, Text, build_format
-from mixmodal.tokenization.preprocessing import PictureError, resize_and_crop, to_tensor
+from mixmodal.tokenization.preprocessing import PictureError, Preprocess, resize_and_crop, to_tensor
 from mixmodal.tokenization.text import TextTokenizer
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
@@ -111,8 +111,8 @@ def pretokenize(config: PretokenizeConfig, progress: Progress | None = None) -> 
     text_tokenizer = TextTokenizer.load(config.text_tokenizer)
     image_tokenizer = ImageTokenizer.load(config.image_tokenizer).to(config.device)
     sha256 = ImageTokenizer.sha256(config.image_tokenizer)
-    size = image_tokenizer.config.image_size
-    return Pretokenizer(config, text_tokenizer, image_tokenizer, size, sha256).write(progress)
+    size, preprocess = image_tokenizer.config.image_size, image_tokenizer.config.preprocess
+    return Pretokenizer(config, text_tokenizer, image_tokenizer, size, sha256, preprocess).write(progress)
 
 
 class Pretokenizer:
@@ -124,6 +124,7 @@ class Pretokenizer:
         image_tokenizer: for pictures, on `config.device`.
         image_size: side of its pictures, pixels.
         image_tokenizer_sha256: names it in the manifest.
+        preprocess: how its pictures are resized.
     """
 
     def __init__(
@@ -133,8 +134,11 @@ class Pretokenizer:
         image_tokenizer: ImageEncoder,
         image_size: int,
         image_tokenizer_sha256: str,
+        preprocess: Preprocess = "meta",
     ) -> None:
-        self.config, self.image_tokenizer, self.image_size = config, image_tokenizer, image_size
+        self.config, self.image_tokenizer = config, image_tokenizer
+        self.image_size = image_size
+        self.preprocess: Preprocess = preprocess
         sizes = {Image.modality: image_tokenizer.codebook_size}
         vocabulary = Vocabulary(
             VocabularyConfig(
@@ -253,7 +257,8 @@ class Pretokenizer:
         yield from self._spell(shard, batch)
 
     def _image(self, picture: PictureFile) -> Tensor:
-        return to_tensor(resize_and_crop(picture.open(self.config.limits.max_pixels), self.image_size))
+        opened = picture.open(self.config.limits.max_pixels)
+        return to_tensor(resize_and_crop(opened, self.image_size, self.preprocess))
 
     def _spell(self, shard: int, batch: Sequence[tuple[int, Sample, list[Tensor]]]) -> Iterator[tuple[str, np.ndarray]]:
         variants = range(self.config.num_variants)

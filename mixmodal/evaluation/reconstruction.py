@@ -212,6 +212,7 @@ def evaluate_image_tokenizer(config: ImageTokenizerEvaluationConfig) -> ImageTok
         config.data,
         tokenizer.config.image_size,
         config.limits,
+        preprocess=tokenizer.config.preprocess,
         max_pictures=config.max_pictures,
         seed=config.seed,
         batch_size=config.batch_size,

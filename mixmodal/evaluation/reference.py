@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixmodal.data.pictures import decode, read_pictures
 from mixmodal.data.skipping import SampleLimits, SkipCounter
+from mixmodal.tokenization.preprocessing import Preprocess
 
 
 class ReferencePictures:
@@ -21,6 +22,7 @@ class ReferencePictures:
         paths: folders of shards.
         image_size: pixels a side.
         limits: what a picture may be, and the share of bad ones that fails the job.
+        preprocess: whose rules make images of pictures (see `ImageTokenizerConfig`).
         max_pictures: of more than so many, so many are chosen, each equally likely; bad ones among them are left out.
         seed: of the choice.
         batch_size: pictures of a batch.
@@ -32,11 +34,12 @@ class ReferencePictures:
         image_size: int,
         limits: SampleLimits,
         *,
+        preprocess: Preprocess = "meta",
         max_pictures: int,
         seed: int = 0,
         batch_size: int = 64,
     ) -> None:
-        self.paths, self.image_size, self.limits = paths, image_size, limits
+        self.paths, self.image_size, self.limits, self.preprocess = paths, image_size, limits, preprocess
         self.max_pictures, self.seed, self.batch_size = max_pictures, seed, batch_size
         self.digests: list[bytes] = []
 
@@ -54,7 +57,7 @@ class ReferencePictures:
         for number, picture in enumerate(read_pictures(self.paths, counter, self.limits)):
             if chosen is not None and number not in chosen:
                 continue
-            pixels = decode(picture, self.image_size, counter, self.limits)
+            pixels = decode(picture, self.image_size, counter, self.limits, self.preprocess)
             if pixels is None:
                 continue
             self.digests.append(hashlib.sha256(pixels.numpy().tobytes()).digest())

@@ -14,7 +14,7 @@ from torch import Tensor
 from mixmodal.data.shards import read_samples
 from mixmodal.data.skipping import SampleLimits
 from mixmodal.quickstart.scoring import Label
-from mixmodal.tokenization.preprocessing import resize_and_crop, to_tensor
+from mixmodal.tokenization.preprocessing import Preprocess, resize_and_crop, to_tensor
 
 LABEL_KEYS = ("concept", "style", "category")
 
@@ -39,8 +39,8 @@ class Demo(NamedTuple):
         }
 
 
-def load_demo(train: Path, heldout: Path, image_size: int) -> Demo:
-    """All demo pictures at the size of the image tokenizer.
+def load_demo(train: Path, heldout: Path, image_size: int, preprocess: Preprocess = "meta") -> Demo:
+    """All demo pictures as the image tokenizer wants them.
 
     Raises:
         ValueError: for a sample without concept, style or category, or with anything but one text and one picture.
@@ -55,7 +55,8 @@ def load_demo(train: Path, heldout: Path, image_size: int) -> Demo:
                 raise ValueError(f"{sample.source}: no demo picture, it lacks {missing or 'one text and one picture'}")
             known = {key: sample.metadata[key] for key in LABEL_KEYS}
             labels.append(Label(key=sample.key, caption=sample.texts[0], heldout=is_heldout, **known))
-            images.append(to_tensor(resize_and_crop(sample.pictures[0].open(limits.max_pixels), image_size)))
+            picture = sample.pictures[0].open(limits.max_pixels)
+            images.append(to_tensor(resize_and_crop(picture, image_size, preprocess)))
     return Demo(labels, torch.stack(images))
 
 

@@ -182,8 +182,9 @@ class Chain:
             from mixmodal.quickstart.demo import load_demo
 
             model = MixedModal.from_pretrained(self.export)
-            size = model.codec.image_tokenizer.config.image_size
-            self._shared = model, load_demo(self.run / "data" / "train", self.run / "data" / "heldout", size)
+            config = model.codec.image_tokenizer.config
+            train, heldout = self.run / "data" / "train", self.run / "data" / "heldout"
+            self._shared = model, load_demo(train, heldout, config.image_size, config.preprocess)
         return self._shared
 
     def sample(self) -> None:

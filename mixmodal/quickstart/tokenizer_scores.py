@@ -22,7 +22,8 @@ def score_tokenizer(run: Path, folder: Path) -> None:
     the held-out ones alone use stands beside it, with the share that as many equally likely codes would meet.
     """
     tokenizer = ImageTokenizer.load(folder)
-    demo = load_demo(run / "data" / "train", run / "data" / "heldout", tokenizer.config.image_size)
+    config = tokenizer.config
+    demo = load_demo(run / "data" / "train", run / "data" / "heldout", config.image_size, config.preprocess)
     heldout = score_reconstructions(tokenizer, demo.images[demo.indices(heldout=True)].split(64))
     everything = score_reconstructions(tokenizer, demo.images.split(64))
     scores = {

@@ -97,11 +97,12 @@ class Codec:
     @torch.inference_mode()
     def encode_pictures(self, pictures: Sequence[Picture]) -> list[Image]:
         """Pictures of any size and mode to their codes."""
-        size, images = self.image_tokenizer.config.image_size, []
+        config, images = self.image_tokenizer.config, []
         for start in range(0, len(pictures), self.batch_size):
             batch = []
             for index, picture in enumerate(pictures[start : start + self.batch_size], start):
-                batch.append(to_tensor(resize_and_crop(open_picture(picture, f"picture {index}"), size)))
+                opened = open_picture(picture, f"picture {index}")
+                batch.append(to_tensor(resize_and_crop(opened, config.image_size, config.preprocess)))
             codes: Tensor = self.image_tokenizer.encode(torch.stack(batch).to(self.device))  # (B, h, w)
             images += [Image(one) for one in codes.cpu().numpy()]
         return images

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mixmodal.files import write_whole
 from mixmodal.tokenization.autoencoder import AutoencoderConfig, Decoder, Encoder, channels_last, check_autoencoder
+from mixmodal.tokenization.preprocessing import Preprocess, check_preprocess, to_encoder_range
 from mixmodal.tokenization.quantizer import Quantized, QuantizerConfig, build_quantizer, check_quantizer
 
 CONFIG_NAME = "config.json"
@@ -28,11 +29,14 @@ class ImageTokenizerConfig:
 
     Args:
         image_size: height and width of the pictures, pixels.
+        preprocess: how pictures of other sizes and the range of their values are brought to the encoder: as Chameleon's
+            own code does it (`meta`), or as `transformers` does, which gives other codes. Both decode alike.
         autoencoder: encoder and decoder.
         quantizer: how latents become codes.
     """
 
     image_size: int = 256
+    preprocess: Preprocess = "meta"
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
 
@@ -48,6 +52,7 @@ class ImageTokenizer(nn.Module):
         super().__init__()
         check_autoencoder(config.autoencoder, config.image_size)
         check_quantizer(config.quantizer)
+        check_preprocess(config.preprocess)
         self.config = config
         self.quantizer = build_quantizer(config.quantizer)
         self.encoder = Encoder(config.autoencoder, config.image_size, self.quantizer.codebook_dim)
@@ -67,7 +72,7 @@ class ImageTokenizer(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
         """Images to their reconstructions `(B, 3, H, W)`, float32 and not clamped, and what the quantizer did."""
         self._check_images(images)
-        quantized = self.quantizer(self.encoder(channels_last(images)))
+        quantized = self.quantizer(self.encoder(channels_last(to_encoder_range(images, self.config.preprocess))))
         return self.decoder(quantized.latents).float(), quantized
 
     @torch.no_grad()
@@ -78,7 +83,8 @@ class ImageTokenizer(nn.Module):
         """
         self._check_images(images)
         with torch.autocast(images.device.type, enabled=False):
-            return self.quantizer.latents_to_codes(self.encoder(channels_last(images.to(self.dtype))))
+            images = to_encoder_range(images, self.config.preprocess).to(self.dtype)
+            return self.quantizer.latents_to_codes(self.encoder(channels_last(images)))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
@@ -184,7 +190,11 @@ def read_config(folder: Path) -> ImageTokenizerConfig:
             raise ValueError(f"format_version is {version}, this version reads {FORMAT_VERSION}")
         autoencoder = config_from_dict(AutoencoderConfig, section["autoencoder"])
         quantizer = config_from_dict(QuantizerConfig, section["quantizer"])
-        return ImageTokenizerConfig(image_size=section["image_size"], autoencoder=autoencoder, quantizer=quantizer)
+        preprocess = section.get("preprocess", "meta")  # older folders do not name it
+        check_preprocess(preprocess)
+        return ImageTokenizerConfig(
+            image_size=section["image_size"], preprocess=preprocess, autoencoder=autoencoder, quantizer=quantizer
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"image tokenizer: {path} is not the config of an image tokenizer: {error}") from error
 

@@ -1,4 +1,14 @@
-"""Picture files to RGB pictures, and pictures to tensors in [-1, 1]: the only image preprocessing there is."""
+"""Picture files to RGB pictures, and pictures to tensors in [-1, 1]: the only image preprocessing there is.
+
+Two projects preprocess pictures for the same Chameleon weights in two ways, which give different codes:
+
+| name | long side | what the encoder sees of a value 0 .. 255 |
+|---|---|---|
+| `meta` | rounded | value / 127.5 - 1, so -1 .. 1 |
+| `transformers` | rounded down | value * 0.0078 - 1, so -1 .. 0.989 |
+
+Images are in [-1, 1] everywhere; the tokenizer itself applies the scale of `transformers` before its encoder.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +17,7 @@ import struct
 import warnings
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -15,6 +25,10 @@ from PIL import Image, ImageOps
 if TYPE_CHECKING:
     import torch
 
+Preprocess = Literal["meta", "transformers"]
+
+RESCALE_FACTOR = 0.0078
+"""Of `ChameleonImageProcessor` in transformers, where 1 / 127.5 = 0.00784 would be exact."""
 MAX_PIXELS = 1 << 26
 """Default cap on the pixels of a picture, 67 million: above it lies what only decompression bombs and maps reach."""
 MAX_ASPECT = 8
@@ -91,8 +105,11 @@ def _to_rgb(picture: Image.Image, key: str) -> Image.Image:
     return picture.convert("RGB")
 
 
-def resize_and_crop(picture: Image.Image, size: int) -> Image.Image:
-    """Short side to `size` pixels (Lanczos), then the centre square with offsets rounded down, as Chameleon does it."""
+def resize_and_crop(picture: Image.Image, size: int, preprocess: Preprocess = "meta") -> Image.Image:
+    """Short side to `size` pixels (Lanczos), then the centre square with offsets rounded down, as Chameleon does it.
+
+    The two names differ in the long side's rounding, and so in pictures that are not square.
+    """
     width, height = picture.size
     short = min(width, height)
     if max(width, height) > MAX_ASPECT * short:
@@ -100,8 +117,10 @@ def resize_and_crop(picture: Image.Image, size: int) -> Image.Image:
     if picture.size == (size, size):
         return picture
     scale = size / short
-    picture = picture.resize((round(scale * picture.width), round(scale * picture.height)), Image.Resampling.LANCZOS)
-    return _crop_centre(picture, size, size)
+    resized = (round(scale * picture.width), round(scale * picture.height))
+    if preprocess == "transformers":
+        resized = (size * picture.width // short, size * picture.height // short)
+    return _crop_centre(picture.resize(resized, Image.Resampling.LANCZOS), size, size)
 
 
 def _crop_centre(picture: Image.Image, width: int, height: int) -> Image.Image:
@@ -115,6 +134,21 @@ def to_tensor(picture: Image.Image) -> torch.Tensor:
 
     pixels = np.array(picture.convert("RGB"), dtype=np.float32)  # H W C
     return torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1).contiguous()
+
+
+def to_encoder_range(images: torch.Tensor, preprocess: Preprocess) -> torch.Tensor:
+    """Images in [-1, 1] as the encoder sees them."""
+    return images if preprocess == "meta" else (images + 1) * (127.5 * RESCALE_FACTOR) - 1
+
+
+def check_preprocess(preprocess: str, key: str = "preprocess") -> None:
+    """Complain about an unknown name.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if preprocess not in get_args(Preprocess):
+        raise ValueError(f"{key} is {preprocess!r}; choose {' or '.join(get_args(Preprocess))}")
 
 
 def to_pictures(images: torch.Tensor) -> list[Image.Image]:

@@ -147,6 +147,7 @@ class ImageTokenizerTask(Task):
         return PictureLoader(
             self.config.data,
             self.config.tokenizer.image_size,
+            preprocess=self.config.tokenizer.preprocess,
             micro_batch_size=micro_batch_size,
             grad_accum_steps=grad_accum_steps,
             rank=rank,
@@ -283,8 +284,8 @@ class ImageTokenizerTask(Task):
         """uint8 `(N, 3, H, W)`, decoded once; None where no held-out data is given."""
         data = self.config.data
         if self._held_out is None and data.held_out:
-            size = self.config.tokenizer.image_size
-            _, self._held_out, _ = decode_all(data.held_out, size, data.limits, data.max_held_out_pictures)
+            size, preprocess = self.config.tokenizer.image_size, self.config.tokenizer.preprocess
+            _, self._held_out, _ = decode_all(data.held_out, size, data.limits, data.max_held_out_pictures, preprocess)
         return self._held_out
 
     def _check_usage(self, scores: ReconstructionScores) -> None:

@@ -1,6 +1,7 @@
 """The image tokenizer: codes that do not depend on the caller, and a folder that gives the same tokenizer back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,31 @@ def test_codes_of_a_picture_do_not_depend_on_its_batch(tokenizer: ImageTokenizer
     together = tokenizer.encode(images)
     alone = torch.cat([tokenizer.encode(image[None]) for image in images])
     assert torch.equal(together, alone)
+
+
+def test_codes_follow_the_name_of_the_preprocessing(tokenizer: ImageTokenizer, tmp_path: Path) -> None:
+    other = ImageTokenizer(replace(tokenizer.config, preprocess="transformers")).eval()
+    other.load_state_dict(tokenizer.state_dict())
+    images = draw_images(16)
+    expected = tokenizer.encode((images + 1) * 127.5 * 0.0078 - 1)
+    assert torch.equal(other.encode(images), expected)
+    assert torch.equal(other(images)[1].codes, expected)
+    assert not torch.equal(expected, tokenizer.encode(images))
+    assert torch.equal(other.decode(expected), tokenizer.decode(expected))
+    other.save(tmp_path)
+    assert ImageTokenizer.load(tmp_path).config.preprocess == "transformers"
+
+
+def test_folders_that_do_not_name_the_preprocessing_have_metas(tokenizer: ImageTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path)
+    data = json.loads((tmp_path / "config.json").read_text())
+    assert data["image_tokenizer"].pop("preprocess") == "meta"
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    assert ImageTokenizer.load(tmp_path).config == tokenizer.config
+    data["image_tokenizer"]["preprocess"] = "imagenet"
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="preprocess is 'imagenet'; choose meta or transformers"):
+        ImageTokenizer.load(tmp_path)
 
 
 def test_codes_do_not_depend_on_autocast_or_mode(tokenizer: ImageTokenizer) -> None:

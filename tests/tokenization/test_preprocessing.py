@@ -9,7 +9,14 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image
 
-from mixmodal.tokenization.preprocessing import PictureError, open_picture, resize_and_crop, to_pictures, to_tensor
+from mixmodal.tokenization.preprocessing import (
+    PictureError,
+    open_picture,
+    resize_and_crop,
+    to_encoder_range,
+    to_pictures,
+    to_tensor,
+)
 
 RED, GREEN = (255, 0, 0), (0, 255, 0)
 
@@ -200,6 +207,25 @@ def test_preprocessing_is_that_of_chameleon():
     resized = noise.resize((round(61 * scale), 16), Image.Resampling.LANCZOS)
     left = (resized.width - 16) // 2
     assert resize_and_crop(noise, 16).tobytes() == resized.crop((left, 0, left + 16, 16)).tobytes()
+
+
+@pytest.mark.parametrize("size", [(61, 37), (37, 61), (100, 75), (75, 101), (33, 33), (16, 16), (9, 5), (90, 17)])
+def test_preprocessing_by_the_name_of_transformers_is_that_of_its_processor(size):
+    from transformers.models.chameleon.image_processing_pil_chameleon import ChameleonImageProcessorPil
+
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+    processor = ChameleonImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    expected = torch.from_numpy(processor(noise)["pixel_values"][0]).float()
+    found = to_encoder_range(to_tensor(resize_and_crop(noise, 16, "transformers")), "transformers")
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-7)  # measured: 1.2e-7; a grey level is 7.8e-3
+
+
+def test_the_two_names_resize_and_scale_differently():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 62, 3), dtype=np.uint8))
+    assert resize_and_crop(noise, 16, "transformers").tobytes() != resize_and_crop(noise, 16).tobytes()
+    white = torch.ones(1, 3, 2, 2)
+    assert to_encoder_range(white, "meta") is white
+    assert to_encoder_range(white, "transformers").max() == pytest.approx(255 * 0.0078 - 1)
 
 
 def test_picture_of_the_right_size_is_untouched():
