@@ -72,8 +72,9 @@ class ImageTokenizer(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
         """Images to their reconstructions `(B, 3, H, W)`, float32 and not clamped, and what the quantizer did."""
         self._check_images(images)
-        quantized = self.quantizer(self.encoder(channels_last(to_encoder_range(images, self.config.preprocess))))
-        return self.decoder(quantized.latents).float(), quantized
+        images = to_encoder_range(images, self.config.preprocess).to(self.dtype)
+        quantized = self.quantizer(self.encoder(channels_last(images)))
+        return self.decoder(quantized.latents.to(self.dtype)).float(), quantized
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

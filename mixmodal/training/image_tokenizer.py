@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmodal.data.augment import AugmentConfig, augment
@@ -31,6 +32,7 @@ EVALUATION_BATCH = 64
 PICTURES_SHOWN = 16
 """Held-out pictures in `reconstructions.png`."""
 DISCRIMINATOR = "discriminator"
+CONTEST_METRICS = ("adversarial", "adaptive_weight", "discriminator", "logits_real", "logits_fake")
 
 
 class DivergedError(ValueError):
@@ -112,13 +114,12 @@ class ImageTokenizerTrainingConfig:
 
 
 class Reconstruction(NamedTuple):
-    """Pictures of one micro-batch, what came back, and the sums over pictures of the parts of the loss."""
+    """Pictures of one micro-batch, what came back, and what the quantizer asks for: sums over pictures."""
 
     images: Tensor
     reconstructions: Tensor
-    parts: dict[str, Tensor]
-    picture_loss: Tensor
     quantizer_loss: Tensor
+    quantizer_parts: dict[str, Tensor]
 
 
 class ImageTokenizerTask(Task):
@@ -129,12 +130,15 @@ class ImageTokenizerTask(Task):
         self._held_out: Tensor | None = None
         self._perceptual: PerceptualLoss | None = None
         self._discriminator: PatchDiscriminator | None = None
+        self._last_inputs: Tensor | None = None
         self._best_psnr = 0.0
 
     def build_model(self) -> ImageTokenizer:
         model = ImageTokenizer(self.config.tokenizer)  # first, so that its weights do not depend on the losses
         if self.config.losses.perceptual_weight:
             self._perceptual = PerceptualLoss(self.config.losses.perceptual)
+        if self.config.adversarial and self.config.adversarial.adaptive:
+            model.decoder.conv_out.register_forward_pre_hook(self._keep_last_inputs)
         return model
 
     def build_opponents(self) -> dict[str, Opponent]:
@@ -169,79 +173,105 @@ class ImageTokenizerTask(Task):
     def losses(self, model: nn.Module, batch: PictureBatch, step: int) -> TokenLosses:
         """Sums over pictures without a discriminator: `loss` is what is minimised, the others its parts, unweighted."""
         found = self._reconstruct(model, batch, step)
-        return self._sum(found, found.picture_loss + found.quantizer_loss)
+        loss, parts = self._picture_loss(found.reconstructions, found.images)
+        return self._sum(found, loss + found.quantizer_loss, parts)
 
     def rounds(
         self, networks: Mapping[str, nn.Module], batch: PictureBatch, step: int
     ) -> Iterator[tuple[str, TokenLosses]]:
         """The tokenizer's loss and, from `adversarial.start_step` on, the discriminator's on the same pictures."""
         adversarial = self.config.adversarial
-        if adversarial is None:
-            yield MODEL, self.losses(networks[MODEL], batch, step)
+        if adversarial is None or step < adversarial.start_step:
+            losses = self.losses(networks[MODEL], batch, step)
+            if adversarial:
+                nothing = Sums(torch.zeros_like(losses.weight), torch.zeros_like(losses.weight))
+                losses = losses._replace(metrics=losses.metrics | dict.fromkeys(CONTEST_METRICS, nothing))
+            yield MODEL, losses
             return
         found = self._reconstruct(networks[MODEL], batch, step)
-        objective = found.picture_loss + found.quantizer_loss
-        count = objective.new_tensor(float(len(found.images)))
-        resting = Sums(torch.zeros_like(count), torch.zeros_like(count))
-        metrics = dict.fromkeys(("adversarial", "adaptive_weight", "discriminator", "logits_real", "logits_fake"), resting)
-        if step < adversarial.start_step:
-            yield MODEL, self._sum(found, objective, metrics)
-            return
-        scale, fooled = self._adversarial_part(networks[MODEL], found, count)
-        objective = objective + adversarial.weight * scale * fooled
-        metrics |= {"adversarial": Sums(fooled.detach(), count), "adaptive_weight": Sums(scale * count, count)}
-        own = {name: metrics.pop(name) for name in ("discriminator", "logits_real", "logits_fake")}
-        yield MODEL, self._sum(found, objective, metrics)
+        yield MODEL, self._fooling_losses(networks[MODEL], found, adversarial)
         images = torch.cat([found.images, found.reconstructions.detach()]).to(self._discriminator_dtype)
-        real, fake = networks[DISCRIMINATOR](images).chunk(2)
+        real, fake = networks[DISCRIMINATOR](images).float().chunk(2)
         loss = discriminator_loss(real, fake, adversarial.loss)
-        values = (loss.detach(), *(logits.detach().float().flatten(1).mean(-1).sum() for logits in (real, fake)))
-        own = {name: Sums(value, count) for name, value in zip(own, values, strict=True)}
-        yield DISCRIMINATOR, TokenLosses(loss, count, own)
+        values = (loss, *(logits.flatten(1).mean(-1).sum() for logits in (real, fake)))
+        count = loss.new_tensor(float(len(found.images)))
+        names = ("discriminator", "logits_real", "logits_fake")
+        metrics = {name: Sums(value.detach(), count) for name, value in zip(names, values, strict=True)}
+        yield DISCRIMINATOR, TokenLosses(loss, count, metrics)
 
     def _reconstruct(self, model: nn.Module, batch: PictureBatch, step: int) -> Reconstruction:
         images = to_images(batch.pixels)
         if step < self.config.augment_until * self.config.trainer.max_steps:
             images = augment(images, batch.draws, self.config.augment)
         reconstructions, quantized = model(images)
-        errors = reconstructions - images
-        weights = self.config.losses
+        assert isinstance(quantized, Quantized)
+        parts = {name: part * len(images) for name, part in quantized.parts.items()}
+        return Reconstruction(images, reconstructions, quantized.loss * len(images), parts)
+
+    def _picture_loss(self, reconstructions: Tensor, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What pictures are asked for without a discriminator, and its parts: sums over pictures."""
+        errors, weights = reconstructions - images, self.config.losses
         parts = {"l1": errors.abs().flatten(1).mean(-1).sum(), "l2": errors.square().flatten(1).mean(-1).sum()}
         loss = weights.l1_weight * parts["l1"] + weights.l2_weight * parts["l2"]
         if self._perceptual:
             parts["perceptual"] = self._perceptual.to(images.device)(reconstructions, images).sum()
             loss = loss + weights.perceptual_weight * parts["perceptual"]
-        assert isinstance(quantized, Quantized)
-        parts |= {name: part * len(images) for name, part in quantized.parts.items()}
-        return Reconstruction(images, reconstructions, parts, loss, quantized.loss * len(images))
+        return loss, parts
 
-    def _sum(
-        self, found: Reconstruction, objective: Tensor, further: Mapping[str, Sums] | None = None
-    ) -> TokenLosses:
+    def _fooling_losses(self, model: nn.Module, found: Reconstruction, adversarial: AdversarialConfig) -> TokenLosses:
+        """The tokenizer's losses with the discriminator's opinion.
+
+        The gradients of both on the reconstructions are needed to weigh them, so they are taken there once and sent on.
+        """
+        count = found.quantizer_loss.new_tensor(float(len(found.images)))
+        leaf = found.reconstructions.detach().requires_grad_()
+        loss, parts = self._picture_loss(leaf, found.images)
+        fooled = generator_loss(self._opinion(leaf), adversarial.loss)
+        (wanted,), (given,) = (torch.autograd.grad(value, leaf) for value in (loss, fooled))
+        scale = torch.ones_like(count)
+        if adversarial.adaptive:
+            again = self._redraw(model)
+            losses = ((again * (gradient / count)).sum() for gradient in (wanted, given))
+            scale = adaptive_weight(*losses, model.decoder.conv_out.weight, adversarial.max_adaptive_weight)
+        weight = adversarial.weight * scale
+        pulled = (found.reconstructions * (wanted + weight * given)).sum()
+        objective = (loss + weight * fooled).detach() + (pulled - pulled.detach()) + found.quantizer_loss
+        contest = {"adversarial": Sums(fooled.detach(), count), "adaptive_weight": Sums(scale * count, count)}
+        losses = self._sum(found, objective, parts)
+        return losses._replace(metrics=losses.metrics | contest)
+
+    def _sum(self, found: Reconstruction, objective: Tensor, picture_parts: Mapping[str, Tensor]) -> TokenLosses:
         count = objective.new_tensor(float(len(found.images)))
-        parts = {"loss": objective, **found.parts}
-        metrics = {name: Sums(part.detach(), count) for name, part in parts.items()}
-        return TokenLosses(objective, count, {**metrics, **(further or {})})
+        parts = {"loss": objective, **picture_parts, **found.quantizer_parts}
+        return TokenLosses(objective, count, {name: Sums(part.detach(), count) for name, part in parts.items()})
 
-    def _adversarial_part(self, model: nn.Module, found: Reconstruction, count: Tensor) -> tuple[Tensor, Tensor]:
-        """What scales the generator's loss, a scalar without gradient, and that loss, a sum over pictures."""
-        adversarial, discriminator = self.config.adversarial, self._discriminator
-        assert adversarial is not None
-        assert discriminator is not None
-        frozen = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
-        autocast = self.config.trainer.precision == "autocast_bfloat16"
-        with torch.autocast(found.images.device.type, torch.bfloat16, enabled=autocast):
-            fakes = found.reconstructions.to(self._discriminator_dtype)
-            logits = torch.func.functional_call(discriminator, frozen, (fakes,))
-        fooled = generator_loss(logits, adversarial.loss)
-        if not adversarial.adaptive:
-            return torch.ones_like(count), fooled
-        last = model.decoder.conv_out.weight
-        if not last.numel():
-            raise ValueError("adversarial.adaptive needs whole weights, which ZeRO stage 3 does not keep; set it to false")
-        assert isinstance(last, Tensor)
-        weight = adaptive_weight(found.picture_loss / count, fooled / count, last, adversarial.max_adaptive_weight)
-        return weight, fooled
+    def _opinion(self, images: Tensor) -> Tensor:
+        """The discriminator's logits, of which nothing reaches its own weights."""
+        assert self._discriminator is not None
+        frozen = {name: parameter.detach() for name, parameter in self._discriminator.named_parameters()}
+        with self._autocast(images):
+            return torch.func.functional_call(self._discriminator, frozen, (images.to(self._discriminator_dtype),))
+
+    def _redraw(self, model: nn.Module) -> Tensor:
+        """The reconstructions once more, with a graph that holds the decoder's last layer only.
+
+        DeepSpeed lets nobody but itself send gradients through what its engine has returned.
+        """
+        assert self._last_inputs is not None
+        decoder = model.decoder
+        if not decoder.conv_out.weight.numel():
+            raise ValueError(
+                "adversarial.adaptive needs whole weights, which ZeRO stage 3 does not keep; set it to false"
+            )
+        with self._autocast(self._last_inputs):
+            return decoder.patches(F.conv2d(self._last_inputs, decoder.conv_out.weight, padding=1)).float()
+
+    def _keep_last_inputs(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        self._last_inputs = inputs[0].detach()
+
+    def _autocast(self, images: Tensor) -> torch.autocast:
+        enabled = self.config.trainer.precision == "autocast_bfloat16"
+        return torch.autocast(images.device.type, torch.bfloat16, enabled=enabled)
 
     @property
     def _discriminator_dtype(self) -> torch.dtype:

@@ -108,9 +108,7 @@ def test_the_losses_are_the_weighted_sums_of_their_parts(folder: Path, draw_shap
     ],
     ids=["float32", "bfloat16", "autocast"],
 )
-def test_a_resumed_contest_ends_like_one_without_a_break(
-    folder: Path, tmp_path: Path, options: dict[str, Any]
-) -> None:
+def test_a_resumed_contest_ends_like_one_without_a_break(folder: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     start_late = replace(ADVERSARIAL, start_step=2)  # before the break: both optimizers have moments to keep
     for name in ("train", "held_out"):
         (tmp_path / name).symlink_to(folder / name)
@@ -125,7 +123,9 @@ def test_a_resumed_contest_ends_like_one_without_a_break(
     assert (run / "export" / "model.safetensors").read_bytes() == whole
     again = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     names = ("loss", "discriminator", "logits_real", "logits_fake", "grad_norm_discriminator", "eval_psnr")
-    assert [[line.get(name) for name in names] for line in again] == [[line.get(name) for name in names] for line in lines]
+    assert [[line.get(name) for name in names] for line in again] == [
+        [line.get(name) for name in names] for line in lines
+    ]
     steps = [line for line in lines if "loss" in line]
     assert [line["discriminator"] is not None for line in steps] == [False, False, True, True, True, True]
     assert steps[-1]["adaptive_weight"] > 0
@@ -136,8 +136,10 @@ def test_training_that_diverges_stops_and_says_what_to_lower(folder: Path) -> No
     model = task.build_model().eval()
     before = task.evaluate(model)["psnr"]
     with torch.no_grad():
-        model.decoder.conv_out.bias.fill_(50.0)  # all white
-    with pytest.raises(DivergedError, match=rf"fell from {before:.1f} to .* max_psnr_drop 3; lower optimizer.lr or adv"):
+        model.decoder.conv_out.bias.fill_(-50.0)  # all black
+    with pytest.raises(
+        DivergedError, match=rf"fell from {before:.1f} to .* max_psnr_drop 3; lower optimizer.lr or adv"
+    ):
         task.evaluate(model)
     ImageTokenizerTask(replace(contest(folder), max_psnr_drop=0.0)).evaluate(model)
 

@@ -183,7 +183,9 @@ def test_a_run_leaves_a_folder_that_loads_and_scores_alike(folder: Path, draw_sh
     assert f"| psnr | {scores.psnr:,.4g} |" in (export / "README.md").read_text()
     with Image.open(export / "reconstructions.png") as sheet:
         sheet = np.array(sheet)
-    first = draw_shapes(1, 16, seed=1)[0].numpy().transpose(1, 2, 0)  # the first held-out picture, enlarged, stands on it
+    first = (
+        draw_shapes(1, 16, seed=1)[0].numpy().transpose(1, 2, 0)
+    )  # the first held-out picture, enlarged, stands on it
     enlarged = first.repeat(6, axis=0).repeat(6, axis=1)
     assert any(
         np.array_equal(sheet[top : top + 96, left : left + 96], enlarged) for top in range(12) for left in range(90)
