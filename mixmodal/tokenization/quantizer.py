@@ -102,6 +102,11 @@ class QuantizerConfig:
     diversity_weight: float = 1.0
     entropy_temperature: float = 0.01
 
+    @property
+    def codes_per_place(self) -> int:
+        """Codes of one place of the grid of latents."""
+        return self.num_levels if self.kind == "residual_vq" else 1
+
 
 class Quantizer(nn.Module, ABC):
     """Latents `(B, C, h, w)` to codes `(B, h, w * codes_per_place)` and back, in float32 whatever autocast says.

@@ -171,7 +171,7 @@ class ResidualQuantizer(Quantizer):
 
     def __init__(self, config: QuantizerConfig) -> None:
         levels = [build_vector_quantizer(replace(config, kind="vq", num_levels=0)) for _ in range(config.num_levels)]
-        super().__init__(config.codebook_size, config.codebook_dim, levels[0].part_weights, config.num_levels)
+        super().__init__(config.codebook_size, config.codebook_dim, levels[0].part_weights, config.codes_per_place)
         self.levels = nn.ModuleList(levels)
         self.gradient: Gradient = config.gradient
 

@@ -124,6 +124,18 @@ def test_save_and_load_give_the_same_tokenizer_to_the_bit(tokenizer: ImageTokeni
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_a_folder_saved_before_a_quantizer_option_was_added_is_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = ImageTokenizerConfig(image_size=16, autoencoder=AUTOENCODER, quantizer=QUANTIZERS["vq"])
+    tokenizer = ImageTokenizer(config).eval()
+    tokenizer.save(tmp_path)
+    data = json.loads((tmp_path / "config.json").read_text())
+    for name in ("num_levels", "gradient", "entropy_weight", "diversity_weight", "entropy_temperature"):
+        del data["image_tokenizer"]["quantizer"][name]
+    (tmp_path / "config.json").write_text(json.dumps(data))
+    assert torch.equal(ImageTokenizer.load(tmp_path).encode(draw_images()), tokenizer.encode(draw_images()))
+
+
 def test_the_digest_follows_content(tokenizer: ImageTokenizer, tmp_path: Path) -> None:
     tokenizer.save(tmp_path / "a")
     ImageTokenizer.load(tmp_path / "a").save(tmp_path / "b")
@@ -147,7 +159,7 @@ def test_the_codes_of_several_levels_stand_in_a_sequence_and_come_back() -> None
     torch.manual_seed(0)
     config = ImageTokenizerConfig(image_size=16, autoencoder=AUTOENCODER, quantizer=QUANTIZERS["residual_vq"])
     tokenizer = ImageTokenizer(config).eval()
-    assert tokenizer.grid == (4, 8)
+    assert tokenizer.grid == (4, 4 * config.quantizer.codes_per_place) == (4, 8)
     vocabulary = Vocabulary(
         VocabularyConfig(codebook_sizes={"image": tokenizer.codebook_size}, num_text_pieces=4, num_sentinels=2)
     )

@@ -108,6 +108,7 @@ def test_a_dead_code_restarts_at_a_latent_of_the_batch(kind: str) -> None:
     angles = torch.linspace(0.0, 1.5, 32)
     latents = torch.stack([angles.cos(), angles.sin()]).reshape(1, 2, 4, 8)
     used = [len(quantizer(latents).codes.unique()) for _ in range(3)]
+    assert int(quantizer.state_dict()["num_updates"]) == 3  # each update draws anew
     assert used[:2] == [2, 2]  # 0.5 after one update without use, 0.25 after two: then they restart
     assert used[2] == 4
     quantizer = build(kind=kind, codebook_size=4, codebook_dim=2, decay=0.5, restart_below=0.0).train()
