@@ -115,7 +115,8 @@ def generate(config: GenerateConfig) -> None:
         name: {modality: getattr(one, name) for modality, one in sampling.items()}
         for name in ("temperature", "top_k", "top_p")
     }
-    options |= {name: getattr(config, name) for name in ("best_of", "guidance_scale", "max_new_tokens")}
+    options |= {"best_of": config.best_of, "guidance_scale": config.guidance_scale}
+    options["max_new_tokens"] = config.max_new_tokens
     samples = model.generate(prompt, config.output, num=config.num, seed=config.seed, **options)
     described = {
         "model": config.model,

@@ -121,6 +121,7 @@ def _first_figures(summary: Results, samples: Results) -> str:
         f"{summary['counts']['pictures']:,} demo pictures; the distance is the {samples['distance']}.",
         figures(first, first=True),
         paragraph(_shared_with_training(pictures), "note"),
+        paragraph(_by_reference(summary), "note"),
         "<h3>Training pairs, for comparison</h3>",
         figures(cards(heldout=False)),
     )
@@ -140,6 +141,22 @@ def _shared_with_training(pictures: Sequence[Results]) -> str:
         f"draws is a training picture of the right style or of the right concept in {len(familiar)} of {len(heldout)} "
         f"cases; in {both.hits} of {both.trials} ({percent(both.share)}) it is right in both."
     )
+
+
+def _by_reference(summary: Results) -> str:
+    """What the rates are by either comparison: with the pictures as they are, or with the blur of the tokenizer."""
+    names = {
+        "original": "the demo pictures as they are",
+        "redrawn": "the demo pictures as the image tokenizer redraws them",
+    }
+    rates = {name: summary[f"text_to_image_{name}"] for name in names}
+    shown = [
+        f"{said}: {percent(rates[name]['concept_accuracy_heldout'])} right concept, "
+        f"{percent(rates[name]['style_accuracy_heldout'])} right style, "
+        f"{percent(rates[name]['both_accuracy_heldout'])} both"
+        for name, said in names.items()
+    ]
+    return f"Text to image of held-out pairs, the nearest sought among {'; among '.join(shown)}."
 
 
 def _text_to_image(run: Path, samples: Results) -> str:

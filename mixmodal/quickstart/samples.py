@@ -14,7 +14,7 @@ from rich.progress import track
 
 from mixmodal.pipeline import MixedModal
 from mixmodal.quickstart.demo import Demo, choose, save_picture
-from mixmodal.quickstart.scoring import DISTANCE, named_concept, nearest_pictures, split_rate
+from mixmodal.quickstart.scoring import DISTANCE, Label, named_concept, nearest_pictures, split_rate
 from mixmodal.sampling.guidance import TokenSampling
 from mixmodal.tokenization.preprocessing import to_pictures, to_tensor
 
@@ -34,7 +34,8 @@ class SamplesConfig:
         max_caption_tokens: tokens after which a caption is cut.
         batch_size: samples drawn at a time.
         compare_with: what generated pictures are compared with: all demo pictures themselves (`original`), or as the
-            image tokenizer redraws them (`redrawn`), with the blur that a generated picture has, too.
+            image tokenizer redraws them (`redrawn`), with the blur that a generated picture has, too. The rates of both
+            are kept; this one is shown.
         mixed_prompt: caption that begins the mixed document; none takes the first held-out one.
         mixed_outputs: what follows it, in this order.
         seed: of the pairs and the samples.
@@ -100,28 +101,35 @@ def judge_pictures(
     run: Path, model: MixedModal, demo: Demo, chosen: Sequence[int], pictures: Sequence[Image], config: SamplesConfig
 ) -> list[dict[str, Any]]:
     """Generated pictures with the demo picture nearest to each, and whether that is of the right concept and style."""
-    others = demo.images if config.compare_with == "original" else redraw(model, demo.images)
-    nearest = nearest_pictures(torch.stack([to_tensor(picture) for picture in pictures]), others)
+    images = torch.stack([to_tensor(picture) for picture in pictures])
+    references = {"original": demo.images, "redrawn": redraw(model, demo.images)}
+    nearest = {name: nearest_pictures(images, others) for name, others in references.items()}
     items = []
     for number, (index, picture) in enumerate(zip(chosen, pictures, strict=True)):
-        label, place = demo.labels[index], int(nearest.indices[number])
-        near = demo.labels[place]
+        label = demo.labels[index]
+        verdicts = {name: judge(label, demo.labels[int(found.indices[number])]) for name, found in nearest.items()}
+        place = int(nearest[config.compare_with].indices[number])
         items.append(
             {
                 "prompt": label.caption,
                 "label": label._asdict(),
                 "image": save_picture(picture, run, f"samples/generated/{number:03d}.png"),
                 "nearest": {
-                    "label": near._asdict(),
+                    "label": demo.labels[place]._asdict(),
                     "image": save_demo(run, demo, place),
-                    "distance": float(nearest.distances[number]),
+                    "distance": float(nearest[config.compare_with].distances[number]),
                 },
-                "concept_right": near.concept == label.concept,
-                "style_right": near.style == label.style,
-                "both_right": near.concept == label.concept and near.style == label.style,
+                **verdicts[config.compare_with],
+                "by_reference": verdicts,
             }
         )
     return items
+
+
+def judge(wanted: Label, found: Label) -> dict[str, bool]:
+    """Whether the concept, the style and both are right."""
+    verdict = {f"{name}_right": getattr(wanted, name) == getattr(found, name) for name in ("concept", "style")}
+    return {**verdict, "both_right": all(verdict.values())}
 
 
 def redraw(model: MixedModal, images: torch.Tensor) -> torch.Tensor:
@@ -185,12 +193,21 @@ def save_demo(run: Path, demo: Demo, index: int) -> str:
 
 
 def summarise_samples(results: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The rates of `summary.json`: `text_to_image` and `image_to_text`, by split; nan for a split without samples."""
-    rates: dict[str, dict[str, float]] = {}
-    for direction in ("text_to_image", "image_to_text"):
-        rates[direction] = {}
-        for heldout, split in ((False, "trained"), (True, "heldout")):
-            for name in ("concept", "style", "both"):
-                found = split_rate(results[direction], f"{name}_right", heldout)
-                rates[direction][f"{name}_accuracy_{split}"] = found.share
-    return rates
+    """The rates of `summary.json`, by split; nan for a split without samples.
+
+    Those of `text_to_image` and `image_to_text`; and those of pictures by what they are compared with.
+    """
+    drawn = results["text_to_image"]
+    verdicts = {"text_to_image": drawn, "image_to_text": results["image_to_text"]}
+    for reference in REFERENCES:
+        verdicts[f"text_to_image_{reference}"] = [
+            {"label": item["label"], **item["by_reference"][reference]} for item in drawn
+        ]
+    return {
+        direction: {
+            f"{name}_accuracy_{split}": split_rate(items, f"{name}_right", heldout).share
+            for heldout, split in ((False, "trained"), (True, "heldout"))
+            for name in ("concept", "style", "both")
+        }
+        for direction, items in verdicts.items()
+    }

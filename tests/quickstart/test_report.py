@@ -86,7 +86,10 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
+RATES = {"concept_accuracy_heldout": 0.41, "style_accuracy_heldout": 0.83, "both_accuracy_heldout": 0.37}
 SUMMARY: dict[str, Any] = {
+    "text_to_image_original": RATES,
+    "text_to_image_redrawn": {**RATES, "style_accuracy_heldout": 0.94},
     "seconds": 480.0,
     "peak_memory_bytes": 3 * 1024**3,
     "counts": {"pictures": 1234, "concepts": 600, "heldout": 60, "styles": ["flat", "outline"]},
@@ -165,6 +168,8 @@ def test_figures_time_versions_and_attribution_are_on_the_page(html: str) -> Non
         assert wanted in text, wanted
     assert "mixmodal prepare --config <x>" in text
     assert "distance of this test" in text
+    assert "as they are: 41 % right concept, 83 % right style, 37 % both" in text
+    assert "redraws them: 41 % right concept, 94 % right style" in text
 
 
 def test_figures_say_what_they_count(html: str) -> None:

@@ -96,6 +96,10 @@ def test_all_demo_pictures_are_redrawn_for_that_comparison(tmp_path: Path, model
     items = judge_pictures(tmp_path, model, demo, range(12), drawn, config)
     assert max(item["nearest"]["distance"] for item in items) < 0.01  # rounding to 8 bits
     original = judge_pictures(tmp_path, model, demo, range(12), drawn, CONFIG)
+    for item, other in zip(items, original, strict=True):  # both comparisons are kept
+        assert item["by_reference"] == other["by_reference"]
+        assert all(item[key] == right for key, right in item["by_reference"]["redrawn"].items())
+        assert all(other[key] == right for key, right in item["by_reference"]["original"].items())
     assert max(item["nearest"]["distance"] for item in original) > 0.05
 
 
@@ -105,14 +109,23 @@ def test_the_word_for_a_style_is_not_sought_in_a_concept() -> None:
 
 
 def test_summary_rates_are_by_split() -> None:
+    wrong = dict.fromkeys(("concept_right", "style_right", "both_right"), False)
     items = [
-        {"label": {"heldout": heldout}, "concept_right": right, "style_right": True, "both_right": right}
+        {
+            "label": {"heldout": heldout},
+            "concept_right": right,
+            "style_right": True,
+            "both_right": right,
+            "by_reference": {"original": wrong, "redrawn": wrong | {"style_right": right}},
+        }
         for heldout, right in ((True, False), (True, True), (False, True))
     ]
     rates = summarise_samples({"text_to_image": items, "image_to_text": items})
     assert rates["text_to_image"]["concept_accuracy_heldout"] == 0.5
     assert rates["image_to_text"]["concept_accuracy_trained"] == 1.0
     assert rates["text_to_image"]["style_accuracy_heldout"] == 1.0
+    assert rates["text_to_image_original"]["style_accuracy_heldout"] == 0.0
+    assert rates["text_to_image_redrawn"]["style_accuracy_heldout"] == 0.5
     heldout = [item for item in items if item["label"]["heldout"]]
     rates = summarise_samples({"text_to_image": heldout, "image_to_text": heldout})
     assert np.isnan(rates["text_to_image"]["concept_accuracy_trained"])  # nobody failed where nobody tried
