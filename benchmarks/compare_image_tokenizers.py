@@ -60,15 +60,18 @@ LLAMAGEN_SHAPE = AutoencoderConfig(
 )
 """LlamaGen's VQ-8 with the channels that make it as large as ours."""
 LLAMAGEN_CODES = QuantizerConfig(kind="vq_cosine", update="gradient", codebook_size=1024, codebook_dim=8)
+CODEBOOK = {"codebook_size": 1024, "codebook_dim": 8}
 QUANTIZERS = {
     "fsq": QuantizerConfig(kind="fsq", levels=(8, 5, 5, 5)),
     "lfq": QuantizerConfig(kind="lfq", codebook_dim=10),
-    "vq_ema": QuantizerConfig(kind="vq", codebook_size=1024, codebook_dim=8),
-    "vq_cosine_ema": QuantizerConfig(kind="vq_cosine", codebook_size=1024, codebook_dim=8),
+    "vq_ema": QuantizerConfig(kind="vq", restart_below=0.2, **CODEBOOK),
+    "vq_cosine_ema": QuantizerConfig(kind="vq_cosine", restart_below=0.2, **CODEBOOK),
     "vq_cosine_gradient": LLAMAGEN_CODES,
-    "simvq": QuantizerConfig(kind="simvq", codebook_size=1024, codebook_dim=8),
-    "vq_rotation": QuantizerConfig(kind="vq", codebook_size=1024, codebook_dim=8, gradient="rotation"),
+    "simvq": QuantizerConfig(kind="simvq", **CODEBOOK),
+    "simvq_rotation": QuantizerConfig(kind="simvq", gradient="rotation", **CODEBOOK),
+    "residual_vq": QuantizerConfig(kind="residual_vq", num_levels=4, restart_below=0.2, **CODEBOOK),
 }
+"""About 1,024 codes each; `residual_vq` has four for each of 4 x 4 places, which are 64 codes a picture, too."""
 PIXELS_ONLY = ReconstructionLossConfig(l1_weight=0.1, l2_weight=1.0)
 SHOWN = ("pixels", "perceptual", "ours")
 COLUMNS, CELL = 12, 96
@@ -88,6 +91,9 @@ def build_config(arm: str, seed: int, steps: int | None) -> ImageTokenizerTraini
         return replace(config, tokenizer=tokenizer, losses=losses, adversarial=adversarial)
     if arm in QUANTIZERS:
         tokenizer = replace(config.tokenizer, quantizer=QUANTIZERS[arm])
+        if arm == "residual_vq":
+            shape = replace(tokenizer.autoencoder, patch_size=2 * tokenizer.autoencoder.patch_size)
+            tokenizer = replace(tokenizer, autoencoder=shape)
         return replace(config, tokenizer=tokenizer, losses=PIXELS_ONLY, **alone)
     if arm == "pixels":
         return replace(config, losses=PIXELS_ONLY, **alone)

@@ -40,6 +40,12 @@ class ImageTokenizerConfig:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     quantizer: QuantizerConfig = field(default_factory=QuantizerConfig)
 
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Codes of a picture, `(h, w)`; a quantizer with several codes a place makes it that many times wider."""
+        side = self.image_size // self.autoencoder.downsampling
+        return side, side * self.quantizer.codes_per_place
+
 
 class ImageTokenizer(nn.Module):
     """Images `(B, 3, H, W)` in [-1, 1] to codes `(B, h, w)` and back.
@@ -65,9 +71,8 @@ class ImageTokenizer(nn.Module):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Codes of a picture, `(h, w)`; a quantizer with several codes a place makes it that many times wider."""
-        side = self.config.image_size // self.config.autoencoder.downsampling
-        return side, side * self.quantizer.codes_per_place
+        """Codes of a picture, `(h, w)`."""
+        return self.config.grid
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
         """Images to their reconstructions `(B, 3, H, W)`, float32 and not clamped, and what the quantizer did."""

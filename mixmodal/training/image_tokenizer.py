@@ -106,10 +106,10 @@ class ImageTokenizerTrainingConfig:
             check_discriminator(self.adversarial.discriminator, self.tokenizer.image_size)
         elif self.discriminator_optimizer != OptimizerConfig():
             raise ValueError("discriminator_optimizer has no effect without adversarial; leave it out")
-        if self.trainer.precision == "bfloat16" and self.tokenizer.quantizer.kind != "fsq":
+        if self.trainer.precision == "bfloat16" and self.tokenizer.quantizer.kind not in ("fsq", "lfq"):
             raise ValueError(
                 "trainer.precision bfloat16 would round the codebook; choose autocast_bfloat16 or float32, "
-                "or tokenizer.quantizer.kind fsq"
+                "or tokenizer.quantizer.kind fsq or lfq, which have none"
             )
 
 
@@ -167,8 +167,8 @@ class ImageTokenizerTask(Task):
 
     def batch_tokens(self, batch: PictureBatch) -> int:
         """Codes."""
-        side = self.config.tokenizer.image_size // self.config.tokenizer.autoencoder.downsampling
-        return len(batch.pixels) * side * side
+        height, width = self.config.tokenizer.grid
+        return len(batch.pixels) * height * width
 
     def losses(self, model: nn.Module, batch: PictureBatch, step: int) -> TokenLosses:
         """Sums over pictures without a discriminator: `loss` is what is minimised, the others its parts, unweighted."""
@@ -345,12 +345,12 @@ class ImageTokenizerTask(Task):
 def card(config: ImageTokenizerTrainingConfig, scores: ReconstructionScores | None) -> str:
     """A model card in Markdown."""
     tokenizer, trainer = config.tokenizer, config.trainer
-    side = tokenizer.image_size // tokenizer.autoencoder.downsampling
+    height, width = tokenizer.grid
     num_pictures = trainer.micro_batch_size * trainer.grad_accum_steps
     lines = [
         "# Image tokenizer",
         "",
-        f"Codes pictures of {tokenizer.image_size} x {tokenizer.image_size} pixels as {side} x {side} codes "
+        f"Codes pictures of {tokenizer.image_size} x {tokenizer.image_size} pixels as {height} x {width} codes "
         f"(quantizer `{tokenizer.quantizer.kind}`), and draws pictures from codes. Trained by mixmodal "
         f"for {trainer.max_steps:,} steps of {num_pictures} pictures on each device.",
         "",
