@@ -104,6 +104,7 @@ def test_small_pictures_have_distances_with_gradients(backbone: str, size: int, 
     assert reconstructions.grad.isfinite().all()
     assert (reconstructions.grad.flatten(1).norm(dim=1) > 0).all()
     assert images.grad is None
+    assert not loss.training
     assert not any(parameter.requires_grad or parameter.grad is not None for parameter in loss.parameters())
 
 
@@ -113,7 +114,7 @@ def test_equal_pictures_have_no_distance(efficientnet: PerceptualLoss, lpips: Pe
     assert lpips(images, images).tolist() == [0.0, 0.0]
 
 
-def test_a_flat_picture_has_a_finite_gradient(lpips: PerceptualLoss) -> None:
+def test_positions_without_activation_have_a_finite_distance_and_gradient(lpips: PerceptualLoss) -> None:
     """VGG's activations may all be 0 at a position, where a length has no derivative."""
     with torch.no_grad():
         biases = [layer.bias for layer in lpips.network.features.values()]  # type: ignore[union-attr]
@@ -121,10 +122,12 @@ def test_a_flat_picture_has_a_finite_gradient(lpips: PerceptualLoss) -> None:
         for bias in biases:
             bias -= 10
         reconstructions = torch.zeros(1, 3, 16, 16, requires_grad=True)
-    lpips(reconstructions, torch.ones(1, 3, 16, 16)).sum().backward()
+    distances = lpips(reconstructions, torch.ones(1, 3, 16, 16))
+    distances.sum().backward()
     with torch.no_grad():
         for bias, old in zip(biases, kept, strict=True):
             bias.copy_(old)
+    assert distances.isfinite().all()
     assert reconstructions.grad is not None
     assert reconstructions.grad.isfinite().all()
 
