@@ -84,8 +84,8 @@ def build_config(arm: str, seed: int, steps: int | None) -> ImageTokenizerTraini
     trainer = replace(config.trainer, run_dir=RUNS / f"{arm}-{seed}", seed=seed, tensorboard=False)
     config = replace(config, trainer=replace(trainer, max_steps=steps) if steps else trainer)
     alone = {"adversarial": None, "discriminator_optimizer": OptimizerConfig()}
-    if arm == "llamagen":  # its losses and weights, too; the discriminator starts at the same step
-        losses = ReconstructionLossConfig(l1_weight=0.0, l2_weight=1.0, perceptual_weight=1.0)
+    if arm == "llamagen":  # its losses, too; the perceptual one as we weigh it, since the backbone is not LPIPS'
+        losses = replace(config.losses, l1_weight=0.0)
         tokenizer = replace(config.tokenizer, autoencoder=LLAMAGEN_SHAPE, quantizer=LLAMAGEN_CODES)
         adversarial = replace(config.adversarial or AdversarialConfig(), weight=0.5, adaptive=False)
         return replace(config, tokenizer=tokenizer, losses=losses, adversarial=adversarial)
