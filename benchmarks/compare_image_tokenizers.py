@@ -151,7 +151,7 @@ def record_all() -> None:
 
 
 def draw_sheet() -> None:
-    """Held-out pictures as they are and as the arms of SHOWN redraw them; of the flat style, whose licence allows it."""
+    """Held-out pictures as they are and as the arms of SHOWN redraw them; of the style whose licence allows it."""
     samples = [sample for sample in read_samples(DATA / "heldout") if sample.metadata["style"] == FLAT][:COLUMNS]
     pictures = [sample.pictures[0].open(CORPUS.image_size**2) for sample in samples]
     rows = [torch.stack([to_tensor(picture) for picture in pictures])]

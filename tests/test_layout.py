@@ -23,6 +23,7 @@ SCRIPT_FOLDERS = ("tokenizers", "train", "sample")
 FLOORS = {
     "files": 0,
     "vocabulary": 0,
+    "weights": 0,
     "config": 1,
     "document": 1,
     "models": 1,

@@ -26,11 +26,11 @@ from mixmodal.interop.vqgan_names import (
     Layout,
     names,
 )
-from mixmodal.interop.weights import read_weights
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
 from mixmodal.tokenization.preprocessing import Preprocess
 from mixmodal.tokenization.quantizer import QuantizerConfig
+from mixmodal.weights import read_weights
 
 SHOWN = 10
 """Names of each kind that an error lists."""

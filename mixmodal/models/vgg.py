@@ -9,13 +9,13 @@ Shapes: B batch, C channels, H W pixels.
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mixmodal.weights import read_weights
 
 STAGE_CHANNELS = (64, 128, 256, 512, 512)
 STAGE_CONVS = (2, 2, 3, 3, 3)
@@ -24,8 +24,6 @@ MIN_SIZE = 16
 # what LPIPS subtracts and divides by (arXiv 1801.03924, reference code): ImageNet's mean and deviation in [-1, 1]
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
-# what torch.load raises on files that are broken, or hold more than tensors
-LOADING_ERRORS = (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, LookupError)
 
 
 class VGG16Features(nn.Module):
@@ -77,7 +75,7 @@ def load_vgg16(path: Path) -> VGG16Features:
         ValueError: naming the file, where it can not be read or lacks a tensor.
     """
     network = VGG16Features()
-    state = read_weights(path, "VGG16")
+    state = read_weights(path)
     wanted = {name: tensor.shape for name, tensor in network.state_dict().items()}
     bad = [name for name, shape in wanted.items() if name not in state or state[name].shape != shape]
     if bad:
@@ -95,7 +93,7 @@ def load_lpips_weights(path: Path) -> list[Tensor]:
     Raises:
         ValueError: naming the file, where it can not be read or is for another network than VGG16.
     """
-    state = read_weights(path, "LPIPS")
+    state = read_weights(path)
     found = []
     for stage, channels in enumerate(STAGE_CHANNELS):
         name = f"lin{stage}.model.1.weight"
@@ -104,30 +102,3 @@ def load_lpips_weights(path: Path) -> list[Tensor]:
             raise ValueError(f"LPIPS: {path} is not for VGG16: {name} is {shape} instead of (1, {channels}, 1, 1)")
         found.append(state[name].float().reshape(channels))
     return found
-
-
-def read_weights(path: Path, what: str) -> dict[str, Tensor]:
-    """The tensors of a `.safetensors` or a torch file, on the CPU; no code of the file is run.
-
-    Args:
-        path: the file.
-        what: names the network in messages.
-
-    Raises:
-        ValueError: naming the file, where it is missing, broken or no dictionary of tensors.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    if not path.is_file():
-        raise ValueError(f"{what}: there is no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            return load(path.read_bytes())
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (*LOADING_ERRORS, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{what}: {path} is no whole file of weights, or wants to run code: {reason}") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{what}: {path} holds a {type(state).__name__} instead of a dictionary of tensors")
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}

@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 
 class AveragedWeights:
-    """`average = decay * average + (1 - decay) * weight` after every step, in float32.
+    """`average = d * average + (1 - d) * weight` after every step, in float32.
+
+    d is `decay` but for the first steps: `min(decay, (1 + step) / (10 + step))`, so that the random weights of the
+    start are soon forgotten (as in TensorFlow's ExponentialMovingAverage with `num_updates`).
 
     Args:
         model: in float32; its weights are the first average. Only parameters that are trained are averaged.
-        decay: share that stays, per step.
+        decay: share that stays, per step, in the long run.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -25,10 +28,12 @@ class AveragedWeights:
         self._averages = {name: average.to(device) for name, average in self._averages.items()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self, model: nn.Module, step: int) -> None:
+        """To be called after optimizer step `step`, counted from 1."""
+        decay = min(self.decay, (1 + step) / (10 + step))
         for name, parameter in model.named_parameters():
             if name in self._averages:
-                self._averages[name].lerp_(parameter.float(), 1.0 - self.decay)
+                self._averages[name].lerp_(parameter.float(), 1.0 - decay)
 
     @contextlib.contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:

@@ -218,7 +218,7 @@ class Run:
                 found[name] = self.engines[name].step_norm()
                 _Check(self, batches, values)(np.isfinite(found[name]), f"gradient norm is {found[name]}")
         if self.ema:
-            self.ema.update(self.engine.module)
+            self.ema.update(self.engine.module, self.step)
         return found, bool(stopping), following
 
     def _global_weight(self, batches: list[Batch], stop: StopSignal) -> Tensor:

@@ -150,9 +150,9 @@ def test_options_that_can_not_act_are_refused(folder: Path) -> None:
         replace(config, discriminator_optimizer=DISCRIMINATOR_OPTIMIZER)
     with pytest.raises(ValueError, match="lower num_layers"):
         replace(config, adversarial=AdversarialConfig())
-    with pytest.raises(ValueError, match="losses.perceptual has no effect with perceptual_weight 0"):
+    with pytest.raises(ValueError, match=r"losses.perceptual has no effect with perceptual_weight 0"):
         ReconstructionLossConfig(perceptual=PerceptualConfig(image_size=64))
-    with pytest.raises(ValueError, match="losses.perceptual_weight is -1"):
+    with pytest.raises(ValueError, match=r"losses.perceptual_weight is -1"):
         ReconstructionLossConfig(perceptual_weight=-1.0)
     with pytest.raises(ValueError, match="max_psnr_drop is -1"):
         replace(config, max_psnr_drop=-1.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mixmodal.interop.weights import read_weights
+from mixmodal.weights import read_weights
 
 A, B = torch.arange(3.0), torch.ones(2, 2)
 
