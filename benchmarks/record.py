@@ -26,7 +26,7 @@ def record(
         device_kind: `cpu` or `cuda`.
         config: what the value depends on.
     """
-    from mixmodal.quickstart.environment import commit, device, versions
+    from mixmodal.environment import commit, device, versions
 
     return append(
         benchmark=benchmark,

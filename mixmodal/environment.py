@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -13,7 +14,7 @@ PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "vector-quantize-pyt
 
 def commit() -> str:
     """The commit of the source tree, `+` behind it where tracked files differ; "unknown" outside a git clone."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists():
         return "unknown"
     try:
@@ -28,10 +29,10 @@ def _git(root: Path, *arguments: str) -> str:
     return done.stdout.strip()
 
 
-def versions() -> dict[str, str]:
+def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     """Versions of python, this package and the libraries that figures depend on."""
     found = {"python": platform.python_version()}
-    for name in ("mixmodal", *PACKAGES):
+    for name in ("mixmodal", *packages):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
