@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from toy_task import ToyTask
+from toy_task import Contest, ToyTask
 
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.optimizer import OptimizerConfig
@@ -17,4 +17,5 @@ if __name__ == "__main__":
     settings = {"max_steps": 6, "micro_batch_size": 8, "log_every": 1, "tensorboard": False, **json.loads(options)}
     if settings.get("deepspeed"):
         settings["deepspeed"] = Path(settings["deepspeed"])
-    Trainer(TrainerConfig(run_dir=Path(run_dir), **settings), OptimizerConfig(lr=1e-2, warmup_steps=2)).fit(ToyTask())
+    task = Contest() if settings.pop("contest", False) else ToyTask()
+    Trainer(TrainerConfig(run_dir=Path(run_dir), **settings), OptimizerConfig(lr=1e-2, warmup_steps=2)).fit(task)

@@ -3,64 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_launcher import curve, launch
 from test_trainer import MODES, losses, stop_in_step
-from torch import Tensor, nn
-from toy_task import DIM, Rows, ToyLoader, ToyLoss, ToyTask
+from torch import Tensor
+from toy_task import Contest, ToyLoader
 
-from mixmodal.objectives.loss import Sums
 from mixmodal.training.checkpoint import CheckpointError
-from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.randomness import set_seeds
-from mixmodal.training.task import MODEL, Opponent
+from mixmodal.training.task import MODEL
 from mixmodal.training.trainer import NonFiniteError
 
-CRITIC = OptimizerConfig(lr=3e-3, betas=(0.5, 0.9), warmup_steps=1, schedule="constant", weight_decay=0.0)
+ROOT = Path(__file__).parents[2]
 Fit = Callable[..., Any]
 Exported = Callable[..., dict[str, Tensor]]
-
-
-class Contest(ToyTask):
-    """The model lowers what the critic thinks of its answers besides its errors; the critic raises it."""
-
-    def __init__(self, start: int = 0, bad_step: int = -1) -> None:
-        super().__init__(noise=0.1)
-        self.start, self.bad_critic_step = start, bad_step
-        self.critics: list[nn.Module] = []
-
-    def build_opponents(self) -> dict[str, Opponent]:
-        self.critics.append(nn.Sequential(nn.Linear(DIM + 1, 8), nn.GELU(), nn.Linear(8, 1)))
-        return {"critic": Opponent(self.critics[-1], CRITIC)}
-
-    def rounds(self, networks: Mapping[str, nn.Module], batch: Rows, step: int) -> Iterator[tuple[str, ToyLoss]]:
-        critic = networks["critic"]
-        dtype = next(critic.parameters()).dtype
-        answers = networks[MODEL](batch.inputs.to(dtype))
-        total = (batch.weights * (answers.float().squeeze(-1) - batch.targets).square()).sum()
-        weight = batch.weights.sum()
-        active = step >= self.start
-        if active:
-            frozen = {name: p.detach() for name, p in self.critics[-1].named_parameters()}
-            seen = torch.cat([batch.inputs.to(dtype), answers], dim=-1)
-            opinion = torch.func.functional_call(self.critics[-1], frozen, (seen,))
-            total = total + (batch.weights * opinion.float().squeeze(-1)).sum()
-        yield MODEL, ToyLoss(total, {"loss": Sums(total.detach(), weight), "critic_loss": Sums(weight * 0, weight * 0)})
-        if active:
-            opinion = critic(torch.cat([batch.inputs.to(dtype), answers.detach()], dim=-1))
-            value = (batch.weights * (opinion.float().squeeze(-1) - 1).square()).sum()
-            if step == self.bad_critic_step:
-                value = value * float("nan")
-            yield "critic", ToyLoss(value, {"critic_loss": Sums(value.detach(), weight)})
-
-    def export(self, model: nn.Module, folder: Path) -> None:
-        super().export(model, folder)
-        critic = {name: value.float() for name, value in self.critics[-1].state_dict().items()}
-        torch.save(critic, folder / "critic.pt")
 
 
 @pytest.fixture
@@ -140,3 +101,17 @@ def test_a_checkpoint_without_the_opponent_is_refused(fit: Fit) -> None:
     fit(max_steps=2)
     with pytest.raises(CheckpointError, match="written with networks"):
         fit(task=Contest(), max_steps=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_two_processes_train_both_networks_as_one(
+    fit: Fit, exported: Exported, critic: Exported, tmp_path: Path, stage: int
+) -> None:
+    fit("one", Contest(), max_steps=3)
+    zero = {"deepspeed": str(ROOT / f"configs/deepspeed/zero{stage}.json")} if stage else {}
+    launch(tmp_path, 2, tmp_path / "two", contest=True, max_steps=3, micro_batch_size=2, grad_accum_steps=2, **zero)
+    assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
+    for network in (exported, critic):
+        for name, value in network("one").items():
+            torch.testing.assert_close(network("two")[name], value, rtol=0, atol=1e-6)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mixmodal.objectives.loss import Sums
-from mixmodal.training.task import Task
+from mixmodal.training.optimizer import OptimizerConfig
+from mixmodal.training.task import MODEL, Opponent, Task
 
 DIM = 8
+CRITIC = OptimizerConfig(lr=3e-3, betas=(0.5, 0.9), warmup_steps=1, schedule="constant", weight_decay=0.0)
 
 
 class Rows(NamedTuple):
@@ -119,3 +121,41 @@ class Infinite(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         return grad * float("inf")
+
+
+class Contest(ToyTask):
+    """The model lowers what the critic thinks of its answers besides its errors; the critic raises it."""
+
+    def __init__(self, start: int = 0, bad_step: int = -1) -> None:
+        super().__init__()
+        self.start, self.bad_critic_step = start, bad_step
+        self.critics: list[nn.Module] = []
+
+    def build_opponents(self) -> dict[str, Opponent]:
+        self.critics.append(nn.Sequential(nn.Linear(DIM + 1, 8), nn.GELU(), nn.Linear(8, 1)))
+        return {"critic": Opponent(self.critics[-1], CRITIC)}
+
+    def rounds(self, networks: Mapping[str, nn.Module], batch: Rows, step: int) -> Iterator[tuple[str, ToyLoss]]:
+        critic = networks["critic"]
+        dtype = next(critic.parameters()).dtype
+        answers = networks[MODEL](batch.inputs.to(dtype))
+        total = (batch.weights * (answers.float().squeeze(-1) - batch.targets).square()).sum()
+        weight = batch.weights.sum()
+        active = step >= self.start
+        if active:
+            frozen = {name: p.detach() for name, p in self.critics[-1].named_parameters()}
+            seen = torch.cat([batch.inputs.to(dtype), answers], dim=-1)
+            opinion = torch.func.functional_call(self.critics[-1], frozen, (seen,))
+            total = total + (batch.weights * opinion.float().squeeze(-1)).sum()
+        yield MODEL, ToyLoss(total, {"loss": Sums(total.detach(), weight), "critic_loss": Sums(weight * 0, weight * 0)})
+        if active:
+            opinion = critic(torch.cat([batch.inputs.to(dtype), answers.detach()], dim=-1))
+            value = (batch.weights * (opinion.float().squeeze(-1) - 1).square()).sum()
+            if step == self.bad_critic_step:
+                value = value * float("nan")
+            yield "critic", ToyLoss(value, {"critic_loss": Sums(value.detach(), weight)})
+
+    def export(self, model: nn.Module, folder: Path) -> None:
+        super().export(model, folder)
+        critic = {name: value.float() for name, value in self.critics[-1].state_dict().items()}
+        torch.save(critic, folder / "critic.pt")
