@@ -18,6 +18,7 @@ TITLES = {
     "quickstart": "The quickstart: figures of one run",
     "train_step": "Training step of the tiny model",
     "decode": "Generating with the tiny model",
+    "image_tokenizer": "Image tokenizers: ours and others with the same weights",
 }
 ORDER = [*TITLES]
 

@@ -104,3 +104,19 @@ def test_the_contact_sheet_shows_generated_pictures_of_both_splits(tmp_path: Pat
     assert {(0, 0, 200), (15, 30, 200)} <= colours
     assert (14, 28, 200) not in colours  # only the first of each split are shown
     assert out.stat().st_size < 150_000
+
+
+def test_image_tokenizers_that_are_timed_hold_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    import argparse
+
+    import torch
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure, found = load("measure_image_tokenizer"), {}
+    monkeypatch.setattr(measure, "record", lambda name, subject, values, *_: found.update({subject: values}))
+    options = argparse.Namespace(repeats=2, image_size=32, channels=32, batch_size=2)
+    measure.main(options, torch.device("cpu"))
+    shares = {subject: values for subject, values in found.items() if subject.startswith("codes of ours")}
+    assert list(shares.values()) == [[100.0], [100.0]]
+    assert len(found["encode, ours over transformers.ChameleonVQVAE"]) == 2
+    assert len(found["decode, ours over diffusers.VQModel"]) == 2

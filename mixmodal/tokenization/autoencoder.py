@@ -116,9 +116,10 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x)))
-        y = self.conv2(F.silu(self.norm2(y)))
-        return self.shortcut(x) + y
+        y = self.conv1(silu(self.norm1(x)))
+        y = self.conv2(silu(self.norm2(y)))
+        x = self.shortcut(x)
+        return x + y if torch.is_grad_enabled() or x.dtype != y.dtype else y.add_(x)
 
 
 class AttentionBlock(nn.Module):
@@ -175,14 +176,24 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width as VQGAN does: nearest neighbour, then a convolution."""
+    """Doubles height and width as VQGAN does: nearest neighbour, then a convolution.
+
+    Each of the four pixels that share a source sees 2x2 sources only, so one transposed convolution with the summed
+    weights gives the same with 4/9 of the multiplications. CPUs compute it where no gradient is asked for.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        weight = self.conv.weight
+        if torch.is_grad_enabled() or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        # which of the 3 weights meet where output 2i + t - 1 takes from source i
+        sums = weight.new_tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
+        kernel = torch.einsum("ta,sb,oiab->iots", sums, sums, weight)
+        return F.conv_transpose2d(x, kernel.contiguous(), self.conv.bias, stride=2, padding=1)
 
 
 class Encoder(nn.Module):
@@ -212,7 +223,7 @@ class Encoder(nn.Module):
         x = self.conv_in(channels_last(self.patches(images)))
         for stage in self.stages:
             x = stage(x)
-        x = self.conv_out(F.silu(self.norm_out(self.mid(x))))
+        x = self.conv_out(silu(self.norm_out(self.mid(x))))
         return self.to_latents(x)
 
 
@@ -244,7 +255,7 @@ class Decoder(nn.Module):
         x = self.mid(self.conv_in(channels_last(self.from_latents(latents))))
         for stage in self.stages:
             x = stage(x)
-        return self.patches(self.conv_out(F.silu(self.norm_out(x))))
+        return self.patches(self.conv_out(silu(self.norm_out(x))))
 
 
 def stage_blocks(
@@ -275,6 +286,11 @@ def mid_blocks(width: int, grid: int, config: AutoencoderConfig) -> nn.Sequentia
 
 def group_norm(channels: int, config: AutoencoderConfig) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps)
+
+
+def silu(x: Tensor) -> Tensor:
+    """SiLU of a tensor that nobody else holds; in its place where no gradient is asked for."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
 def zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Module:

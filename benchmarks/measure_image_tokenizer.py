@@ -1,0 +1,188 @@
+"""Pictures a second to codes and back: ours, VQModel of diffusers and ChameleonVQVAE of transformers, same weights.
+
+python benchmarks/measure_image_tokenizer.py [--repeats 10] [--image_size 128 --channels 64 --batch_size 4]
+
+The shape is LlamaGen's VQ-16 (two ResBlocks a stage, attention in the last, 16384 codes of 8 dimensions), narrower on
+a CPU. The three take turns, so that what else the machine does meets all of them. All compute in float32; on a GPU
+ours is measured compiled and in bfloat16 as well, with the codebook in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from record import record
+from torch import Tensor
+
+from mixmodal.data.synthetic import synthetic_pairs
+from mixmodal.interop.vqgan import load_vqgan
+from mixmodal.interop.vqgan_names import TAMING, names
+from mixmodal.tokenization.image import ImageTokenizer
+
+MULTIPLIERS = (1, 1, 2, 2, 4)
+LATENT_CHANNELS, CODES, DIM = 256, 16384, 8
+
+
+def draw_images(batch_size: int, image_size: int) -> Tensor:
+    """Synthetic pictures, float32 `(B, 3, H, W)` in [-1, 1]."""
+    pictures = [np.asarray(pair.picture) for pair in synthetic_pairs(batch_size, image_size, seed=0)]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def build_diffusers(channels: int, images: Tensor) -> Any:
+    """A random model; its codebook lies where its latents of `images` do, so that many codes are met."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from diffusers import VQModel
+
+    plain = len(MULTIPLIERS) - 1
+    model = VQModel(
+        down_block_types=("DownEncoderBlock2D",) * plain + ("AttnDownEncoderBlock2D",),
+        up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * plain,
+        block_out_channels=tuple(channels * multiplier for multiplier in MULTIPLIERS),
+        layers_per_block=2,
+        latent_channels=LATENT_CHANNELS,
+        num_vq_embeddings=CODES,
+        vq_embed_dim=DIM,
+    ).eval()
+    latents = model.encode(images).latents.movedim(1, -1).flatten(0, -2)
+    noise = torch.randn(CODES, DIM)
+    model.quantize.embedding.weight.copy_(latents.mean(0) + latents.std(0) * noise)
+    return model
+
+
+def build_chameleon(own: ImageTokenizer) -> Any:
+    """transformers' encoder with the weights of ours."""
+    from transformers import ChameleonVQVAE, ChameleonVQVAEConfig
+
+    autoencoder, size = own.config.autoencoder, own.config.image_size
+    model = ChameleonVQVAE(
+        ChameleonVQVAEConfig(
+            embed_dim=DIM,
+            num_embeddings=CODES,
+            latent_channels=LATENT_CHANNELS,
+            resolution=size,
+            base_channels=autoencoder.channels,
+            channel_multiplier=list(MULTIPLIERS),
+            attn_resolutions=[size // autoencoder.downsampling],
+        )
+    )
+    theirs = dict(names(TAMING, autoencoder))
+    state = {}
+    for name, tensor in own.state_dict().items():
+        module, _, part = name.rpartition(".")
+        state[f"{theirs[module]}.{part}"] = tensor
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+    return model.eval()
+
+
+def compiled(own: ImageTokenizer) -> ImageTokenizer:
+    """Convolutions in bfloat16 and fused by the compiler; the codebook stays in float32."""
+    fast = copy.deepcopy(own)
+    for half in (fast.encoder, fast.decoder):
+        half.to(torch.bfloat16, memory_format=torch.channels_last)
+        half.compile()
+    return fast
+
+
+def seconds(function: Callable[[], Any], device: torch.device) -> float:
+    started = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def take_turns(functions: dict[str, Callable[[], Any]], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each function in each round; two rounds come before, for compilers and caches."""
+    rounds = [{name: seconds(call, device) for name, call in functions.items()} for _ in range(repeats + 2)]
+    return {name: [found[name] for found in rounds[2:]] for name in functions}
+
+
+def agreement(codes: Tensor, others: Tensor) -> float:
+    """Share of places with the same code."""
+    return float((codes.flatten() == others.flatten()).float().mean())
+
+
+@torch.no_grad()
+def main(arguments: argparse.Namespace, device: torch.device) -> None:
+    torch.manual_seed(0)
+    images = draw_images(arguments.batch_size, arguments.image_size)
+    diffusers = build_diffusers(arguments.channels, images)
+    with tempfile.TemporaryDirectory() as folder:
+        diffusers.save_pretrained(folder)
+        own = load_vqgan(Path(folder), arguments.image_size).tokenizer.to(device)
+    diffusers, chameleon, images = diffusers.to(device), build_chameleon(own).to(device), images.to(device)
+
+    def diffusers_codes() -> Tensor:
+        return diffusers.quantize(diffusers.encode(images).latents)[2][2]
+
+    torch.backends.cudnn.allow_tf32 = False  # equal codes are asked for in float32
+    codes = own.encode(images)
+    shares = {
+        "diffusers.VQModel": agreement(codes, diffusers_codes()),
+        "transformers.ChameleonVQVAE": agreement(codes, chameleon.encode(images).image_tokens),
+    }
+    torch.backends.cudnn.allow_tf32 = True
+    latents = own.quantizer.codes_to_latents(codes)
+    encoders: dict[str, Callable[[], Any]] = {
+        "ours": lambda: own.encode(images),
+        "diffusers.VQModel": diffusers_codes,
+        "transformers.ChameleonVQVAE": lambda: chameleon.encode(images).image_tokens,
+    }
+    decoders: dict[str, Callable[[], Any]] = {
+        "ours": lambda: own.decode(codes),
+        "diffusers.VQModel": lambda: diffusers.decode(latents, force_not_quantize=True).sample,
+    }
+    if device.type == "cuda":
+        fast = compiled(own)
+        encoders["ours, compiled bfloat16"] = lambda: fast.encode(images)
+        decoders["ours, compiled bfloat16"] = lambda: fast.decode(codes)
+        shares["ours, compiled bfloat16"] = agreement(codes, fast.encode(images))
+    settings = {
+        "image_size": arguments.image_size,
+        "batch_size": arguments.batch_size,
+        "channels": arguments.channels,
+        "channel_multipliers": list(MULTIPLIERS),
+        "precision": "float32",
+        "num_threads": torch.get_num_threads(),
+        "different_codes": len(codes.unique()),
+        **{f"{name}_version": __import__(name).__version__ for name in ("diffusers", "transformers")},
+    }
+    for what, functions in (("encode", encoders), ("decode", decoders)):
+        found = take_turns(functions, arguments.repeats, device)
+        for name, times in found.items():
+            rates = [arguments.batch_size / spent for spent in times]
+            record("image_tokenizer", f"{what}, {name}", rates, "pictures/s", device.type, settings)
+        for name in [name for name in found if not name.startswith("ours")]:
+            for own_name in [name for name in found if name.startswith("ours")]:
+                ratios = [spent / own_spent for spent, own_spent in zip(found[name], found[own_name])]
+                record("image_tokenizer", f"{what}, {own_name} over {name}", ratios, "times", device.type, settings)
+    for name, share in shares.items():
+        record(
+            "image_tokenizer",
+            f"codes of ours in float32 equal to those of {name}",
+            [100 * share],
+            "%",
+            device.type,
+            settings,
+        )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--image_size", type=int, default=256 if on_gpu else 128)
+    parser.add_argument("--channels", type=int, default=128 if on_gpu else 64)
+    parser.add_argument("--batch_size", type=int, default=32 if on_gpu else 4)
+    main(parser.parse_args(), torch.device("cuda" if on_gpu else "cpu"))
