@@ -25,7 +25,6 @@ from mixmodal.evaluation.reconstruction import (
     ImageTokenizerEvaluationConfig,
     evaluate_image_tokenizer,
 )
-from mixmodal.objectives.adversarial import AdversarialConfig
 from mixmodal.quickstart.art import FLAT
 from mixmodal.quickstart.corpus import DemoCorpusConfig, build_demo_corpus
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
@@ -84,11 +83,10 @@ def build_config(arm: str, seed: int, steps: int | None) -> ImageTokenizerTraini
     trainer = replace(config.trainer, run_dir=RUNS / f"{arm}-{seed}", seed=seed, tensorboard=False)
     config = replace(config, trainer=replace(trainer, max_steps=steps) if steps else trainer)
     alone = {"adversarial": None, "discriminator_optimizer": OptimizerConfig()}
-    if arm == "llamagen":  # its losses, too; the perceptual one as we weigh it, since the backbone is not LPIPS'
+    if arm == "llamagen":  # its shape and codebook, and L2 without L1; the rest of the losses is weighed as ours are
         losses = replace(config.losses, l1_weight=0.0)
         tokenizer = replace(config.tokenizer, autoencoder=LLAMAGEN_SHAPE, quantizer=LLAMAGEN_CODES)
-        adversarial = replace(config.adversarial or AdversarialConfig(), weight=0.5, adaptive=False)
-        return replace(config, tokenizer=tokenizer, losses=losses, adversarial=adversarial)
+        return replace(config, tokenizer=tokenizer, losses=losses)
     if arm in QUANTIZERS:
         tokenizer = replace(config.tokenizer, quantizer=QUANTIZERS[arm])
         if arm == "residual_vq":
