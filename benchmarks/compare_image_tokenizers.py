@@ -145,7 +145,7 @@ def record_all() -> None:
         settings = {**shared, "seeds": [line["seed"] for line in lines]}
         for name, unit in UNITS.items():
             values = [line["values"][name] for line in lines]
-            record("image_tokenizers", f"{arm}: {name}", values, unit, "cpu", settings)
+            record("tokenizer_comparison", f"{arm}: {name}", values, unit, "cpu", settings)
 
 
 def draw_sheet() -> None:
