@@ -22,6 +22,8 @@ TITLES = {
     "tokenizer_comparison": "Image tokenizers on the demo pictures at 64 pixels, 64 codes, 500 steps of 16: held-out pictures",
 }
 ORDER = [*TITLES]
+PIVOTED = ("tokenizer_comparison",)
+"""Benchmarks whose subjects are `ARM: FIGURE`: a row for each arm, a column for each figure, all repeats in a cell."""
 
 
 def read_lines(folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -38,7 +40,8 @@ def render(lines: list[dict[str, Any]]) -> str:
         "Written by `benchmarks/render.py` from `benchmarks/results/`; `make bench` measures again. Medians.",
     ]
     for benchmark in ORDER:
-        page += ["", f"## {TITLES[benchmark]}", "", *table(benchmark, lines)]
+        draw = pivot if benchmark in PIVOTED else table
+        page += ["", f"## {TITLES[benchmark]}", "", *draw(benchmark, lines)]
     return "\n".join(page) + "\n"
 
 
@@ -56,6 +59,33 @@ def table(benchmark: str, lines: list[dict[str, Any]]) -> list[str]:
     return rows
 
 
+def pivot(benchmark: str, lines: list[dict[str, Any]]) -> list[str]:
+    """A row for each arm, then what all rows have in common; devices apart."""
+    rows: list[str] = []
+    for kind in DEVICES:
+        newest = {
+            line["subject"]: line for line in lines if line["benchmark"] == benchmark and line["device_kind"] == kind
+        }
+        if not newest:
+            rows += ["", f"{'GPU' if kind == 'cuda' else kind.upper()}: not run"]
+            continue
+        cells = {tuple(subject.split(": ", 1)): line for subject, line in newest.items()}
+        arms, figures = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
+        rows += [f"| | {' | '.join(figures)} |", "|" + "---|" * (1 + len(figures))]
+        for arm in arms:
+            values = [cells[arm, figure]["repeats"] if (arm, figure) in cells else [] for figure in figures]
+            rows.append(f"| {arm} | {' | '.join(', '.join(map(short, found)) for found in values)} |")
+        last = list(newest.values())[-1]
+        versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items() if name != "device")
+        commits = ", ".join(sorted({line["commit"][:9] for line in newest.values()}))
+        rows += ["", f"{last['device']}; {last['date'][:10]}; commit {commits}; {versions}; `{last['command']}`"]
+    return rows
+
+
+def short(value: float) -> str:
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
 def row(subject: str, kind: str, line: dict[str, Any] | None) -> str:
     if line is None:
         return f"| {subject} | {'GPU' if kind == 'cuda' else kind.upper()} | not run | | | | | | |"
@@ -63,7 +93,7 @@ def row(subject: str, kind: str, line: dict[str, Any] | None) -> str:
     cells = [
         subject,
         line["device"],
-        f"{line['median']:,.4g}" if abs(line["median"]) < 1000 else f"{line['median']:,.0f}",
+        short(line["median"]),
         line["unit"],
         str(len(line["repeats"])),
         line["date"][:10],

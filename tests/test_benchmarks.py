@@ -45,6 +45,16 @@ def test_a_line_says_all_that_is_needed_and_the_newest_is_shown(
     assert "benchmarks/measure_decode.py --repeats 3" in shown or "measure_decode.py --repeats 3" in shown
 
 
+def test_arms_are_rows_and_figures_are_columns_of_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, render = load("record"), load("render")
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    for arm, psnr in (("ours", [20.5, 20.25]), ("other", [19.0])):
+        record.record("tokenizer_comparison", f"{arm}: psnr", psnr, "dB", "cpu", {})
+    record.record("tokenizer_comparison", "ours: usage", [0.5], "", "cpu", {})
+    page = render.render(render.read_lines(tmp_path)).splitlines()
+    assert {"| | psnr | usage |", "| ours | 20.5, 20.25 | 0.5 |", "| other | 19 |  |", "GPU: not run"} <= set(page)
+
+
 def test_devices_without_a_measurement_say_not_run() -> None:
     assert "| all | GPU | not run |" in load("render").render([])
 
@@ -57,7 +67,7 @@ def test_environment_names_versions_and_device() -> None:
 
 
 def test_commit_is_unknown_outside_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(environment, "__file__", str(tmp_path / "mixmodal" / "quickstart" / "environment.py"))
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "mixmodal" / "environment.py"))
     assert environment.commit() == "unknown"
 
 
