@@ -28,7 +28,8 @@ from mixmodal.training.trainer import FitResult, Trainer, TrainerConfig
 
 logger = logging.getLogger(__name__)
 
-EVALUATION_BATCH = 64
+EVALUATION_PIXELS = 2**22
+"""Pixels of the pictures that are evaluated at a time: evaluation computes in float32."""
 PICTURES_SHOWN = 16
 """Held-out pictures in `reconstructions.png`."""
 DISCRIMINATOR = "discriminator"
@@ -104,6 +105,11 @@ class ImageTokenizerTrainingConfig:
             raise ValueError(f"max_psnr_drop is {self.max_psnr_drop}; it must not be negative")
         if self.adversarial:
             check_discriminator(self.adversarial.discriminator, self.tokenizer.image_size)
+            if self.adversarial.start_step >= self.trainer.max_steps:
+                raise ValueError(
+                    f"adversarial.start_step is {self.adversarial.start_step}, but training ends at trainer.max_steps "
+                    f"{self.trainer.max_steps}; lower it, or leave adversarial out"
+                )
         elif self.discriminator_optimizer != OptimizerConfig():
             raise ValueError("discriminator_optimizer has no effect without adversarial; leave it out")
         if self.trainer.precision == "bfloat16" and self.tokenizer.quantizer.kind not in ("fsq", "lfq"):
@@ -145,7 +151,8 @@ class ImageTokenizerTask(Task):
         if not self.config.adversarial:
             return {}
         self._discriminator = PatchDiscriminator(self.config.adversarial.discriminator)
-        return {DISCRIMINATOR: Opponent(self._discriminator, self.config.discriminator_optimizer)}
+        start = self.config.adversarial.start_step
+        return {DISCRIMINATOR: Opponent(self._discriminator, self.config.discriminator_optimizer, start)}
 
     def build_loader(self, micro_batch_size: int, grad_accum_steps: int, rank: int, world_size: int) -> PictureLoader:
         return PictureLoader(
@@ -288,7 +295,7 @@ class ImageTokenizerTask(Task):
         if pixels is None:
             return {}
         assert isinstance(model, ImageTokenizer)
-        scores = score_reconstructions(model, (to_images(part) for part in pixels.split(EVALUATION_BATCH)))
+        scores = score_reconstructions(model, self._evaluation_batches(pixels))
         self._check_usage(scores)
         self._check_divergence(scores.psnr)
         return {
@@ -305,10 +312,14 @@ class ImageTokenizerTask(Task):
         pixels = self._held_out_pixels()
         scores = None
         if pixels is not None:
-            scores = score_reconstructions(model, (to_images(part) for part in pixels.split(EVALUATION_BATCH)))
+            scores = score_reconstructions(model, self._evaluation_batches(pixels))
             images = to_images(pixels[:PICTURES_SHOWN]).to(next(model.parameters()).device)
             save_sheet(images, model.decode(model.encode(images)), folder / "reconstructions.png")
         (folder / "README.md").write_text(card(self.config, scores), encoding="utf-8")
+
+    def _evaluation_batches(self, pixels: Tensor) -> Iterator[Tensor]:
+        size = max(1, EVALUATION_PIXELS // self.config.tokenizer.image_size**2)
+        return (to_images(part) for part in pixels.split(size))
 
     def _held_out_pixels(self) -> Tensor | None:
         """uint8 `(N, 3, H, W)`, decoded once; None where no held-out data is given."""
@@ -338,7 +349,8 @@ class ImageTokenizerTask(Task):
             causes = "optimizer.lr" + (" or adversarial.weight" if self.config.adversarial else "")
             raise DivergedError(
                 f"training diverges: held-out PSNR fell from {self._best_psnr:.1f} to {psnr:.1f} dB, more than "
-                f"max_psnr_drop {allowed:g}; lower {causes} and go on from an earlier checkpoint"
+                f"max_psnr_drop {allowed:g}; lower {causes}, and write the name of an earlier checkpoint into "
+                f"{self.config.trainer.run_dir / 'checkpoints' / 'latest'} to go on from it"
             )
 
 

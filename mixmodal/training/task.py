@@ -43,10 +43,17 @@ MODEL = "model"
 
 
 class Opponent(NamedTuple):
-    """A network that is trained beside the model, such as a discriminator, with an optimizer of its own."""
+    """A network that is trained beside the model, such as a discriminator, with an optimizer of its own.
+
+    Args:
+        model: on the CPU in float32.
+        optimizer: its schedule goes from `first_step` to the end of training.
+        first_step: the step, counted from 0, of its first round.
+    """
 
     model: nn.Module
     optimizer: OptimizerConfig
+    first_step: int = 0
 
 
 class Task(Protocol):

@@ -72,7 +72,8 @@ class Trainer:
             precision=self.config.precision,
             zero_file=self.config.deepspeed,
         )
-        if self.config.ema_decay and settings["zero_optimization"].get("stage") == 3:
+        stage_3 = settings["zero_optimization"].get("stage") == 3
+        if self.config.ema_decay and stage_3:
             raise ValueError("trainer.ema_decay needs whole weights, which ZeRO stage 3 does not keep: set it to 0")
         start = self._find_start()
         place = init_distributed()
@@ -105,11 +106,15 @@ class Run:
         set_seeds(self.config.seed)
         model = task.build_model()
         self.ema = AveragedWeights(model, self.config.ema_decay) if self.config.ema_decay else None
-        self.optimizers = {MODEL: self.optimizer_config}
+        opponents = task.build_opponents()
+        if opponents and settings["zero_optimization"].get("stage") == 3:
+            names = ", ".join(opponents)
+            raise ValueError(f"trainer.deepspeed: stage 3 can not train a second network ({names}); choose 0, 1 or 2")
+        self.optimizers, self.first_steps = {MODEL: self.optimizer_config}, {MODEL: 0}
         self.engines = {MODEL: Engine(model, build_optimizer(model, self.optimizer_config), settings, place)}
         self.engine = self.engines[MODEL]
-        for name, (opponent, optimizer) in task.build_opponents().items():
-            self.optimizers[name] = optimizer
+        for name, (opponent, optimizer, first_step) in opponents.items():
+            self.optimizers[name], self.first_steps[name] = optimizer, first_step
             self.engines[name] = Engine(opponent, build_optimizer(opponent, optimizer), settings, place)
         if self.ema:
             self.ema.to(place.device)
@@ -150,7 +155,7 @@ class Run:
         config = self.config
         clock, tokens, batches = time.perf_counter(), 0, self._next_batches()
         while self.step < config.max_steps:
-            rates = {name: lr_at(self.step, self.optimizers[name], config.max_steps) for name in self.engines}
+            rates = {name: self._rate(name) for name in self.engines}
             for name, engine in self.engines.items():
                 set_lr(engine.optimizer, rates[name])
             tokens += sum(self.task.batch_tokens(batch) for batch in batches)
@@ -173,6 +178,11 @@ class Run:
                 return False
         return True
 
+    def _rate(self, name: str) -> float:
+        """Learning rate of a network, whose schedule begins where it does."""
+        first = self.first_steps[name]
+        return lr_at(max(0, self.step - first), self.optimizers[name], self.config.max_steps - first)
+
     def _is_due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
@@ -189,6 +199,7 @@ class Run:
 
         The gradient is that of the sum of losses over the weight of all micro-batches of all ranks. The next batches
         are made while the device works; its one wait is where losses and norms are checked, before any weights change.
+        (ZeRO stages 1 to 3 find a norm while they step: there a network may have stepped when the next one stops it.)
         """
         weight = self._global_weight(batches, stop)
         networks = {name: engine.model for name, engine in self.engines.items()}
@@ -216,7 +227,8 @@ class Run:
             self.engines[name].end_micro_batch()
             if norms[name] is None:
                 found[name] = self.engines[name].step_norm()
-                _Check(self, batches, values)(np.isfinite(found[name]), f"gradient norm is {found[name]}")
+                of = "" if name == MODEL else f" of the {name}"
+                _Check(self, batches, values)(np.isfinite(found[name]), f"gradient norm{of} is {found[name]}")
         if self.ema:
             self.ema.update(self.engine.module, self.step)
         return found, bool(stopping), following
@@ -316,6 +328,7 @@ class Run:
         if folder is None:
             return
         state = checkpoint.read_state(folder)
+        state.setdefault("networks", [MODEL])  # what checkpoints held before there were opponents
         for name, own in self._must_match().items():
             if state[name] != own:
                 raise checkpoint.CheckpointError(

@@ -99,6 +99,31 @@ def test_the_losses_are_the_weighted_sums_of_their_parts(folder: Path, draw_shap
     assert theirs.metrics["logits_real"].total / 6 == pytest.approx(float(real.mean().detach()), abs=1e-5)
 
 
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_the_gradient_is_that_of_the_written_out_loss(folder: Path, draw_shapes: Draw, adaptive: bool) -> None:
+    config = contest(folder, replace(ADVERSARIAL, adaptive=adaptive), quantizer=VQ_EMA)
+    config = replace(config, augment=type(config.augment)(), losses=ReconstructionLossConfig(perceptual_weight=0.7))
+    task = ImageTokenizerTask(config)
+    both, batch = networks(task), build_batch(draw_shapes(6, 16))
+    both[MODEL].eval()  # so that the codebook stays as it is
+    _, mine = next(task.rounds(both, batch, step=0))
+    mine.objective.backward()
+    found = {name: p.grad.clone() for name, p in both[MODEL].named_parameters() if p.grad is not None}
+    both[MODEL].zero_grad()
+    images = to_images(batch.pixels)
+    reconstructions, quantized = both[MODEL](images)
+    errors = (reconstructions - images).flatten(1)
+    pictures = 0.1 * errors.abs().mean(1).sum() + errors.square().mean(1).sum()
+    pictures = pictures + 0.7 * PerceptualLoss(PerceptualConfig())(reconstructions, images).sum()
+    fooled = generator_loss(both[DISCRIMINATOR](reconstructions))
+    last = both[MODEL].decoder.conv_out.weight
+    scale = adaptive_weight(pictures / 6, fooled / 6, last) if adaptive else 1.0
+    (pictures + 0.4 * scale * fooled + 6 * quantized.loss).backward()
+    for name, p in both[MODEL].named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(found[name], p.grad, rtol=0, atol=1e-4 * float(p.grad.abs().max() + 1e-3))
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -148,6 +173,8 @@ def test_options_that_can_not_act_are_refused(folder: Path) -> None:
     config = build_config(folder)
     with pytest.raises(ValueError, match="discriminator_optimizer has no effect without adversarial"):
         replace(config, discriminator_optimizer=DISCRIMINATOR_OPTIMIZER)
+    with pytest.raises(ValueError, match=r"start_step is 4, but training ends at trainer.max_steps 4"):
+        contest(folder, replace(ADVERSARIAL, start_step=4))
     with pytest.raises(ValueError, match="lower num_layers"):
         replace(config, adversarial=AdversarialConfig())
     with pytest.raises(ValueError, match=r"losses.perceptual has no effect with perceptual_weight 0"):

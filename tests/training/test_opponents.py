@@ -91,6 +91,30 @@ def test_an_opponent_rests_until_a_round_names_it(fit: Fit, critic: Exported, tm
     assert lines[-1]["lr_critic"] == pytest.approx(3e-3)
 
 
+def test_the_schedule_of_an_opponent_begins_with_its_first_round(fit: Fit, tmp_path: Path) -> None:
+    fit(task=Contest(start=3, schedule="linear", warmup_steps=2), max_steps=6)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr_critic"] for line in lines if "loss" in line]
+    assert rates[3:] == pytest.approx([1.5e-3, 3e-3, 3e-3])  # two steps of warm-up, and the peak
+    fit("early", task=Contest(schedule="linear", warmup_steps=2), max_steps=6)
+    lines = [json.loads(line) for line in (tmp_path / "early" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr_critic"] for line in lines if "loss" in line][5] < 2e-3
+
+
+def test_stage_3_is_refused(fit: Fit) -> None:
+    with pytest.raises(ValueError, match=r"stage 3 can not train a second network \(critic\)"):
+        fit(task=Contest(), **MODES["zero3"])
+
+
+def test_a_checkpoint_from_before_there_were_opponents_goes_on(fit: Fit, tmp_path: Path) -> None:
+    fit(max_steps=4)
+    state = tmp_path / "run" / "checkpoints" / "step_00000004" / "state.json"
+    content = json.loads(state.read_text())
+    del content["networks"]
+    state.write_text(json.dumps(content))
+    assert fit(max_steps=5).finished
+
+
 def test_a_bad_loss_of_the_opponent_stops_both(fit: Fit) -> None:
     task = Contest(bad_step=2)
     with pytest.raises(NonFiniteError, match="step 3: loss of the critic is nan; the weights are those of step 2"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,14 +127,15 @@ class Infinite(torch.autograd.Function):
 class Contest(ToyTask):
     """The model lowers what the critic thinks of its answers besides its errors; the critic raises it."""
 
-    def __init__(self, start: int = 0, bad_step: int = -1) -> None:
+    def __init__(self, start: int = 0, bad_step: int = -1, **optimizer: Any) -> None:
         super().__init__()
         self.start, self.bad_critic_step = start, bad_step
+        self.optimizer = replace(CRITIC, **optimizer)
         self.critics: list[nn.Module] = []
 
     def build_opponents(self) -> dict[str, Opponent]:
         self.critics.append(nn.Sequential(nn.Linear(DIM + 1, 8), nn.GELU(), nn.Linear(8, 1)))
-        return {"critic": Opponent(self.critics[-1], CRITIC)}
+        return {"critic": Opponent(self.critics[-1], self.optimizer, self.start)}
 
     def rounds(self, networks: Mapping[str, nn.Module], batch: Rows, step: int) -> Iterator[tuple[str, ToyLoss]]:
         critic = networks["critic"]
