@@ -3,11 +3,15 @@
 python benchmarks/compare_image_tokenizers.py data                           # writes the pictures
 python benchmarks/compare_image_tokenizers.py train ours --seeds 0 1 2       # arms, any number; done ones are skipped
 python benchmarks/compare_image_tokenizers.py record                         # appends the lines, draws the sheet
+
+The arm `llamagen` has LlamaGen's shape and codebook, at channels that make its parameters as many as ours within 4 %;
+optimizer, schedule, averaging of weights and the weights of the losses are ours.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import time
 from dataclasses import asdict, replace
@@ -16,10 +20,11 @@ from typing import Any
 
 import torch
 from PIL import Image
-from record import record
+from record import append, command, now
 
-from mixmodal.config import load_config
+from mixmodal.config import load_config, plain
 from mixmodal.data.shards import read_samples
+from mixmodal.environment import commit, device, versions
 from mixmodal.evaluation.reconstruction import (
     ImageTokenizerEvaluation,
     ImageTokenizerEvaluationConfig,
@@ -81,7 +86,9 @@ def build_config(arm: str, seed: int, steps: int | None) -> ImageTokenizerTraini
     """What an arm trains; it differs from `demo_64px_64.yaml` in what its name says."""
     config: ImageTokenizerTrainingConfig = load_config(ImageTokenizerTrainingConfig, CONFIG)
     trainer = replace(config.trainer, run_dir=RUNS / f"{arm}-{seed}", seed=seed, tensorboard=False)
-    config = replace(config, trainer=replace(trainer, max_steps=steps) if steps else trainer)
+    config = replace(config, trainer=trainer)
+    if steps:
+        config = shorten(config, steps)
     alone = {"adversarial": None, "discriminator_optimizer": OptimizerConfig()}
     if arm == "llamagen":  # its shape and codebook, and L2 without L1; the rest of the losses is weighed as ours are
         losses = replace(config.losses, l1_weight=0.0)
@@ -102,12 +109,58 @@ def build_config(arm: str, seed: int, steps: int | None) -> ImageTokenizerTraini
     raise SystemExit(f"arm {arm} is unknown; choose ours, llamagen, pixels, perceptual, {', '.join(QUANTIZERS)}")
 
 
+def shorten(config: ImageTokenizerTrainingConfig, steps: int) -> ImageTokenizerTrainingConfig:
+    """The config for another number of steps: the discriminator plays in the second half, as in 500 steps."""
+    half = max(1, steps // 2)
+    assert config.adversarial is not None
+    return replace(
+        config,
+        adversarial=replace(config.adversarial, start_step=half),
+        trainer=replace(config.trainer, max_steps=steps, eval_every=half, save_every=half),
+    )
+
+
+def config_sha256(config: ImageTokenizerTrainingConfig) -> str:
+    """Digest of all that an arm is trained with; folder and seed left out."""
+    values = plain(config)
+    del values["trainer"]["run_dir"], values["trainer"]["seed"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def is_done(config: ImageTokenizerTrainingConfig) -> bool:
+    """Whether the run was trained with this config.
+
+    Raises:
+        SystemExit: where its folder holds a run of another config, or one that has not come to its end, whose seconds
+            and whose config are not known.
+    """
+    folder = config.trainer.run_dir
+    if not folder.exists():
+        return False
+    path = folder / "scores.json"
+    if not path.exists():
+        raise SystemExit(f"{folder} holds a run without scores.json, which did not come to its end; remove the folder")
+    line = json.loads(path.read_text(encoding="utf-8"))
+    if line.get("config_sha256") != config_sha256(config):
+        raise SystemExit(f"{path} is of another config than this command's; remove the folder to train again")
+    print(f"{folder}: trained {line['date'][:10]} at commit {line['commit'][:9]}; remove the folder to train again")
+    return True
+
+
 def train(arm: str, seed: int, steps: int | None) -> None:
-    """Trains one arm and writes `scores.json` beside it."""
+    """Trains one arm and writes `scores.json` beside it, with all that the figures depend on."""
     config = build_config(arm, seed, steps)
-    scores = config.trainer.run_dir / "scores.json"
-    if scores.exists():
+    if is_done(config):
         return
+    origin = {
+        "commit": commit(),
+        "versions": versions(),
+        "device": device(),
+        "device_kind": "cuda" if torch.cuda.is_available() else "cpu",
+        "config_sha256": config_sha256(config),
+        "command": command(),
+        "date": now(),
+    }
     started = time.perf_counter()
     train_image_tokenizer(config)
     seconds = time.perf_counter() - started
@@ -118,8 +171,9 @@ def train(arm: str, seed: int, steps: int | None) -> None:
     parameters = sum(p.numel() for p in ImageTokenizer.load(export).parameters())
     values = {**asdict(found.scores), **found.distances, "parameters": parameters, "seconds": seconds}
     shared = {"steps": config.trainer.max_steps, "batch": config.trainer.micro_batch_size}
-    line = {"arm": arm, "seed": seed, **shared, "values": values, "reference_sha256": found.reference_sha256}
-    scores.write_text(json.dumps(line, indent=1) + "\n", encoding="utf-8")
+    line = {"arm": arm, "seed": seed, **shared, "reference_sha256": found.reference_sha256, **origin, "values": values}
+    path = config.trainer.run_dir / "scores.json"
+    path.write_text(json.dumps(line, indent=1) + "\n", encoding="utf-8")
 
 
 UNITS = {
@@ -130,22 +184,56 @@ UNITS = {
     "codebook_usage": "",
     "expected_usage": "",
     "parameters": "",
+    "seconds": "s",
 }
+SHARED = ("steps", "batch", "reference_sha256")
+"""What all arms have in common."""
+ORIGIN = ("commit", "versions", "device", "device_kind", "config_sha256")
+"""What all seeds of an arm have in common."""
 
 
 def record_all() -> None:
-    """One line for each arm and score, over the seeds that were trained."""
+    """One line for each arm and score, over the seeds that were trained, as of their training."""
     arms: dict[str, list[dict[str, Any]]] = {}
     for path in sorted(RUNS.glob("*/scores.json")):
         line = json.loads(path.read_text(encoding="utf-8"))
         arms.setdefault(line["arm"], []).append(line)
+    everything = [line for lines in arms.values() for line in lines]
+    if not everything:
+        raise SystemExit(f"{RUNS} holds no scores.json; train an arm first")
+    shared = common("all arms", everything, SHARED)
+    origins = {arm: common(f"the seeds of {arm}", lines, ORIGIN) for arm, lines in arms.items()}
     for arm, lines in arms.items():
-        shared = {key: lines[0][key] for key in ("steps", "batch", "reference_sha256")}
-        assert all(line[key] == value for line in lines for key, value in shared.items()), f"{arm}: seeds differ"
-        settings = {**shared, "seeds": [line["seed"] for line in lines]}
+        settings = {
+            **shared,
+            "sha256": origins[arm].pop("config_sha256"),
+            "seeds": [line["seed"] for line in lines],
+            "trained": [line["date"] for line in lines],
+        }
         for name, unit in UNITS.items():
-            values = [line["values"][name] for line in lines]
-            record("tokenizer_comparison", f"{arm}: {name}", values, unit, "cpu", settings)
+            append(
+                benchmark="tokenizer_comparison",
+                subject=f"{arm}: {name}",
+                repeats=[line["values"][name] for line in lines],
+                unit=unit,
+                command="; ".join(dict.fromkeys(line["command"] for line in lines)),
+                config=settings,
+                **origins[arm],
+            )
+
+
+def common(where: str, lines: list[dict[str, Any]], keys: tuple[str, ...]) -> dict[str, Any]:
+    """The values that all lines have.
+
+    Raises:
+        SystemExit: naming the key, where they differ or a line lacks it.
+    """
+    for key in keys:
+        found = [line.get(key) for line in lines]
+        if found[0] is None or any(value != found[0] for value in found):
+            runs = ", ".join(f"{line['arm']}-{line['seed']} {value}" for line, value in zip(lines, found, strict=True))
+            raise SystemExit(f"{key} differs between {where}, or is missing: {runs}; train them alike")
+    return {key: lines[0][key] for key in keys}
 
 
 def draw_sheet() -> None:

@@ -37,20 +37,28 @@ def record(
         device_kind=device_kind,
         commit=commit(),
         versions=versions(),
-        command=" ".join(["python", relative(sys.argv[0]), *sys.argv[1:]]),
+        command=command(),
         config=config,
     )
 
 
 def append(**fields: Any) -> dict[str, Any]:
     """Appends a line to `results/BENCHMARK.jsonl`, with date and median, and prints it in short."""
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    line = {**fields, "date": date, "median": statistics.median(fields["repeats"])}
+    line = {**fields, "date": now(), "median": statistics.median(fields["repeats"])}
     RESULTS.mkdir(exist_ok=True)
     with open(RESULTS / f"{line['benchmark']}.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     print(f"{line['benchmark']}, {line['subject']}: {line['median']:,.4g} {line['unit']}")
     return line
+
+
+def command() -> str:
+    """The command line that runs this."""
+    return " ".join(["python", relative(sys.argv[0]), *sys.argv[1:]])
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 def relative(script: str) -> str:

@@ -19,7 +19,7 @@ TITLES = {
     "train_step": "Training step of the tiny model",
     "decode": "Generating with the tiny model",
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
-    "tokenizer_comparison": "Image tokenizers on the demo pictures at 64 pixels, 64 codes, 500 steps of 16: held-out pictures",
+    "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",
 }
 ORDER = [*TITLES]
 PIVOTED = ("tokenizer_comparison",)

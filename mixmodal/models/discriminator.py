@@ -1,6 +1,8 @@
 """PatchGAN: a convolutional network that judges overlapping patches of a picture (arXiv 1611.07004, section 3.2.2).
 
-The layers are those of pix2pix and of taming-transformers' `NLayerDiscriminator`; 4x4 convolutions, LeakyReLU.
+The layers are those of pix2pix and of taming-transformers' `NLayerDiscriminator`; 4x4 convolutions, LeakyReLU. Norms
+are GroupNorms where those have batch norms, with which the round of the discriminator, whose batch holds real and
+reconstructed pictures, and that of the generator, whose batch holds the latter only, would judge a picture differently.
 
 Shapes: B batch, C channels, H W pixels, h w patches.
 """
@@ -9,7 +11,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,30 +22,25 @@ SLOPE = 0.2
 
 @dataclass(frozen=True, kw_only=True)
 class DiscriminatorConfig:
-    """A PatchGAN; the defaults are pix2pix's, in which a judgement sees 70x70 pixels.
+    """A PatchGAN; with pix2pix's defaults the convolutions of a judgement see 70x70 pixels.
+
+    The statistics of the norms span the whole picture, and so a judgement does depend on what lies further away.
 
     Args:
         channels: of the first layer; each further one has twice as many, up to eight times.
         num_layers: convolutions of stride 2.
-        norm: of the layers between the first and the last: `group`, or pix2pix's `batch`, with which a loss depends on
-            what else stands in the micro-batch.
-        norm_groups: group: groups of each GroupNorm.
+        norm_groups: groups of each GroupNorm; the layers between the first and the last have one.
     """
 
     channels: int = 64
     num_layers: int = 3
-    norm: Literal["group", "batch"] = "group"
     norm_groups: int = 32
 
     def __post_init__(self) -> None:
-        if self.norm not in ("group", "batch"):
-            raise ValueError(f"discriminator.norm is {self.norm!r}; choose group or batch")
         for name in ("channels", "num_layers", "norm_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"discriminator.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.norm == "batch" and self.norm_groups != 32:
-            raise ValueError("discriminator.norm_groups has no effect with norm batch; leave it out")
-        if self.norm == "group" and 2 * self.channels % self.norm_groups:
+        if 2 * self.channels % self.norm_groups:
             raise ValueError(
                 f"discriminator.norm_groups is {self.norm_groups}; it must divide {2 * self.channels}, "
                 "twice discriminator.channels"
@@ -82,8 +78,7 @@ class PatchDiscriminator(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(SLOPE)]
         for number, (narrow, wide) in enumerate(pairwise(widths), start=1):
             stride = 2 if number < config.num_layers else 1
-            bias = config.norm == "group"  # a batch norm takes any bias out again
-            layers += [nn.Conv2d(narrow, wide, 4, stride=stride, padding=1, bias=bias), norm(wide, config)]
+            layers += [nn.Conv2d(narrow, wide, 4, stride=stride, padding=1), nn.GroupNorm(config.norm_groups, wide)]
             layers.append(nn.LeakyReLU(SLOPE))
         layers.append(nn.Conv2d(widths[-1], 1, 4, padding=1))
         self.layers = nn.Sequential(*layers)
@@ -99,15 +94,11 @@ class PatchDiscriminator(nn.Module):
         return self.layers(images.contiguous(memory_format=torch.channels_last))
 
 
-def norm(channels: int, config: DiscriminatorConfig) -> nn.Module:
-    return nn.BatchNorm2d(channels) if config.norm == "batch" else nn.GroupNorm(config.norm_groups, channels)
-
-
 def init_weights(module: nn.Module) -> None:
     """Convolutions from N(0, 0.02) without biases, norms with weights from N(1, 0.02), as pix2pix starts."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, INIT_STD)
-    elif isinstance(module, (nn.GroupNorm, nn.BatchNorm2d)):
+    elif isinstance(module, nn.GroupNorm):
         nn.init.normal_(module.weight, 1.0, INIT_STD)
     else:
         return

@@ -153,5 +153,9 @@ def check_preprocess(preprocess: str, key: str = "preprocess") -> None:
 
 def to_pictures(images: torch.Tensor) -> list[Image.Image]:
     """The inverse of `to_tensor` for a batch: `(B, 3, H, W)` to RGB pictures; values outside [-1, 1] are clamped."""
-    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+    return [Image.fromarray(picture) for picture in to_pixels(images.detach()).permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """Images in [-1, 1], of any shape, as the uint8 values that a file of them holds; outside values are clamped."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()

@@ -77,9 +77,11 @@ class QuantizerConfig:
         gradient: vq, simvq: how the gradient passes the choice of a code: as it is (`straight_through`), or turned and
             scaled as the latent is to its code (`rotation`, arXiv 2410.06424).
         commitment_weight: vq, simvq, lfq: weight of the pull of the latents to their codes, beta in arXiv 1711.00937.
-        decay: ema: share of the moving average that one step keeps.
-        restart_below: ema: a code used fewer times a step than this, on the moving average, restarts at a latent of
-            the batch; 0 is never. With `update: gradient` a restart would fight the optimizer's own copy.
+        decay: ema: share of the moving average that one micro-batch keeps; with `grad_accum_steps` above 1 a step has
+            several.
+        restart_below: ema: a code used fewer times a micro-batch than this, on the moving average, restarts at a
+            latent of the micro-batch; 0 is never. With `update: gradient` a restart would fight the optimizer's own
+            copy.
         kmeans_init: ema: take the first codebook from the first batch by k-means.
         entropy_weight: lfq: weight of the entropy loss as a whole, which makes the code of each latent certain and all
             codes together evenly used.

@@ -102,6 +102,8 @@ class MovingAverageQuantizer(VectorQuantizer):
         )
         self.kmeans_init = config.kmeans_init
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        self._updates: int | None = 0  # what the buffer holds, which on a GPU would be waited for; None: not known
+        self.register_load_state_dict_post_hook(forget_updates)
 
     def codebook(self) -> Tensor:
         codebook = self.vq.codebook
@@ -114,13 +116,21 @@ class MovingAverageQuantizer(VectorQuantizer):
             return super().assign(vectors)
         learned = vectors.detach().flatten(1, -2)  # (B, h * w, C)
         # k-means and restarts draw from the global generators: seeded by the update, they repeat after a resume
-        with seeded(int(self.num_updates), vectors.device):
+        if self._updates is None:
+            self._updates = int(self.num_updates)
+        with seeded(self._updates, vectors.device):
             if self.kmeans_init:
                 self.vq._codebook.init_embed_(learned.flatten(0, 1)[None])
             assigned = super().assign(vectors)
             self.vq.update_indices(learned, assigned.codes.flatten(1))
         self.num_updates += 1
+        self._updates += 1
         return assigned
+
+
+def forget_updates(quantizer: MovingAverageQuantizer, _: object) -> None:
+    """A state dict was loaded: the next update reads the number of those before from the buffer."""
+    quantizer._updates = None
 
 
 class GradientQuantizer(VectorQuantizer):

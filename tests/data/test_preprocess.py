@@ -80,13 +80,17 @@ def test_pictures_to_train_and_evaluate_on(
     seen: list[torch.Tensor] = []
     score = reconstruction.score_reconstructions
 
-    def spy(tokenizer, batches):
+    def spy(tokenizer, batches, further=()):
         batches = list(batches)
         seen.extend(batches)
-        return score(tokenizer, batches)
+        return score(tokenizer, batches, further)
 
     monkeypatch.setattr(reconstruction, "score_reconstructions", spy)
-    evaluate_image_tokenizer(ImageTokenizerEvaluationConfig(image_tokenizer=tmp_path / "tokenizer", data=(shards,)))
+    evaluate_image_tokenizer(
+        ImageTokenizerEvaluationConfig(
+            image_tokenizer=tmp_path / "tokenizer", data=(shards,), features="none", perceptual=None
+        )
+    )
     assert torch.equal(seen[0][0], to_tensor(resize_and_crop(NOISE, 16, preprocess)))
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mixmodal.data.pictures import to_images
 from mixmodal.evaluation import features
-from mixmodal.evaluation.features import FrechetDistance, PerceptualDistance, build_metric, to_pixels
+from mixmodal.evaluation.features import FrechetDistance, PerceptualDistance, build_metric
 from mixmodal.objectives.perceptual import PerceptualConfig
+from mixmodal.tokenization.preprocessing import to_pixels
 
 Draw = Callable[..., torch.Tensor]
 

@@ -36,12 +36,12 @@ Draw = Callable[..., torch.Tensor]
 WriteShards = Callable[..., None]
 
 
-def build_tokenizer() -> ImageTokenizer:
+def build_tokenizer(quantizer: QuantizerConfig | None = None) -> ImageTokenizer:
     torch.manual_seed(0)
     autoencoder = AutoencoderConfig(
         channels=16, channel_multipliers=(1, 1), patch_size=2, resample="pixel_shuffle", mid_blocks=(), norm_groups=4
     )
-    quantizer = QuantizerConfig(kind="fsq", levels=(8, 5, 5))
+    quantizer = quantizer or QuantizerConfig(kind="fsq", levels=(8, 5, 5))
     return ImageTokenizer(ImageTokenizerConfig(image_size=16, autoencoder=autoencoder, quantizer=quantizer)).eval()
 
 
@@ -91,6 +91,19 @@ def test_scores_do_not_depend_on_the_batches(draw_shapes: Draw) -> None:
     assert parts.ssim == pytest.approx(whole.ssim, abs=1e-5)
     reconstructions = tokenizer.decode(tokenizer.encode(images))
     assert whole.psnr == pytest.approx(float(psnr(reconstructions, images).mean()), abs=1e-4)
+
+
+def test_a_collapsed_level_is_not_hidden_by_the_others(draw_shapes: Draw, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = build_tokenizer(QuantizerConfig(kind="residual_vq", codebook_size=16, codebook_dim=4, num_levels=3))
+    images = to_images(draw_shapes(2, size=16))
+    codes = torch.randint(16, (2, 4, 4, 3), generator=torch.Generator().manual_seed(0))
+    codes[..., 1] = 5 + (torch.arange(16).view(4, 4) == 0)  # 5 but for one place of each picture
+    monkeypatch.setattr(tokenizer, "encode", lambda part: codes[: len(part)].flatten(-2))
+    scores = score_reconstructions(tokenizer, [images])
+    assert scores.num_codes == 2 * 4 * 12
+    assert scores.codebook_usage == 2 / 16
+    assert scores.perplexity == pytest.approx(math.exp(-math.log(1 / 16) / 16 - 15 / 16 * math.log(15 / 16)))
+    assert scores.expected_usage == pytest.approx(expected_usage(2 * 16, 16))
 
 
 def test_scores_of_no_pictures_are_refused() -> None:

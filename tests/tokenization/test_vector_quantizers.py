@@ -133,6 +133,21 @@ def test_restarts_bring_a_collapsed_codebook_back_and_repeat(draw_latents: Draw)
     assert torch.equal(used_after(0.2, noise=1)[1], codebook)
 
 
+def test_the_number_of_updates_is_read_from_the_buffer_after_a_load_only(draw_latents: Draw) -> None:
+    def update(quantizer: VectorQuantizer, seed: int) -> Tensor:
+        quantizer.train()(draw_latents(seed))
+        return quantizer.codebook().clone()
+
+    whole, resumed = (build(kind="vq", decay=0.5, restart_below=0.6) for _ in range(2))
+    for seed in range(2):
+        update(whole, seed)
+    resumed.load_state_dict(whole.state_dict())
+    expected = [update(whole, seed) for seed in (2, 3)]
+    assert torch.equal(update(resumed, 2), expected[0])
+    resumed.register_buffer("num_updates", torch.zeros((), dtype=torch.int64, device="meta"))  # nothing to read
+    assert torch.equal(update(resumed, 3), expected[1])
+
+
 def test_kmeans_starts_among_the_latents() -> None:
     centres = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)) + 10
     latents = centres.repeat(32, 1).reshape(16, 4, 4, 4).movedim(-1, 1)
