@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mixmodal.data.augment import AugmentConfig, augment
 from mixmodal.data.pictures import PictureBatch, PictureDataConfig, PictureLoader, decode_all, to_images
 from mixmodal.evaluation.reconstruction import ReconstructionScores, score_reconstructions
-from mixmodal.evaluation.sheet import save_sheet
+from mixmodal.evaluation.sheet import PICTURES_SHOWN, save_sheet
 from mixmodal.models.discriminator import PatchDiscriminator, check_discriminator
 from mixmodal.objectives.adversarial import AdversarialConfig, adaptive_weight, discriminator_loss, generator_loss
 from mixmodal.objectives.loss import Sums, TokenLosses
@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_PIXELS = 2**22
 """Pixels of the pictures that are evaluated at a time: evaluation computes in float32."""
-PICTURES_SHOWN = 16
-"""Held-out pictures in `reconstructions.png`."""
 DISCRIMINATOR = "discriminator"
 CONTEST_METRICS = ("adversarial", "adaptive_weight", "discriminator", "logits_real", "logits_fake")
 
