@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from mixmodal.models.discriminator import PatchDiscriminator, check_discriminato
 from mixmodal.objectives.adversarial import AdversarialConfig, adaptive_weight, discriminator_loss, generator_loss
 from mixmodal.objectives.loss import Sums, TokenLosses
 from mixmodal.objectives.perceptual import PerceptualConfig, PerceptualLoss
+from mixmodal.tokenization.autoencoder import Decoder
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
 from mixmodal.tokenization.quantizer import Quantized, remedy
 from mixmodal.training.optimizer import OptimizerConfig
@@ -235,9 +236,10 @@ class ImageTokenizerTask(Task):
         (wanted,), (given,) = (torch.autograd.grad(value, leaf) for value in (loss, fooled))
         scale = torch.ones_like(count)
         if adversarial.adaptive:
-            again = self._redraw(model)
-            losses = ((again * (gradient / count)).sum() for gradient in (wanted, given))
-            scale = adaptive_weight(*losses, model.decoder.conv_out.weight, adversarial.max_adaptive_weight)
+            decoder = cast(Decoder, model.decoder)  # DeepSpeed's engine forwards to the tokenizer
+            again = self._redraw(decoder)
+            pulls = [(again * (gradient / count)).sum() for gradient in (wanted, given)]
+            scale = adaptive_weight(pulls[0], pulls[1], decoder.conv_out.weight, adversarial.max_adaptive_weight)
         weight = adversarial.weight * scale
         pulled = (found.reconstructions * (wanted + weight * given)).sum()
         objective = (loss + weight * fooled).detach() + (pulled - pulled.detach()) + found.quantizer_loss
@@ -257,7 +259,7 @@ class ImageTokenizerTask(Task):
         with self._autocast(images):
             return torch.func.functional_call(self._discriminator, frozen, (images.to(self._discriminator_dtype),))
 
-    def _redraw(self, model: nn.Module) -> Tensor:
+    def _redraw(self, decoder: Decoder) -> Tensor:
         """The reconstructions once more, with a graph that holds the decoder's last layer only.
 
         DeepSpeed lets nobody but itself send gradients through what its engine has returned.
