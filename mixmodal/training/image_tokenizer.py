@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmodal.data.augment import AugmentConfig, augment
-from mixmodal.data.pictures import PictureBatch, PictureDataConfig, PictureLoader, decode_all, to_images
+from mixmodal.data.pictures import PictureBatch, PictureDataConfig, PictureLoader, decode_first, to_images
 from mixmodal.evaluation.reconstruction import ReconstructionScores, score_reconstructions
 from mixmodal.evaluation.sheet import save_sheet
 from mixmodal.models.discriminator import PatchDiscriminator, check_discriminator
@@ -315,7 +315,7 @@ class ImageTokenizerTask(Task):
         data = self.config.data
         if self._held_out is None and data.held_out:
             size, preprocess = self.config.tokenizer.image_size, self.config.tokenizer.preprocess
-            _, self._held_out, _ = decode_all(data.held_out, size, data.limits, data.max_held_out_pictures, preprocess)
+            _, self._held_out = decode_first(data.held_out, size, data.limits, data.max_held_out_pictures, preprocess)
         return self._held_out
 
     def _check_usage(self, scores: ReconstructionScores) -> None:
