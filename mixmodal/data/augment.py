@@ -22,6 +22,11 @@ whether to crop, area, aspect, two places. New ones go to the end, so that the o
 class AugmentConfig:
     """How far pictures are changed; with the defaults they are left alone.
 
+    Pictures are changed after they have been resized to image_size, so a crop magnifies them, up to
+    `1 / sqrt(min_crop_area)` (1.25 with 0.64), and a move resamples them: both are softer than untouched pictures. What
+    trains on such pictures to the end learns to draw softly; a share below 1 and an end before the last step
+    (`augment_until` of a training config) leave it sharp ones.
+
     Args:
         flip_share: probability of a left-right flip, 0 .. 1.
         move_share: probability of a shift and a scale, 0 .. 1.
@@ -29,7 +34,7 @@ class AugmentConfig:
         max_scale: of a scale, as a share: 0.1 is between 0.9 and 1.1.
         hue_share: probability of a turn of the hue, 0 .. 1.
         max_hue: of a turn of the hue about the grey axis, degrees; 180 is any.
-        crop_share: probability that a random part is cut out and resized to the whole, 0 .. 1.
+        crop_share: probability that a random part is cut out and magnified to the whole, 0 .. 1.
         min_crop_area: of the part, as a share of the picture; all areas between it and 1 are equally likely.
         max_crop_aspect: of the part's longer to its shorter side, at least 1; the part never leaves the picture, so
             large parts are nearly square.

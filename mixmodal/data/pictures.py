@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -27,7 +27,7 @@ class PictureDataConfig:
         train: folders of shards to train on.
         held_out: folders of shards to evaluate on; none means no evaluation.
         max_cached_pictures: up to so many pictures are decoded once and kept in memory, 3 bytes a pixel; more are
-            streamed, and shuffled within windows.
+            streamed, and shuffled within windows. 0 always streams.
         shuffle_window: pictures that are shuffled together when streamed; they are kept encoded.
         max_held_out_pictures: so many of the held-out pictures, from the first, are evaluated on.
         limits: what a picture may be, and the share of bad ones that fails the job.
@@ -63,12 +63,12 @@ class PictureBatch(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One place of the stream: the `number`-th picture of an epoch, cached or still encoded."""
+    """One place of the stream: the `number`-th picture of an epoch, decoded or still encoded; None is a bad one."""
 
     key: str
     epoch: int
     number: int
-    picture: Tensor | PictureFile
+    picture: Tensor | PictureFile | None
 
 
 class PictureSource(Protocol):
@@ -105,40 +105,65 @@ def decode(
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def decode_all(
-    paths: Sequence[Path],
-    image_size: int,
-    limits: SampleLimits,
-    max_pictures: int,
-    preprocess: Preprocess = "meta",
-) -> tuple[list[str], Tensor, bool]:
-    """Keys and pixels, uint8 `(N, 3, H, W)`, of the first `max_pictures` good pictures, and whether these are all.
+def decode_each(
+    paths: Sequence[Path], image_size: int, limits: SampleLimits, preprocess: Preprocess
+) -> Iterator[tuple[str, Tensor]]:
+    """Key and pixels, uint8 `(3, image_size, image_size)`, of every good picture in the order of the shards.
 
     Raises:
         ValueError: where there is no good picture.
-        TooManySkipped: above the allowed share of bad ones.
+        TooManySkipped: above the allowed share of bad ones; with few pictures, when the last one was read.
     """
     counter = SkipCounter(limits.max_skipped_share)
-    keys: list[str] = []
-    decoded: list[Tensor] = []
+    found = False
     for picture in read_pictures(paths, counter, limits):
         pixels = decode(picture, image_size, counter, limits, preprocess)
-        if pixels is None:
-            continue
-        if len(decoded) == max_pictures:
-            return keys, torch.stack(decoded) if decoded else torch.empty(0), False
-        keys.append(picture.name)
-        decoded.append(pixels)
+        if pixels is not None:
+            found = True
+            yield picture.name, pixels
     counter.finish()
-    if not decoded:
+    if not found:
         raise ValueError(f"{', '.join(map(str, paths))}: the shards hold no pictures")
-    return keys, torch.stack(decoded), True
+
+
+def decode_all(
+    paths: Sequence[Path], image_size: int, limits: SampleLimits, max_pictures: int, preprocess: Preprocess = "meta"
+) -> tuple[list[str], list[Tensor]] | None:
+    """Keys and pixels, uint8 `(3, H, W)` each, of all good pictures; None where there are more than `max_pictures`.
+
+    Raises:
+        ValueError, TooManySkipped: as `decode_each`.
+    """
+    keys: list[str] = []
+    decoded: list[Tensor] = []
+    for key, pixels in decode_each(paths, image_size, limits, preprocess):
+        if len(decoded) == max_pictures:
+            return None
+        keys.append(key)
+        decoded.append(pixels)
+    return keys, decoded
+
+
+def decode_first(
+    paths: Sequence[Path], image_size: int, limits: SampleLimits, max_pictures: int, preprocess: Preprocess = "meta"
+) -> tuple[list[str], Tensor]:
+    """Keys and pixels, uint8 `(N, 3, H, W)`, of the first `max_pictures` good pictures, or of as many as there are.
+
+    Raises:
+        ValueError, TooManySkipped: as `decode_each`.
+    """
+    found = list(islice(decode_each(paths, image_size, limits, preprocess), max_pictures))
+    keys = [key for key, _ in found]
+    pixels = torch.empty((len(found), 3, image_size, image_size), dtype=torch.uint8)
+    for index in reversed(range(len(found))):  # each goes when it is copied, so that the pictures are not held twice
+        pixels[index] = found.pop()[1]
+    return keys, pixels
 
 
 class CachedPictures:
-    """Decoded pictures `(N, 3, H, W)`, in a new order in every epoch."""
+    """Decoded pictures, `(3, H, W)` each, in a new order in every epoch."""
 
-    def __init__(self, keys: Sequence[str], pixels: Tensor, seed: int) -> None:
+    def __init__(self, keys: Sequence[str], pixels: Sequence[Tensor], seed: int) -> None:
         self.keys, self.pixels, self.seed = keys, pixels, seed
 
     def rows(self, start: int) -> Iterator[Row]:
@@ -187,8 +212,9 @@ class PictureLoader:
     """Micro-batches of pictures without end.
 
     Optimizer step s trains on rows s * R .. (s + 1) * R - 1 of one stream, where R is `micro_batch_size *
-    grad_accum_steps * world_size`, however they are spread. A streamed picture that turns out bad when it is decoded
-    leaves its batch smaller.
+    grad_accum_steps * world_size`, however they are spread. Where the streamed picture of row i turns out bad when it
+    is decoded, the picture of row i + R stands in, or the first good one after it: what comes for a row does not
+    depend on batches and ranks, and all ranks take equally many rows. That picture comes once more in its own row.
     """
 
     def __init__(
@@ -219,41 +245,55 @@ class PictureLoader:
         self.source, self.num_pictures = self._open()
         self._place = 0  # rows that all ranks have taken
         self._rows = self.source.rows(0)
+        self._ahead: list[Row] = []  # rows that follow `_place`, as far as they have been looked at
 
     def _open(self) -> tuple[PictureSource, int | None]:
         """The pictures, and how many there are where they are cached."""
         most = self.config.max_cached_pictures
-        keys, pixels, complete = decode_all(
-            self.config.train, self.image_size, self.config.limits, most, self.preprocess
-        )
-        if complete:
-            return CachedPictures(keys, pixels, self.seed), len(keys)
+        found = decode_all(self.config.train, self.image_size, self.config.limits, most, self.preprocess)
+        if found:
+            return CachedPictures(*found, self.seed), len(found[0])
         return StreamedPictures(self.config, self.counter, self.seed), None
 
     def __iter__(self) -> Iterator[PictureBatch]:
         return self
 
     def __next__(self) -> PictureBatch:
-        rows = list(islice(self._rows, self.micro_batch_size * self.world_size))
-        self._place += len(rows)
-        start = self.rank * self.micro_batch_size
-        return self._build(rows[start : start + self.micro_batch_size])
+        start, size = self.rank * self.micro_batch_size, self.micro_batch_size * self.world_size
+        batch = self._build(range(start, start + self.micro_batch_size))
+        self._look(size - 1)
+        del self._ahead[:size]
+        self._place += size
+        return batch
 
-    def _build(self, rows: Sequence[Row]) -> PictureBatch:
-        keys: list[str] = []
-        pixels: list[Tensor] = []
-        draws: list[np.ndarray] = []
-        for row in rows:
-            picture = row.picture
-            if isinstance(picture, PictureFile):
-                picture = decode(picture, self.image_size, self.counter, self.config.limits, self.preprocess)
+    def _build(self, offsets: Sequence[int]) -> PictureBatch:
+        """The rows so far behind `_place`."""
+        found = [self._find_good(offset) for offset in offsets]
+        rows = [self._look(offset) for offset in offsets]  # a stand-in is changed as the bad one would have been
+        draws = np.stack([draw_changes(self.seed, row.epoch, row.number, 1) for row in rows])  # 1: apart from the order
+        pixels = torch.stack([picture for _, picture in found])
+        return PictureBatch(pixels, torch.from_numpy(draws).view(-1, NUM_DRAWS), [key for key, _ in found])
+
+    def _find_good(self, offset: int) -> tuple[str, Tensor]:
+        """Key and picture of a row, or of the first good one from a step later on."""
+        for place in chain([offset], count(offset + self.rows_per_step)):
+            picture = self._decode(place)
             if picture is not None:
-                keys.append(row.key)
-                pixels.append(picture)
-                draws.append(draw_changes(self.seed, row.epoch, row.number, 1))  # 1: apart from the epoch's order
-        if not keys:
-            raise ValueError(f"data: all pictures of a batch are bad, the first is {rows[0].key}")
-        return PictureBatch(torch.stack(pixels), torch.from_numpy(np.stack(draws)).view(-1, NUM_DRAWS), keys)
+                return self._look(place).key, picture
+        raise AssertionError("the stream has no end")
+
+    def _decode(self, offset: int) -> Tensor | None:
+        """The picture of a row, decoded and counted once."""
+        row = self._look(offset)
+        if isinstance(row.picture, PictureFile):
+            picture = decode(row.picture, self.image_size, self.counter, self.config.limits, self.preprocess)
+            row = self._ahead[offset] = row._replace(picture=picture)
+        assert not isinstance(row.picture, PictureFile)
+        return row.picture
+
+    def _look(self, offset: int) -> Row:
+        self._ahead += islice(self._rows, max(0, offset + 1 - len(self._ahead)))
+        return self._ahead[offset]
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data, from which another loader goes on with exactly the batch that is next here."""
@@ -274,3 +314,4 @@ class PictureLoader:
                 )
         self._place = int(state["place"])
         self._rows = self.source.rows(self._place)
+        self._ahead = []

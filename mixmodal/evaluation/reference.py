@@ -39,7 +39,8 @@ class ReferencePictures:
         seed: int = 0,
         batch_size: int = 64,
     ) -> None:
-        self.paths, self.image_size, self.limits, self.preprocess = paths, image_size, limits, preprocess
+        self.paths, self.image_size, self.limits = paths, image_size, limits
+        self.preprocess: Preprocess = preprocess
         self.max_pictures, self.seed, self.batch_size = max_pictures, seed, batch_size
         self.digests: list[bytes] = []
 

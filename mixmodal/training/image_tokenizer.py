@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixmodal.data.augment import AugmentConfig, augment
-from mixmodal.data.pictures import PictureBatch, PictureDataConfig, PictureLoader, decode_all, to_images
+from mixmodal.data.pictures import PictureBatch, PictureDataConfig, PictureLoader, decode_first, to_images
 from mixmodal.evaluation.reconstruction import ReconstructionScores, score_reconstructions
 from mixmodal.evaluation.sheet import PICTURES_SHOWN, save_sheet
 from mixmodal.models.discriminator import PatchDiscriminator, check_discriminator
@@ -264,17 +264,14 @@ class ImageTokenizerTask(Task):
 
         DeepSpeed lets nobody but itself send gradients through what its engine has returned.
         """
-        assert self._last_inputs is not None
-        decoder = model.decoder
-        if not decoder.conv_out.weight.numel():
-            raise ValueError(
-                "adversarial.adaptive needs whole weights, which ZeRO stage 3 does not keep; set it to false"
-            )
-        with self._autocast(self._last_inputs):
-            return decoder.patches(F.conv2d(self._last_inputs, decoder.conv_out.weight, padding=1)).float()
+        inputs, self._last_inputs = self._last_inputs, None
+        assert inputs is not None
+        with self._autocast(inputs):
+            return decoder.patches(F.conv2d(inputs, decoder.conv_out.weight, padding=1)).float()
 
     def _keep_last_inputs(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self._last_inputs = inputs[0].detach()
+        if torch.is_grad_enabled():
+            self._last_inputs = inputs[0].detach()
 
     def _autocast(self, images: Tensor) -> torch.autocast:
         enabled = self.config.trainer.precision == "autocast_bfloat16"
@@ -326,7 +323,7 @@ class ImageTokenizerTask(Task):
         data = self.config.data
         if self._held_out is None and data.held_out:
             size, preprocess = self.config.tokenizer.image_size, self.config.tokenizer.preprocess
-            _, self._held_out, _ = decode_all(data.held_out, size, data.limits, data.max_held_out_pictures, preprocess)
+            _, self._held_out = decode_first(data.held_out, size, data.limits, data.max_held_out_pictures, preprocess)
         return self._held_out
 
     def _check_usage(self, scores: ReconstructionScores) -> None:

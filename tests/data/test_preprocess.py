@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mixmodal.data.pictures import PictureDataConfig, PictureLoader, decode_all
+from mixmodal.data.pictures import PictureDataConfig, PictureLoader, decode_first
 from mixmodal.data.pretokenize import PretokenizeConfig, pretokenize
 from mixmodal.data.shards import PictureFile, Sample, read_samples, write_shards
 from mixmodal.data.skipping import SampleLimits
@@ -70,7 +70,7 @@ def test_pictures_to_train_and_evaluate_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     expected = torch.from_numpy(np.asarray(resize_and_crop(NOISE, 16, preprocess)).copy()).permute(2, 0, 1)
-    _, pixels, _ = decode_all([shards], 16, SampleLimits(), 10, preprocess)
+    _, pixels = decode_first([shards], 16, SampleLimits(), 10, preprocess)
     assert torch.equal(pixels[0], expected)
     for cached in (10, 0):
         config = PictureDataConfig(train=(shards,), max_cached_pictures=cached)
@@ -80,7 +80,7 @@ def test_pictures_to_train_and_evaluate_on(
     seen: list[torch.Tensor] = []
     score = reconstruction.score_reconstructions
 
-    def spy(tokenizer, batches, further=()):
+    def spy(tokenizer, batches, further):
         batches = list(batches)
         seen.extend(batches)
         return score(tokenizer, batches, further)
