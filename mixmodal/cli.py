@@ -52,6 +52,7 @@ COMMANDS: dict[str, Subcommand] = {
         "PSNR, SSIM, distances of networks, share of codes used",
     ),
     "pretrain": Subcommand("mixmodal.training.pretrain", "PretrainConfig", "pretrain", "trains the transformer"),
+    "plan": Subcommand("mixmodal.training.plan", "PlanConfig", "plan", "memory of a training on each GPU, beforehand"),
     "generate": Subcommand("mixmodal.pipeline.generate", "GenerateConfig", "generate", "texts and pictures"),
     "classify": Subcommand("mixmodal.pipeline.classify", "ClassifyConfig", "classify", "zero-shot, by likelihood"),
     "import": Subcommand(

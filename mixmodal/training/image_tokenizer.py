@@ -220,7 +220,9 @@ class ImageTokenizerTask(Task):
         parts = {"l1": errors.abs().flatten(1).mean(-1).sum(), "l2": errors.square().flatten(1).mean(-1).sum()}
         loss = weights.l1_weight * parts["l1"] + weights.l2_weight * parts["l2"]
         if self._perceptual:
-            parts["perceptual"] = self._perceptual.to(images.device)(reconstructions, images).sum()
+            if self._perceptual.weights[0].device != images.device:
+                self._perceptual.to(images.device)
+            parts["perceptual"] = self._perceptual(reconstructions, images).sum()
             loss = loss + weights.perceptual_weight * parts["perceptual"]
         return loss, parts
 
