@@ -1,8 +1,9 @@
 """Trains a config of a few hundred megabytes for two steps; prints how memory grew, and what the plan says.
 
-    python measured_peak.py FOLDER image|image_alone|image_autocast|text|text_bfloat16|text_accumulated
+    python measured_peak.py FOLDER NAME
 
 Growth is the peak of the resident set over what stood before, in a process that has trained a tiny config first.
+NAME is one of `MEASURED` in test_plan.py.
 """
 
 from __future__ import annotations
@@ -78,10 +79,19 @@ def build_config(name: str, folder: Path, large: bool) -> Any:
         precision = "autocast_bfloat16" if name == "image_autocast" else "float32"
         width, size = (96, 8) if large else (32, 1)
         return build_image(folder, width, size, name != "image_alone", precision=precision)
-    precision = "bfloat16" if name == "text_bfloat16" else "float32"
+    precision = "bfloat16" if "bfloat16" in name else "float32"
     accumulation = 2 if name == "text_accumulated" else 1
     width, size = (768, 4) if large else (64, 1)
-    return build_text(folder, width, size, precision=precision, grad_accum_steps=accumulation)
+    stage = int(name[-1]) if "zero" in name else None
+    zero = write_zero_file(folder, stage) if stage else None
+    return build_text(folder, width, size, precision=precision, grad_accum_steps=accumulation, deepspeed=zero)
+
+
+def write_zero_file(folder: Path, stage: int) -> Path:
+    """ZeRO with small buckets: memory that is reserved and never touched is not in the resident set."""
+    path = folder / f"zero{stage}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage, "reduce_bucket_size": 2_000_000}}))
+    return path
 
 
 def write_pictures(folder: Path) -> None:
