@@ -75,6 +75,19 @@ def test_each_network_learns_from_its_own_round(folder: Path, draw_shapes: Draw,
     assert not has_gradient(both[MODEL])
 
 
+def write_out(
+    both: dict[str, nn.Module], reconstructions: torch.Tensor, images: torch.Tensor, adaptive: bool
+) -> tuple[torch.Tensor, float]:
+    """The tokenizer's loss on six pictures without the quantizer's, and what scales the discriminator's opinion."""
+    errors = (reconstructions - images).flatten(1)
+    pictures = 0.1 * errors.abs().mean(1).sum() + errors.square().mean(1).sum()
+    pictures = pictures + 0.7 * PerceptualLoss(PerceptualConfig())(reconstructions, images).sum()
+    fooled = generator_loss(both[DISCRIMINATOR](reconstructions))
+    last = both[MODEL].decoder.conv_out.weight
+    scale = float(adaptive_weight(pictures / 6, fooled / 6, last)) if adaptive else 1.0
+    return pictures + 0.4 * scale * fooled, scale
+
+
 @pytest.mark.parametrize("adaptive", [True, False])
 def test_the_losses_are_the_weighted_sums_of_their_parts(folder: Path, draw_shapes: Draw, adaptive: bool) -> None:
     config = contest(folder, replace(ADVERSARIAL, adaptive=adaptive))
@@ -84,13 +97,8 @@ def test_the_losses_are_the_weighted_sums_of_their_parts(folder: Path, draw_shap
     (_, mine), (_, theirs) = task.rounds(both, batch, step=0)
     images = to_images(batch.pixels)
     reconstructions, _ = both[MODEL](images)
-    errors = (reconstructions - images).flatten(1)
-    pictures = 0.1 * errors.abs().mean(1).sum() + errors.square().mean(1).sum()
-    pictures = pictures + 0.7 * PerceptualLoss(PerceptualConfig())(reconstructions, images).sum()
-    fooled = generator_loss(both[DISCRIMINATOR](reconstructions))
-    last = both[MODEL].decoder.conv_out.weight
-    scale = float(adaptive_weight(pictures / 6, fooled / 6, last)) if adaptive else 1.0
-    assert float(mine.objective.detach()) == pytest.approx(float((pictures + 0.4 * scale * fooled).detach()), rel=1e-4)
+    expected, scale = write_out(both, reconstructions, images, adaptive)
+    assert float(mine.objective.detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
     assert float(mine.metrics["adaptive_weight"].total) == pytest.approx(6 * scale, rel=1e-4)
     assert float(mine.metrics["perceptual"].total) > 0
     real, fake = both[DISCRIMINATOR](images), both[DISCRIMINATOR](reconstructions.detach())
@@ -112,13 +120,8 @@ def test_the_gradient_is_that_of_the_written_out_loss(folder: Path, draw_shapes:
     both[MODEL].zero_grad()
     images = to_images(batch.pixels)
     reconstructions, quantized = both[MODEL](images)
-    errors = (reconstructions - images).flatten(1)
-    pictures = 0.1 * errors.abs().mean(1).sum() + errors.square().mean(1).sum()
-    pictures = pictures + 0.7 * PerceptualLoss(PerceptualConfig())(reconstructions, images).sum()
-    fooled = generator_loss(both[DISCRIMINATOR](reconstructions))
-    last = both[MODEL].decoder.conv_out.weight
-    scale = adaptive_weight(pictures / 6, fooled / 6, last) if adaptive else 1.0
-    (pictures + 0.4 * scale * fooled + 6 * quantized.loss).backward()
+    expected, _ = write_out(both, reconstructions, images, adaptive)
+    (expected + 6 * quantized.loss).backward()
     for name, p in both[MODEL].named_parameters():
         if p.grad is not None:
             torch.testing.assert_close(found[name], p.grad, rtol=0, atol=1e-4 * float(p.grad.abs().max() + 1e-3))
