@@ -35,7 +35,7 @@ from mixmodal.quickstart.corpus import DemoCorpusConfig, build_demo_corpus
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer
 from mixmodal.tokenization.preprocessing import to_pictures, to_tensor
-from mixmodal.tokenization.quantizer import QuantizerConfig
+from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.training.image_tokenizer import (
     ImageTokenizerTrainingConfig,
     ReconstructionLossConfig,

@@ -128,7 +128,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             "weights_only=False)['state_dict']}, NEW)"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a whole checkpoint: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} is not a whole file of torch.save ({type(error).__name__}: {error})") from error
     for name in CONTAINERS:
         if isinstance(found, dict) and isinstance(found.get(name), Mapping):
             found = found[name]

@@ -49,8 +49,6 @@ CONFIG_TYPES = {
     "classify": "classify",
     "tokenizers/train_text": "train-text-tokenizer",
     "tokenizers/train_image": "train-image-tokenizer",
-    "tokenizers/demo_32px_16": "train-image-tokenizer",
-    "tokenizers/vq16_256": "train-image-tokenizer",
     "tokenizers/evaluate_image": "evaluate-image-tokenizer",
 }
 
@@ -69,25 +67,25 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path, top_level: bool = False) -> Iterator[str]:
-    """Full names that a file imports from the package, those inside functions too; `if TYPE_CHECKING` apart."""
-    nodes: Iterator[ast.AST] = statements(tree(path)) if top_level else ast.walk(tree(path))
-    for node in nodes:
+def imports(path: Path, for_types: bool = True) -> Iterator[str]:
+    """Full names that a file imports from the package, those inside functions too.
+
+    Args:
+        for_types: those under `if TYPE_CHECKING` as well.
+    """
+    for node in ast.walk(tree(path)) if for_types else running(tree(path)):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names if name.name.split(".")[0] == "mixmodal")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mixmodal":
             yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
-def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """What runs on import: no function bodies and nothing under `if TYPE_CHECKING`."""
+def running(node: ast.AST) -> Iterator[ast.AST]:
+    """All but what stands under `if TYPE_CHECKING`."""
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
-            continue
-        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
-            continue
-        yield child
-        yield from statements(child)
+        if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
+            yield child
+            yield from running(child)
 
 
 def room(name: str) -> str | None:
@@ -116,7 +114,7 @@ def test_no_import_cycles() -> None:
     modules = {module_name(path): path for path in sources()}
     edges: dict[str, set[str]] = {}
     for name, path in modules.items():
-        found = {other if other in modules else other.rsplit(".", 1)[0] for other in imports(path, top_level=True)}
+        found = {other if other in modules else other.rsplit(".", 1)[0] for other in imports(path, for_types=False)}
         edges[name] = {other for other in found if other in modules and other != name}
     done: set[str] = set()
 

@@ -70,7 +70,7 @@ def test_a_pickle_that_needs_code_is_refused(tmp_path: Path) -> None:
     [
         ("x.safetensors", b"\x08\0\0\0\0\0\0\0{}", "not a whole safetensors file"),
         ("x.ckpt", b"not a checkpoint", "x.ckpt"),
-        ("x.ckpt", b"", "x.ckpt is not a whole checkpoint"),
+        ("x.ckpt", b"", "x.ckpt is not a whole file of torch.save"),
         ("x.safetensors.index.json", b"{", "not the index"),
         ("x.safetensors.index.json", b'{"weight_map": [1]}', "not the index"),
     ],
@@ -84,7 +84,7 @@ def test_broken_files_are_named(name: str, content: bytes, words: str, tmp_path:
 def test_a_truncated_checkpoint_is_named(tmp_path: Path) -> None:
     torch.save({"a": torch.rand(1000)}, tmp_path / "x.pt")
     (tmp_path / "x.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"x\.pt is not a whole checkpoint"):
+    with pytest.raises(ValueError, match=r"x\.pt is not a whole file of torch.save"):
         read_weights(tmp_path / "x.pt")
 
 

@@ -29,7 +29,7 @@ from mixmodal.interop.vqgan_names import (
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
 from mixmodal.tokenization.preprocessing import Preprocess
-from mixmodal.tokenization.quantizer import QuantizerConfig
+from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.weights import read_weights
 
 SHOWN = 10

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from mixmodal.files import write_whole
 from mixmodal.tokenization.autoencoder import AutoencoderConfig, Decoder, Encoder, channels_last, check_autoencoder
 from mixmodal.tokenization.preprocessing import Preprocess, check_preprocess, to_encoder_range
-from mixmodal.tokenization.quantizer import Quantized, QuantizerConfig, build_quantizer, check_quantizer
+from mixmodal.tokenization.quantizer import build_quantizer, check_quantizer
+from mixmodal.tokenization.quantizer_base import Quantized, QuantizerConfig
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixmodal.tokenization.quantizer import Quantizer, QuantizerConfig, straight_through
+from mixmodal.tokenization.quantizer_base import Quantizer, QuantizerConfig, straight_through
 
 LEAST_PROBABILITY = 1e-12
 """Under the logarithm of an entropy: a code that no latent comes near would have an infinite gradient."""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixmodal.tokenization.quantizer import Gradient, Quantizer, QuantizerConfig, straight_through
+from mixmodal.tokenization.quantizer_base import Gradient, Quantizer, QuantizerConfig, straight_through
 
 MAX_DISTANCES = 2**24
 """Distances held at once while codes are looked up: 64 MiB of float32."""

@@ -22,7 +22,8 @@ from mixmodal.objectives.loss import Sums, TokenLosses
 from mixmodal.objectives.perceptual import PerceptualConfig, PerceptualLoss
 from mixmodal.tokenization.autoencoder import Decoder
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
-from mixmodal.tokenization.quantizer import Quantized, remedy
+from mixmodal.tokenization.quantizer import remedy
+from mixmodal.tokenization.quantizer_base import Quantized
 from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.task import MODEL, Opponent, Task
 from mixmodal.training.trainer import FitResult, Trainer, TrainerConfig

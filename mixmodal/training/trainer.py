@@ -72,8 +72,7 @@ class Trainer:
             precision=self.config.precision,
             zero_file=self.config.deepspeed,
         )
-        stage_3 = settings["zero_optimization"].get("stage") == 3
-        if self.config.ema_decay and stage_3:
+        if self.config.ema_decay and settings["zero_optimization"].get("stage") == 3:
             raise ValueError("trainer.ema_decay needs whole weights, which ZeRO stage 3 does not keep: set it to 0")
         start = self._find_start()
         place = init_distributed()
@@ -217,9 +216,9 @@ class Run:
         self.step += 1
         following = self._next_batches()
         totals, found, total_weight, stopping = self._read(objectives, norms, weight)
+        owners = {name: "" if name == MODEL else f" of the {name}" for name in objectives}
         for name, values in objectives.items():
-            check = _Check(self, batches, values)
-            of = "" if name == MODEL else f" of the {name}"
+            check, of = _Check(self, batches, values), owners[name]
             check(total_weight > 0, "weight of the loss is 0: no token of the step counts")
             check(np.isfinite(totals[name]), f"loss{of} is {totals[name]}")
             check(np.isfinite(found[name]), f"gradient norm{of} is {found[name]}")
@@ -227,8 +226,8 @@ class Run:
             self.engines[name].end_micro_batch()
             if norms[name] is None:
                 found[name] = self.engines[name].step_norm()
-                of = "" if name == MODEL else f" of the {name}"
-                _Check(self, batches, values)(np.isfinite(found[name]), f"gradient norm{of} is {found[name]}")
+                check, of = _Check(self, batches, values), owners[name]
+                check(np.isfinite(found[name]), f"gradient norm{of} is {found[name]}")
         if self.ema:
             self.ema.update(self.engine.module, self.step)
         return found, bool(stopping), following

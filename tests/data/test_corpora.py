@@ -16,7 +16,7 @@ from mixmodal.data.token_shards import TokenShards
 from mixmodal.document import Document, Text
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
-from mixmodal.tokenization.quantizer import QuantizerConfig
+from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.tokenization.text import TextTokenizer
 
 

@@ -23,7 +23,7 @@ from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.codec import Codec
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
 from mixmodal.tokenization.preprocessing import Preprocess, resize_and_crop, to_tensor
-from mixmodal.tokenization.quantizer import QuantizerConfig
+from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.tokenization.text import TextTokenizer
 
 NAMES = pytest.mark.parametrize("preprocess", get_args(Preprocess))

@@ -16,7 +16,7 @@ from mixmodal.document import Document, Image, Text
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
 from mixmodal.tokenization.preprocessing import resize_and_crop, to_tensor
-from mixmodal.tokenization.quantizer import QuantizerConfig
+from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.tokenization.text import TextTokenizer, train_text_tokenizer
 
 SHIFTS = AugmentConfig(move_share=1.0, max_shift=0.3)

@@ -30,7 +30,7 @@ from mixmodal.evaluation.sheet import draw_sheet
 from mixmodal.objectives.perceptual import PerceptualConfig
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
-from mixmodal.tokenization.quantizer import QuantizerConfig
+from mixmodal.tokenization.quantizer_base import QuantizerConfig
 
 Draw = Callable[..., torch.Tensor]
 WriteShards = Callable[..., None]

@@ -64,7 +64,7 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small text tokenizer and an untrained image tokenizer of 16 px and 4 x 4 codes."""
     from mixmodal.tokenization.autoencoder import AutoencoderConfig
     from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
-    from mixmodal.tokenization.quantizer import QuantizerConfig
+    from mixmodal.tokenization.quantizer_base import QuantizerConfig
     from mixmodal.tokenization.text import train_text_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizers")

@@ -65,7 +65,7 @@ def test_files_that_can_not_work_are_named(tmp_path: Path, monkeypatch: pytest.M
         load_vgg16(path)
     assert not (tmp_path / "ran").exists()
     path.write_bytes(b"PK\x03\x04 cut")
-    with pytest.raises(ValueError, match=r"vgg16\.pth is not a whole checkpoint"):
+    with pytest.raises(ValueError, match=r"vgg16\.pth is not a whole file of torch.save"):
         load_vgg16(path)
     (tmp_path / "cut.safetensors").write_bytes(b"cut")
     with pytest.raises(ValueError, match=r"cut\.safetensors is not a whole safetensors file"):

@@ -16,7 +16,7 @@ from mixmodal.quickstart.demo import Demo, load_demo
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.codec import Codec
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
-from mixmodal.tokenization.quantizer import QuantizerConfig
+from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.tokenization.text import train_text_tokenizer
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 

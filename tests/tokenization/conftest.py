@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from mixmodal.tokenization.quantizer import Quantizer, QuantizerConfig, build_quantizer
+from mixmodal.tokenization.quantizer import build_quantizer
+from mixmodal.tokenization.quantizer_base import Quantizer, QuantizerConfig
 
 VQ: dict[str, Any] = {"codebook_size": 64, "codebook_dim": 4}
 CONFIGS = {

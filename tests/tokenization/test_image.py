@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from mixmodal.document import CM3LeonFormat, Document, Image
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
-from mixmodal.tokenization.quantizer import QuantizerConfig
+from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 AUTOENCODER = AutoencoderConfig(

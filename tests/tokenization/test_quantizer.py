@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mixmodal.tokenization.image import config_from_dict
-from mixmodal.tokenization.quantizer import Quantizer, QuantizerConfig, build_quantizer, remedy
+from mixmodal.tokenization.quantizer import build_quantizer, remedy
+from mixmodal.tokenization.quantizer_base import Quantizer, QuantizerConfig
 from mixmodal.tokenization.vector_quantizers import MovingAverageQuantizer
 
 Draw = Callable[..., torch.Tensor]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixmodal.tokenization.quantizer import QuantizerConfig, build_quantizer
+from mixmodal.tokenization.quantizer import build_quantizer
+from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.tokenization.scalar_quantizers import FiniteScalarQuantizer, LookupFreeQuantizer, mean_over_ranks
 
 Draw = Callable[..., Tensor]

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixmodal.tokenization.quantizer import QuantizerConfig, build_quantizer
+from mixmodal.tokenization.quantizer import build_quantizer
+from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.tokenization.vector_quantizers import (
     MovingAverageQuantizer,
     ResidualQuantizer,

@@ -28,7 +28,7 @@ from mixmodal.objectives.adversarial import AdversarialConfig
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizerConfig
-from mixmodal.tokenization.quantizer import QuantizerConfig
+from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.image_tokenizer import (
     ImageTokenizerTrainingConfig,

@@ -17,7 +17,7 @@ from mixmodal.data.skipping import SampleLimits
 from mixmodal.evaluation.reconstruction import psnr, score_reconstructions
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
-from mixmodal.tokenization.quantizer import QuantizerConfig
+from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.training.image_tokenizer import (
     ImageTokenizerTask,
     ImageTokenizerTrainingConfig,

@@ -16,7 +16,7 @@ from measured_peak import build_image, build_text
 from torch import Tensor, nn
 
 from mixmodal.cli import main
-from mixmodal.tokenization.quantizer import QuantizerConfig
+from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.training.live_bytes import CastAsOnCuda, LiveBytes
 from mixmodal.training.plan import PlanConfig, build_plan, load_training, parse_bytes
 from mixmodal.training.rehearsal import Rehearsal, largest_size
