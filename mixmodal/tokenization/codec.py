@@ -48,7 +48,10 @@ class Codec:
         }
         for name, (given, expected) in wanted.items():
             if given != expected:
-                raise ValueError(f"codec: {name} of the tokenizer {given}, of vocabulary and format {expected}")
+                raise ValueError(
+                    f"tokenizer and vocabulary disagree: the tokenizer has {name} {given}, the vocabulary and the format "
+                    f"hold {expected}; give the tokenizer that the model was trained with"
+                )
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
         self.format = type(format)(vocabulary, format.grids, text_tokenizer)

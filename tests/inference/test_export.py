@@ -143,8 +143,9 @@ def test_weights_of_other_shapes_name_the_tensor(folder: Path) -> None:
         (None, {"format_version": 2}, r"config\.json: format_version is not 1"),
         (None, {"vocabulary": {"num_words": 3}}, "can not be loaded: .*num_words"),
         ("sequence_format", {"name": "emu"}, "'emu' is unknown"),
-        ("sequence_format", {"grids": {"image": [2, 2]}}, r"image grid of the tokenizer \(4, 4\)"),
-        ("vocabulary", {"num_text_pieces": 9}, "text pieces of the tokenizer"),
+        ("sequence_format", {"grids": {"image": [2, 2]}}, r"the tokenizer has image grid \(4, 4\)"),
+        ("vocabulary", {"num_text_pieces": 9}, "the tokenizer has text pieces"),
+        ("vocabulary", {"codebook_sizes": {"image": 60}}, "the tokenizer has image codes 75, .* hold 60; give the"),
         ("vocabulary", {"num_reserved": 99}, r"vocab_size is \d+, the vocabulary"),
     ],
 )
