@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixmodal.models import winograd
+
 Block = Literal["res", "attention", "transformer"]
 
 
@@ -104,15 +106,28 @@ def check_autoencoder(config: AutoencoderConfig, image_size: int, key: str = "au
         raise ValueError(f"{key}.latent_channels is {config.latent_channels}; 0 leaves the 1x1 convolutions out")
 
 
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps height and width; CPUs compute wide ones with fewer products, without gradients."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        assert self.bias is not None
+        if winograd.pays(input, self.weight):
+            return winograd.conv3x3(input, self.weight, self.bias)
+        return super().forward(input)
+
+
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice; the sum starts as the shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, config: AutoencoderConfig) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels, config)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.norm2 = group_norm(out_channels, config)
-        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
+        self.conv2 = zeroed(Conv3x3(out_channels, out_channels))
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
