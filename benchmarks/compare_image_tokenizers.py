@@ -6,7 +6,8 @@ python benchmarks/compare_image_tokenizers.py record                         # a
 
 The arm `llamagen` has LlamaGen's shape, codebook and reconstruction losses (L2, and a perceptual loss at the pictures'
 own size), at channels that make its parameters as many as ours within 3 %; optimizer, schedule, averaging of weights
-and the discriminator are ours. `llamagen_our_losses` has its shape and codebook with all of our losses.
+and the discriminator are ours. `llamagen_our_losses` has its shape and codebook with all of our losses. `perceptual` is
+ours without the discriminator, and the arms that are named for a quantizer have losses of pixels only: `fsq` is ours.
 """
 
 from __future__ import annotations
@@ -79,8 +80,8 @@ QUANTIZERS = {
 LLAMAGEN_LOSSES = ReconstructionLossConfig(l1_weight=0.0, l2_weight=1.0, perceptual_weight=0.1)
 """LlamaGen weighs L2 and LPIPS alike; a tenth brings the distance of our network to the scale of LPIPS."""
 PIXELS_ONLY = ReconstructionLossConfig(l1_weight=0.1, l2_weight=1.0)
-ARMS = ("ours", "llamagen", "llamagen_our_losses", "pixels", "perceptual")
-SHOWN = ("pixels", "perceptual", "ours")
+ARMS = ("ours", "perceptual", "llamagen", "llamagen_our_losses")
+SHOWN = ("fsq", "perceptual", "ours")
 COLUMNS, CELL = 12, 96
 """Pictures of a row of the sheet, and the pixels that each takes there."""
 
@@ -102,8 +103,6 @@ def build_config(arm: str, seed: int, steps: int | None) -> ImageTokenizerTraini
             shape = replace(tokenizer.autoencoder, patch_size=2)
             tokenizer = replace(tokenizer, autoencoder=shape)
         return replace(config, tokenizer=tokenizer, losses=PIXELS_ONLY, **alone)
-    if arm == "pixels":
-        return replace(config, losses=PIXELS_ONLY, **alone)
     if arm == "perceptual":
         return replace(config, **alone)
     if arm == "ours":
