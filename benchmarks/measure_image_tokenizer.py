@@ -2,9 +2,9 @@
 
 python benchmarks/measure_image_tokenizer.py [--repeats 10] [--image_size 256 --channels 128 --batch_size 2]
 
-The shape is LlamaGen's VQ-16 (two ResBlocks a stage, attention in the last, 16384 codes of 8 dimensions). The three take
-turns, so that what else the machine does meets all of them. All compute in float32; on a GPU ours is measured compiled
-and in bfloat16 as well, with the codebook in float32.
+The shape is LlamaGen's VQ-16 (two ResBlocks a stage, attention in the last, 16384 codes of 8 dimensions). The three
+take turns, so that what else the machine does meets all of them. All compute in float32; on a GPU ours is measured
+compiled and in bfloat16 as well, with the codebook in float32.
 """
 
 from __future__ import annotations
