@@ -15,9 +15,9 @@ from torch import Tensor
 from toy_task import Contest, ToyLoader
 
 from mixmodal.training.checkpoint import CheckpointError
+from mixmodal.training.checks import NonFiniteError
 from mixmodal.training.randomness import set_seeds
 from mixmodal.training.task import MODEL
-from mixmodal.training.trainer import NonFiniteError
 
 ROOT = Path(__file__).parents[2]
 Fit = Callable[..., Any]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from toy_task import Rows, ToyLoader, ToyLoss, ToyTask
 
 from mixmodal.training.checkpoint import CheckpointError
-from mixmodal.training.trainer import NonFiniteError
+from mixmodal.training.checks import NonFiniteError
 
 ROOT = Path(__file__).parents[2]
 Fit = Callable[..., Any]
