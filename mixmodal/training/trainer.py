@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,11 +18,13 @@ from mixmodal.training.checks import Check
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.ema import AveragedWeights
 from mixmodal.training.engine import Engine, Place, deepspeed_config, init_distributed
+from mixmodal.training.fragments import check_savable
 from mixmodal.training.interrupt import StopSignal
 from mixmodal.training.metrics import MetricsLog, MetricSums, Record
 from mixmodal.training.optimizer import OptimizerConfig, build_optimizer, lr_at, set_lr
 from mixmodal.training.randomness import random_state, set_random_state, set_seeds
 from mixmodal.training.restoring import restore, save
+from mixmodal.training.saving import Saver
 from mixmodal.training.task import MODEL, Batch, Task, to_device
 
 
@@ -72,25 +73,23 @@ class Trainer:
         )
         if self.config.ema_decay and settings["zero_optimization"].get("stage") == 3:
             raise ValueError("trainer.ema_decay needs whole weights, which ZeRO stage 3 does not keep: set it to 0")
-        start = self._find_start()
+        self._check_folder()
         place = init_distributed()
         run = Run(self, task, settings, place)
         try:
-            restore(run, start)
+            restore(run)
             if place.rank == 0:
                 save_config(self.resolved, self.config.run_dir / "config.yaml")
             return run.train()
         finally:
-            for engine in run.engines.values():
-                engine.close()
+            run.close()
 
-    def _find_start(self) -> Path | None:
+    def _check_folder(self) -> None:
         start = checkpoint.latest_checkpoint(self.config.run_dir / "checkpoints")
         if start and not self.config.resume:
             raise ValueError(
                 f"trainer.run_dir {self.config.run_dir} holds {start.name}; set trainer.resume or choose another folder"
             )
-        return start
 
 
 class Run:
@@ -119,6 +118,15 @@ class Run:
         self.loader = task.build_loader(
             self.config.micro_batch_size, self.config.grad_accum_steps, place.rank, place.world_size
         )
+        for engine in self.engines.values():
+            check_savable(engine)
+        self.saver = Saver(
+            self.config.run_dir / "checkpoints",
+            rank=place.rank,
+            keep=self.config.keep_checkpoints,
+            keep_every=self.config.keep_every,
+            background=self.config.async_save,
+        )
         self.flops_per_token = task.flops_per_token()
         self.rank_state: dict[str, Any] = {}
         self.step = 0
@@ -126,6 +134,11 @@ class Run:
         self.seconds = 0.0
         self.last_eval: dict[str, float | None] = {}
         self.sums = MetricSums()
+
+    def close(self) -> None:
+        self.saver.close()
+        for engine in self.engines.values():
+            engine.close()
 
     # from start to end
 
@@ -167,7 +180,7 @@ class Run:
             if self._is_due(config.eval_every) and not due:
                 self._evaluate(log)
             if due or self._is_due(config.save_every):
-                save(self)
+                save(self, wait=due)
             clock += time.perf_counter() - pause
             if stopping and self.step < config.max_steps:
                 name = stop.name or "a signal to another rank"

@@ -106,15 +106,6 @@ def test_stage_3_is_refused(fit: Fit) -> None:
         fit(task=Contest(), **MODES["zero3"])
 
 
-def test_a_checkpoint_from_before_there_were_opponents_goes_on(fit: Fit, tmp_path: Path) -> None:
-    fit(max_steps=4)
-    state = tmp_path / "run" / "checkpoints" / "step_00000004" / "state.json"
-    content = json.loads(state.read_text())
-    del content["networks"]
-    state.write_text(json.dumps(content))
-    assert fit(max_steps=5).finished
-
-
 def test_a_bad_loss_of_the_opponent_stops_both(fit: Fit) -> None:
     task = Contest(bad_step=2)
     with pytest.raises(NonFiniteError, match="step 3: loss of the critic is nan; the weights are those of step 2"):
