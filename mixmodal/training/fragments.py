@@ -103,6 +103,12 @@ def read_fragments(engine: Engine) -> dict[str, Any]:
     return {fragment.name: read_fragment(fragment, plain_optimizer(engine).state) for fragment in fragments(engine)}
 
 
+def loss_scaler(engine: Engine) -> Any:
+    """What raises the losses of float16 by a factor that changes; None in other precisions."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    return scaler if getattr(scaler, "dynamic", False) else None
+
+
 def read_fragment(fragment: Fragment, states: Mapping[Any, Mapping[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"start": fragment.start, WEIGHT: fragment.weight}
     for key, value in states.get(fragment.owner, {}).items():
@@ -115,7 +121,7 @@ def read_fragment(fragment: Fragment, states: Mapping[Any, Mapping[str, Any]]) -
 
 def read_rest(engine: Engine) -> dict[str, Any]:
     """What is the same on all ranks: shapes, buffers, counters and the loss scale, where there is one."""
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler = loss_scaler(engine)
     return {
         "shapes": shapes(engine.module),
         "buffers": {name: buffer.detach() for name, buffer in engine.module.named_buffers()},
@@ -212,7 +218,7 @@ def write_rest(engine: Engine, rest: Mapping[str, Any]) -> None:
     for name, value in rest["counters"].items():
         setattr(engine.deepspeed_engine, name, value)
     for name, value in rest["scale"].items():
-        setattr(engine.optimizer.loss_scaler, name, value)
+        setattr(loss_scaler(engine), name, value)
 
 
 def expect_same(saved: Mapping[str, list[int]], own: Mapping[str, list[int]]) -> None:
