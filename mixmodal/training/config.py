@@ -25,6 +25,9 @@ class TrainerConfig:
         eval_every: steps between evaluations; 0 evaluates at the end only.
         save_every: steps between checkpoints; 0 saves at the end only.
         keep_checkpoints: number of checkpoints to keep, the newest ones.
+        keep_every: checkpoints whose step is a multiple of it are kept beside these; 0 keeps no others.
+        async_save: go on training while a checkpoint is written, from a copy in the memory of the host: 12 bytes a
+            parameter, spread over the ranks at ZeRO stages 1 to 3.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
         seed: of weights, data order and dropout.
         resume: go on from `checkpoints/latest` where there is one.
@@ -43,6 +46,8 @@ class TrainerConfig:
     eval_every: int = 0
     save_every: int = 0
     keep_checkpoints: int = 2
+    keep_every: int = 0
+    async_save: bool = False
     max_grad_norm: float = 1.0
     seed: int = 0
     resume: bool = True
@@ -55,9 +60,12 @@ class TrainerConfig:
         for name in ("max_steps", "micro_batch_size", "grad_accum_steps", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 problems.append(f"trainer.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("eval_every", "save_every", "max_grad_norm", "seed"):
+        for name in ("eval_every", "save_every", "keep_every", "max_grad_norm", "seed"):
             if getattr(self, name) < 0:
                 problems.append(f"trainer.{name} is {getattr(self, name)}; it must not be negative")
+        for name in ("keep_every", "async_save"):
+            if getattr(self, name) and not self.save_every:
+                problems.append(f"trainer.{name} can not act without trainer.save_every")
         if not 0 <= self.ema_decay < 1:
             problems.append(f"trainer.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
         if self.peak_flops is not None and self.peak_flops <= 0:

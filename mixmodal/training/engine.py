@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mixmodal.training.checkpoint import CheckpointError, load_tensors, save_tensors
 from mixmodal.training.config import Precision
 
 if TYPE_CHECKING:
@@ -229,56 +228,5 @@ class Engine:
         with load_deepspeed().zero.GatheredParameters(list(self.module.parameters())):
             yield
 
-    def save(self, folder: Path) -> None:
-        """Writes DeepSpeed's files into `folder`; every rank must call it.
-
-        Raises:
-            OSError: where a file can not be written.
-        """
-        writer = self.deepspeed_engine.checkpoint_engine = build_safe_checkpoint_engine()
-        self.deepspeed_engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        if writer.problem:
-            raise writer.problem
-
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, as plain data: nothing in the files can run code.
-
-        Raises:
-            CheckpointError: where the files are damaged or of another model.
-        """
-        self.deepspeed_engine.checkpoint_engine = build_safe_checkpoint_engine()
-        try:
-            path, _ = self.deepspeed_engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        except RuntimeError as error:  # how torch says that names or shapes differ
-            raise CheckpointError(f"checkpoint {folder} is of another model: {error}") from error
-        if path is None:
-            raise CheckpointError(f"checkpoint {folder}: DeepSpeed found nothing to load")
-
     def close(self) -> None:
         self.deepspeed_engine.destroy()
-
-
-def build_safe_checkpoint_engine() -> Any:
-    """DeepSpeed's reader and writer of files, made safe.
-
-    Its own loads with `weights_only=False`, so that a file can run code, and leaves what it wrote in the cache of the
-    operating system. This one loads data and three small classes of DeepSpeed's, and waits for the disk.
-    """
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    class SafeCheckpointEngine(TorchCheckpointEngine):
-        problem: OSError | None = None
-
-        def save(self, state_dict: Any, path: str) -> None:
-            try:
-                save_tensors(state_dict, Path(path))
-            except OSError as error:
-                self.problem = error  # raised when all ranks are out of DeepSpeed's barriers
-
-        def load(self, path: str, map_location: Any = None) -> Any:
-            return load_tensors(Path(path), map_location, allowed=[LossScaler, ZeroStageEnum, fragment_address])
-
-    return SafeCheckpointEngine()

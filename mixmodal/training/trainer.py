@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,18 +14,18 @@ from torch import Tensor, nn
 
 from mixmodal.config import save_config
 from mixmodal.training import checkpoint
+from mixmodal.training.checks import Check
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.ema import AveragedWeights
 from mixmodal.training.engine import Engine, Place, deepspeed_config, init_distributed
+from mixmodal.training.fragments import check_savable
 from mixmodal.training.interrupt import StopSignal
 from mixmodal.training.metrics import MetricsLog, MetricSums, Record
 from mixmodal.training.optimizer import OptimizerConfig, build_optimizer, lr_at, set_lr
 from mixmodal.training.randomness import random_state, set_random_state, set_seeds
+from mixmodal.training.restoring import restore, save
+from mixmodal.training.saving import Saver
 from mixmodal.training.task import MODEL, Batch, Task, to_device
-
-
-class NonFiniteError(ValueError):
-    """A loss or gradient norm is not a number; the weights are as before the step."""
 
 
 class FitResult(NamedTuple):
@@ -74,25 +73,23 @@ class Trainer:
         )
         if self.config.ema_decay and settings["zero_optimization"].get("stage") == 3:
             raise ValueError("trainer.ema_decay needs whole weights, which ZeRO stage 3 does not keep: set it to 0")
-        start = self._find_start()
+        self._check_folder()
         place = init_distributed()
         run = Run(self, task, settings, place)
         try:
-            run.restore(start)
+            restore(run)
             if place.rank == 0:
                 save_config(self.resolved, self.config.run_dir / "config.yaml")
             return run.train()
         finally:
-            for engine in run.engines.values():
-                engine.close()
+            run.close()
 
-    def _find_start(self) -> Path | None:
+    def _check_folder(self) -> None:
         start = checkpoint.latest_checkpoint(self.config.run_dir / "checkpoints")
         if start and not self.config.resume:
             raise ValueError(
                 f"trainer.run_dir {self.config.run_dir} holds {start.name}; set trainer.resume or choose another folder"
             )
-        return start
 
 
 class Run:
@@ -121,6 +118,15 @@ class Run:
         self.loader = task.build_loader(
             self.config.micro_batch_size, self.config.grad_accum_steps, place.rank, place.world_size
         )
+        for engine in self.engines.values():
+            check_savable(engine)
+        self.saver = Saver(
+            self.config.run_dir / "checkpoints",
+            rank=place.rank,
+            keep=self.config.keep_checkpoints,
+            keep_every=self.config.keep_every,
+            background=self.config.async_save,
+        )
         self.flops_per_token = task.flops_per_token()
         self.rank_state: dict[str, Any] = {}
         self.step = 0
@@ -128,6 +134,11 @@ class Run:
         self.seconds = 0.0
         self.last_eval: dict[str, float | None] = {}
         self.sums = MetricSums()
+
+    def close(self) -> None:
+        self.saver.close()
+        for engine in self.engines.values():
+            engine.close()
 
     # from start to end
 
@@ -169,7 +180,7 @@ class Run:
             if self._is_due(config.eval_every) and not due:
                 self._evaluate(log)
             if due or self._is_due(config.save_every):
-                self._save()
+                save(self, wait=due)
             clock += time.perf_counter() - pause
             if stopping and self.step < config.max_steps:
                 name = stop.name or "a signal to another rank"
@@ -218,7 +229,7 @@ class Run:
         totals, found, total_weight, stopping = self._read(objectives, norms, weight)
         owners = {name: "" if name == MODEL else f" of the {name}" for name in objectives}
         for name, values in objectives.items():
-            check, of = _Check(self, batches, values), owners[name]
+            check, of = Check(self, batches, values), owners[name]
             check(total_weight > 0, "weight of the loss is 0: no token of the step counts")
             check(np.isfinite(totals[name]), f"loss{of} is {totals[name]}")
             check(np.isfinite(found[name]), f"gradient norm{of} is {found[name]}")
@@ -226,7 +237,7 @@ class Run:
             self.engines[name].end_micro_batch()
             if norms[name] is None:
                 found[name] = self.engines[name].step_norm()
-                check, of = _Check(self, batches, values), owners[name]
+                check, of = Check(self, batches, values), owners[name]
                 check(np.isfinite(found[name]), f"gradient norm{of} is {found[name]}")
         if self.ema:
             self.ema.update(self.engine.module, self.step)
@@ -296,84 +307,3 @@ class Run:
             yield model
         model.train()
         set_random_state(before)  # so that training does not depend on when it is evaluated
-
-    # checkpoints
-
-    def _save(self) -> None:
-        if self.saved_step == self.step:
-            return
-        state = {"step": self.step, "seconds": self.seconds, **self._must_match()}
-        checkpoint.save_checkpoint(
-            self.config.run_dir / "checkpoints",
-            state,
-            self._save_engines,
-            self.rank_state,
-            {"ema.pt": self.ema.state_dict()} if self.ema else {},
-            rank=self.place.rank,
-            keep=self.config.keep_checkpoints,
-        )
-        self.saved_step = self.step
-
-    def _save_engines(self, folder: Path) -> None:
-        for name, engine in self.engines.items():
-            engine.save(folder if name == MODEL else folder / name)
-
-    def restore(self, folder: Path | None) -> None:
-        """Goes on where a checkpoint stands.
-
-        Raises:
-            CheckpointError: where it is damaged, or was written under a config that can not go on from it.
-        """
-        if folder is None:
-            return
-        state = checkpoint.read_state(folder)
-        state.setdefault("networks", [MODEL])  # what checkpoints held before there were opponents
-        for name, own in self._must_match().items():
-            if state[name] != own:
-                raise checkpoint.CheckpointError(
-                    f"checkpoint {folder} was written with {name} {state[name]}, not {own}; "
-                    "go on with what it was written with, or start a new run folder"
-                )
-        for name, engine in self.engines.items():
-            engine.load(folder if name == MODEL else folder / name)
-        ranked = folder / f"rank_{self.place.rank:05d}.pt"
-        if not ranked.exists():  # more ranks than before: the data's place is the same on all, dropout's is not
-            ranked = folder / "rank_00000.pt"
-        rank_state = checkpoint.load_tensors(ranked)
-        self.loader.load_state_dict(rank_state["loader"])
-        set_random_state(rank_state["random"])
-        if self.ema:
-            self.ema.load_state_dict(checkpoint.load_tensors(folder / "ema.pt", self.place.device))
-        self.step = self.saved_step = int(state["step"])
-        self.seconds = state["seconds"]
-
-    def _must_match(self) -> dict[str, Any]:
-        """What can not change within a run. ZeRO spreads the optimizer over ranks, so their number can not either."""
-        stage = self.engine.zero_stage
-        world = {"world_size": self.place.world_size} if stage else {}
-        networks = sorted(self.engines)
-        own = {"precision": self.config.precision, "ema": self.ema is not None, "networks": networks}
-        return {"zero_stage": stage, **own, **world}
-
-
-class _Check:
-    """Raises, on all ranks alike, before a step that would spoil the weights."""
-
-    def __init__(self, run: Run, batches: list[Batch], objectives: list[Tensor]) -> None:
-        self.run, self.batches, self.objectives = run, batches, objectives
-
-    def __call__(self, holds: bool, problem: str) -> None:
-        if holds:
-            return
-        keys = [self.run.task.batch_keys(batch) for batch in self.batches]
-        bad = [key for key, value in zip(keys, self.objectives, strict=True) if not torch.isfinite(value)]
-        named = sorted({key for batch in bad or keys for key in batch})
-        if self.run.place.world_size > 1:
-            everyone: list[Any] = [None] * self.run.place.world_size
-            dist.all_gather_object(everyone, (bool(bad), named))
-            worst = any(is_bad for is_bad, _ in everyone)
-            named = sorted({key for is_bad, keys in everyone if is_bad == worst for key in keys})
-        shown = ", ".join(named[:20]) + (f" and {len(named) - 20} more" if len(named) > 20 else "")
-        raise NonFiniteError(
-            f"step {self.run.step}: {problem}; the weights are those of step {self.run.step - 1}. Rows: {shown}"
-        )

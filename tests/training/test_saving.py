@@ -1,0 +1,149 @@
+"""Checkpoints that are written while training goes on are those that it would have waited for."""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_checkpoint import flip
+from test_trainer import losses
+from torch import Tensor
+from toy_task import Rows, ToyTask
+
+from mixmodal.training import checkpoint
+from mixmodal.training.checkpoint import CheckpointError, choose_checkpoint, load_tensors
+
+Fit = Callable[..., Any]
+Exported = Callable[..., dict[str, Tensor]]
+WAIT_S = 20
+
+
+def networks(run: Path) -> dict[int, Any]:
+    """What each checkpoint holds of the model."""
+    return {
+        checkpoint.step_of(folder): load_tensors(folder / "model_00000.pt")
+        for folder in checkpoint.whole_checkpoints(run / "checkpoints")
+    }
+
+
+def assert_same_data(one: Any, other: Any) -> None:
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert_same_data(value, other[key])
+    else:
+        assert one == other
+
+
+class Watched(ToyTask):
+    """Tells when a step begins."""
+
+    def __init__(self, waits_before_step: dict[int, threading.Event] | None = None) -> None:
+        super().__init__()
+        self.begun = [threading.Event() for _ in range(20)]
+        self.waits = waits_before_step or {}
+
+    def losses(self, model: Any, batch: Rows, step: int) -> Any:
+        self.begun[step].set()
+        if step in self.waits:
+            assert self.waits[step].wait(WAIT_S)
+        return super().losses(model, batch, step)
+
+
+def test_training_goes_on_while_a_checkpoint_of_its_step_is_written(
+    fit: Fit, exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit("waits", ToyTask(), save_every=2, keep_checkpoints=9)
+    task, real = Watched(), checkpoint.save_tensors
+
+    def late(state: Any, path: Path) -> str:
+        if "step_00000002" in str(path):
+            assert task.begun[3].wait(WAIT_S)  # steps 3 and 4 begin before the checkpoint of step 2 is on the disk
+            assert not (tmp_path / "goes_on/checkpoints/latest").exists()
+        return real(state, path)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", late)
+    fit("goes_on", task, save_every=2, keep_checkpoints=9, async_save=True)
+    assert list(networks(tmp_path / "goes_on")) == [2, 4, 6]
+    assert_same_data(networks(tmp_path / "goes_on"), networks(tmp_path / "waits"))
+    assert choose_checkpoint(tmp_path / "goes_on/checkpoints") == tmp_path / "goes_on/checkpoints/step_00000006"
+    assert_same_data(exported("goes_on"), exported("waits"))
+
+
+def test_a_save_waits_for_the_one_before_it(fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, real, writing = Watched(), checkpoint.save_tensors, threading.Lock()
+
+    def alone(state: Any, path: Path) -> str:
+        assert writing.acquire(blocking=False)
+        if "step_00000001" in str(path):
+            assert not task.begun[2].wait(0.2)  # step 2 can be done, but not saved
+        writing.release()
+        return real(state, path)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", alone)
+    fit(task=task, save_every=1, keep_checkpoints=9, async_save=True)
+    assert list(networks(tmp_path / "run")) == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("full", "reached"), [(2, 4), (6, 6)])
+def test_a_full_disk_in_the_background_stops_the_run_at_the_next_save_or_the_end(
+    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: int, reached: int
+) -> None:
+    task, real = Watched(), checkpoint.save_tensors
+
+    def limited(state: Any, path: Path) -> str:
+        if f"step_{full:08d}" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(state, path)
+
+    fit(max_steps=1)
+    monkeypatch.setattr(checkpoint, "save_tensors", limited)
+    kept = "step_00000001" if full == 2 else "step_00000004"
+    with pytest.raises(CheckpointError, match=rf"step_{full:08d} could not be written: .*No space.*; {kept} stays in"):
+        fit(task=task, save_every=2, async_save=True)
+    assert task.begun[reached - 1].is_set()
+    assert not task.begun[reached].is_set()
+    assert not list((tmp_path / "run/checkpoints").glob("*.partial"))
+    monkeypatch.undo()
+    assert fit(save_every=2, async_save=True).finished
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    fit: Fit, exported: Exported, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit("whole", ToyTask(noise=0.1), save_every=2)
+    fit("damaged", ToyTask(noise=0.1), save_every=2)
+    flip(tmp_path / "damaged/checkpoints/step_00000006/model_00000.pt")
+    assert fit("damaged", ToyTask(noise=0.1), save_every=2).finished
+    assert (
+        "step_00000006 is damaged: model_00000.pt is not what was written; going on from step_00000004" in caplog.text
+    )
+    assert losses(tmp_path / "damaged") == losses(tmp_path / "whole")
+    assert_same_data(exported("damaged"), exported("whole"))
+    assert choose_checkpoint(tmp_path / "damaged/checkpoints") == tmp_path / "damaged/checkpoints/step_00000006"
+
+
+def test_checksums_name_every_file(fit: Fit, tmp_path: Path) -> None:
+    fit(ema_decay=0.5)
+    folder = tmp_path / "run/checkpoints/step_00000006"
+    sums = json.loads((folder / "checksums.json").read_text())
+    assert sorted([*sums, "checksums.json"]) == sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("option", [{"keep_every": 2}, {"async_save": True}])
+def test_options_that_can_not_act_without_saving_on_the_way_are_refused(fit: Fit, option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"trainer\.{next(iter(option))} can not act without trainer\.save_every"):
+        fit(**option)
+
+
+def test_every_mth_checkpoint_of_a_run_stays(fit: Fit, tmp_path: Path) -> None:
+    fit(save_every=1, keep_checkpoints=1, keep_every=4)
+    assert list(networks(tmp_path / "run")) == [4, 6]
