@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import io
-import json
 import logging
 import os
 import warnings
@@ -18,31 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixmodal.training.checkpoint import CheckpointError, load_tensors, save_tensors
-from mixmodal.training.config import Precision
 
 if TYPE_CHECKING:
     from types import ModuleType
-
-OWNED_KEYS = {
-    "train_batch_size": "trainer.micro_batch_size and trainer.grad_accum_steps",
-    "train_micro_batch_size_per_gpu": "trainer.micro_batch_size",
-    "gradient_accumulation_steps": "trainer.grad_accum_steps",
-    "gradient_clipping": "trainer.max_grad_norm",
-    "optimizer": "optimizer.*",
-    "scheduler": "optimizer.schedule",
-    "fp16": "trainer.precision",
-    "bf16": "trainer.precision",
-    "amp": "trainer.precision",
-    "torch_autocast": "trainer.precision",
-    "data_types": "trainer.precision",
-    "prescale_gradients": "nothing: gradients are sums over the global weight",
-    "gradient_predivide_factor": "nothing: gradients are sums over the global weight",
-    "gradient_allreduce_op": "nothing: gradients are sums over the global weight",
-    "steps_per_print": "trainer.log_every",
-    "tensorboard": "trainer.tensorboard",
-}
-"""DeepSpeed keys that follow from our config, and the option that sets each."""
-
 
 class Place(NamedTuple):
     """Where this process stands among all of them."""
@@ -50,65 +27,6 @@ class Place(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
-
-
-def read_zero_file(path: Path | None, precision: Precision) -> dict[str, Any]:
-    """The sections of a DeepSpeed JSON file that are the user's to choose; without a file, the lowest stage that works.
-
-    The value "auto" is left to us, or to DeepSpeed's default.
-
-    Raises:
-        ValueError: naming the file and the key that another option sets, or a stage that the precision does not allow.
-    """
-    if path is None:
-        return {"zero_optimization": {"stage": 1 if precision == "bfloat16" else 0}}
-    try:
-        sections = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"trainer.deepspeed: {path} can not be read as JSON: {error}") from error
-    if not isinstance(sections, dict):
-        raise ValueError(f"trainer.deepspeed: {path} must hold one JSON object")
-    for key, option in OWNED_KEYS.items():
-        if sections.get(key, "auto") != "auto":
-            raise ValueError(f"{path}: key {key!r} is set by {option}; remove it from the DeepSpeed file")
-    sections = {key: value for key, value in sections.items() if value != "auto"}
-    zero = sections.setdefault("zero_optimization", {"stage": 0})
-    sections["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
-    if precision == "bfloat16" and sections["zero_optimization"].get("stage", 0) == 0:
-        raise ValueError(
-            f"{path}: zero_optimization.stage is 0, which would sum gradients in bfloat16; choose stage 1, 2 or 3 "
-            "(they keep float32 master weights) or trainer.precision autocast_bfloat16"
-        )
-    return sections
-
-
-def deepspeed_config(
-    *,
-    micro_batch_size: int,
-    grad_accum_steps: int,
-    max_grad_norm: float,
-    precision: Precision,
-    zero_file: Path | None,
-) -> dict[str, Any]:
-    """The whole DeepSpeed dictionary, derived from the training config and one ZeRO file."""
-    sections = read_zero_file(zero_file, precision)
-    stage = sections["zero_optimization"].get("stage", 0)
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": grad_accum_steps,
-        "gradient_clipping": max_grad_norm if stage else 0.0,  # at stage 0 `Engine.clip_gradients` does it
-        "steps_per_print": 10**9,
-        "timers": {"throughput": {"enabled": False}},  # it would wait for the device at every step
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW serves on the CPU, too, and needs no compiler
-        **sections,
-    }
-    if precision == "bfloat16":
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    elif precision == "autocast_bfloat16":
-        # no module is listed as safe to reduce in bfloat16, so that gradients are summed over ranks in float32
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    return config
 
 
 def load_deepspeed() -> ModuleType:

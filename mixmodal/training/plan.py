@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 
 from mixmodal.config import UsageError, parse
 from mixmodal.files import write_whole
-from mixmodal.training.engine import read_zero_file
+from mixmodal.training.deepspeed_config import read_zero_file
 from mixmodal.training.image_tokenizer import ImageTokenizerTrainingConfig
 from mixmodal.training.pretrain import PretrainConfig
 from mixmodal.training.rehearsal import Rehearsal, TrainingConfig, largest_size

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from mixmodal.config import save_config
 from mixmodal.training import checkpoint
 from mixmodal.training.config import TrainerConfig
+from mixmodal.training.deepspeed_config import deepspeed_config
 from mixmodal.training.ema import AveragedWeights
-from mixmodal.training.engine import Engine, Place, deepspeed_config, init_distributed
+from mixmodal.training.engine import Engine, Place, init_distributed
 from mixmodal.training.interrupt import StopSignal
 from mixmodal.training.metrics import MetricsLog, MetricSums, Record
 from mixmodal.training.optimizer import OptimizerConfig, build_optimizer, lr_at, set_lr

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mixmodal.training.engine import OWNED_KEYS, deepspeed_config
+from mixmodal.training.deepspeed_config import OWNED_KEYS, deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 ZERO_FILES = sorted((ROOT / "configs/deepspeed").glob("*.json"))
