@@ -21,6 +21,7 @@ from mixmodal.training.checkpoint import CheckpointError, load_tensors, save_ten
 if TYPE_CHECKING:
     from types import ModuleType
 
+
 class Place(NamedTuple):
     """Where this process stands among all of them."""
 
@@ -75,6 +76,26 @@ def init_distributed() -> Place:
     return Place(dist.get_rank(), dist.get_world_size(), device)
 
 
+def check_device(config: Mapping[str, Any]) -> None:
+    """Makes sure that the device can do what a DeepSpeed dictionary asks for.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    accelerator: Any = load_deepspeed().get_accelerator()
+    if "fp16" in config and not accelerator.is_fp16_supported():
+        raise ValueError(
+            f"trainer.precision is float16, in which this {accelerator.device_name()} can not compute; choose bfloat16"
+        )
+    for name in ("offload_optimizer", "offload_param"):
+        section = config["zero_optimization"].get(name) or {}
+        if section.get("device") == "nvme" and accelerator.device_name() == "cpu":
+            raise ValueError(
+                f"zero_optimization.{name}.device is nvme, which needs an extension of DeepSpeed's that is not built "
+                "where training runs on the CPU; choose cpu"
+            )
+
+
 def leave_distributed() -> None:
     """Ends the process group, at the end of a process that a launcher started."""
     if dist.is_initialized():
@@ -97,11 +118,17 @@ class Engine:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], place: Place
     ) -> None:
         deepspeed = load_deepspeed()
+        check_device(config)
         with contextlib.redirect_stdout(io.StringIO()):  # memory reports; warnings and errors do not pass here
             engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))
         self.place = place
         self.deepspeed_engine = engine
         self.zero_stage: int = int(engine.zero_optimization_stage())
+        self._scales = "fp16" in config
+        if self._scales:
+            self.optimizer.loss_scaler.raise_error_at_min_scale = False  # `skipped` tells
+        self.skipped = False
+        """Whether the last step left the weights alone since its gradients overflowed, and the next may do better."""
         self._num_ranks = float(place.world_size)
         if self.zero_stage == 0 and place.world_size == 1:
             engine.enable_backward_allreduce = False  # it would copy all gradients to a flat buffer and back
@@ -122,7 +149,10 @@ class Engine:
 
     def end_micro_batch(self) -> None:
         """To be called after every `backward`; the last of a step changes the weights."""
+        scale = self.loss_scale
         self.deepspeed_engine.step()
+        if scale is not None:
+            self.skipped = bool(self.optimizer.overflow) and scale > self.optimizer.loss_scaler.min_scale
 
     def clip_gradients(self, max_norm: float) -> Tensor | None:
         """Norm of the gradient before clipping; None at ZeRO stages 1 to 3, which find it within the step."""
@@ -137,6 +167,16 @@ class Engine:
     def step_norm(self) -> float:
         """Norm that the ZeRO stages found within the step. They leave the weights alone where it is not finite."""
         return float(self.deepspeed_engine.get_global_grad_norm())
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What losses are multiplied by before `backward`; None where the precision needs no scale."""
+        return float(self.optimizer.loss_scaler.cur_scale) if self._scales else None
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that left the weights alone since gradients overflowed under the loss scale of `float16`."""
+        return int(self.deepspeed_engine.skipped_steps)
 
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
@@ -180,12 +220,14 @@ def build_safe_checkpoint_engine() -> Any:
     """DeepSpeed's reader and writer of files, made safe.
 
     Its own loads with `weights_only=False`, so that a file can run code, and leaves what it wrote in the cache of the
-    operating system. This one loads data and three small classes of DeepSpeed's, and waits for the disk.
+    operating system. This one loads data and four small classes of DeepSpeed's, and waits for the disk.
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
+
+    allowed = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
     class SafeCheckpointEngine(TorchCheckpointEngine):
         problem: OSError | None = None
@@ -197,6 +239,6 @@ def build_safe_checkpoint_engine() -> Any:
                 self.problem = error  # raised when all ranks are out of DeepSpeed's barriers
 
         def load(self, path: str, map_location: Any = None) -> Any:
-            return load_tensors(Path(path), map_location, allowed=[LossScaler, ZeroStageEnum, fragment_address])
+            return load_tensors(Path(path), map_location, allowed=allowed)
 
     return SafeCheckpointEngine()

@@ -72,8 +72,8 @@ class Rehearsal:
 
     def _prepare(self, network: nn.Module) -> None:
         network.train()
-        if self.training.trainer.precision == "bfloat16":
-            network.bfloat16()
+        kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+        network.to(kinds.get(self.training.trainer.precision))
         for module in network.modules():
             if isinstance(module, MovingAverageQuantizer):
                 # its library asks for values, which fake tensors have not; what it takes stands in for it

@@ -228,7 +228,8 @@ class Run:
             if norms[name] is None:
                 found[name] = self.engines[name].step_norm()
                 check, of = _Check(self, batches, values), owners[name]
-                check(np.isfinite(found[name]), f"gradient norm{of} is {found[name]}")
+                fine = np.isfinite(found[name]) or self.engines[name].skipped
+                check(fine, f"gradient norm{of} is {found[name]}")
         if self.ema:
             self.ema.update(self.engine.module, self.step)
         return found, bool(stopping), following
@@ -265,9 +266,12 @@ class Run:
         record: Record = {"step": self.step, "wall_time_s": round(self.seconds, 3), **self.sums.means()}
         record["tokens_per_second"] = rate * self.place.world_size if rate else None
         record["mfu"] = rate * flops / peak if rate and flops and peak else None
-        for name in self.engines:
+        for name, engine in self.engines.items():
             suffix = "" if name == MODEL else f"_{name}"
-            record |= {f"grad_norm{suffix}": norms.get(name), f"lr{suffix}": rates[name]}
+            norm = None if engine.skipped else norms.get(name)
+            record |= {f"grad_norm{suffix}": norm, f"lr{suffix}": rates[name]}
+            if engine.loss_scale is not None:
+                record |= {f"loss_scale{suffix}": engine.loss_scale, f"skipped_steps{suffix}": engine.skipped_steps}
         log.write(record)
 
     def _evaluate(self, log: MetricsLog) -> None:
