@@ -25,6 +25,8 @@ class TrainerConfig:
             `float16`: the same with float16 and a loss scale that grows until gradients overflow. A step whose
             gradients overflow leaves the weights alone and is counted (`skipped_steps`).
         deepspeed: JSON file with DeepSpeed's ZeRO sections; none is stage 0, or 1 where weights have 16 bits.
+        activation_checkpointing: keep the inputs of the model's blocks only, and compute the blocks again in backward:
+            a third more time, and a fraction of the memory of activations.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations; 0 evaluates at the end only.
         save_every: steps between checkpoints; 0 saves at the end only.
@@ -43,6 +45,7 @@ class TrainerConfig:
     grad_accum_steps: int = 1
     precision: Precision = "float32"
     deepspeed: Path | None = None
+    activation_checkpointing: bool = False
     log_every: int = 10
     eval_every: int = 0
     save_every: int = 0

@@ -23,6 +23,7 @@ from mixmodal.training.interrupt import StopSignal
 from mixmodal.training.metrics import MetricsLog, MetricSums, Record
 from mixmodal.training.optimizer import OptimizerConfig, build_optimizer, lr_at, set_lr
 from mixmodal.training.randomness import random_state, set_random_state, set_seeds
+from mixmodal.training.recomputing import recompute
 from mixmodal.training.task import MODEL, Batch, Task, to_device
 
 
@@ -105,6 +106,8 @@ class Run:
         self.place = place
         set_seeds(self.config.seed)
         model = task.build_model()
+        if self.config.activation_checkpointing:
+            recompute(task.recomputed(model))
         self.ema = AveragedWeights(model, self.config.ema_decay) if self.config.ema_decay else None
         opponents = task.build_opponents()
         if opponents and settings["zero_optimization"].get("stage") == 3:
