@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Precision = Literal["float32", "bfloat16", "autocast_bfloat16"]
+Precision = Literal["float32", "bfloat16", "autocast_bfloat16", "float16"]
+HALF: tuple[Precision, ...] = ("bfloat16", "float16")
+"""Those whose weights have 16 bits, beside float32 master weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +21,12 @@ class TrainerConfig:
         micro_batch_size: rows that a rank computes at a time.
         grad_accum_steps: micro-batches of a rank in an optimizer step.
         precision: `float32`; `autocast_bfloat16`: float32 weights, bfloat16 in the model's matrix products;
-            `bfloat16`: bfloat16 weights with float32 master weights and gradient sums (ZeRO stage 1 to 3).
-        deepspeed: JSON file with DeepSpeed's ZeRO sections; none is stage 0, or 1 where the precision is `bfloat16`.
+            `bfloat16`: bfloat16 weights with float32 master weights and gradient sums (ZeRO stage 1 to 3);
+            `float16`: the same with float16 and a loss scale that grows until gradients overflow. A step whose
+            gradients overflow leaves the weights alone and is counted (`skipped_steps`).
+        deepspeed: JSON file with DeepSpeed's ZeRO sections; none is stage 0, or 1 where weights have 16 bits.
+        activation_checkpointing: keep the inputs of the model's blocks only, and compute the blocks again in backward:
+            a third more time, and a fraction of the memory of activations.
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations; 0 evaluates at the end only.
         save_every: steps between checkpoints; 0 saves at the end only.
@@ -42,6 +48,7 @@ class TrainerConfig:
     grad_accum_steps: int = 1
     precision: Precision = "float32"
     deepspeed: Path | None = None
+    activation_checkpointing: bool = False
     log_every: int = 10
     eval_every: int = 0
     save_every: int = 0

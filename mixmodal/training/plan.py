@@ -25,7 +25,7 @@ from typing import Literal, NamedTuple
 
 from mixmodal.config import UsageError, parse
 from mixmodal.files import write_whole
-from mixmodal.training.engine import read_zero_file
+from mixmodal.training.deepspeed_config import read_zero_file
 from mixmodal.training.image_tokenizer import ImageTokenizerTrainingConfig
 from mixmodal.training.pretrain import PretrainConfig
 from mixmodal.training.rehearsal import Rehearsal, TrainingConfig, largest_size
@@ -44,7 +44,7 @@ class PlanConfig:
     """Predicts the memory of a training on each GPU, without data, weights or a GPU.
 
     `--config FILE` is the config of the training, that of train-image-tokenizer or pretrain, and options with a dot
-    change its keys: `--trainer.micro_batch_size 8`.
+    change its keys: `--trainer.micro_batch_size 8`. So does `--deepspeed FILE`.
 
     Args:
         training: what `--config` gives.
@@ -79,7 +79,7 @@ class PlanConfig:
         while waiting:
             argument = waiting.pop(0)
             name, has_value, value = argument.partition("=")
-            if name != "--config" and not (name.startswith("--") and "." in name):
+            if name not in ("--config", "--deepspeed") and not (name.startswith("--") and "." in name):
                 rest.append(argument)
                 continue
             if not has_value and waiting and not waiting[0].startswith("--"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -108,6 +108,10 @@ class PretrainTask(Task):
 
     def build_model(self) -> nn.Module:
         return Transformer(self.model_config)
+
+    def recomputed(self, model: nn.Module) -> Iterable[nn.Module]:
+        assert isinstance(model, Transformer)
+        return model.blocks
 
     def build_loader(self, micro_batch_size: int, grad_accum_steps: int, rank: int, world_size: int) -> PackedDocuments:
         self._split = (rank, world_size)

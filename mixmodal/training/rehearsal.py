@@ -17,6 +17,7 @@ from mixmodal.tokenization.vector_quantizers import MovingAverageQuantizer
 from mixmodal.training.image_tokenizer import ImageTokenizerTask, ImageTokenizerTrainingConfig
 from mixmodal.training.live_bytes import CastAsOnCuda, LiveBytes
 from mixmodal.training.pretrain import PretrainConfig, PretrainTask, fit_to_data
+from mixmodal.training.recomputing import recompute
 from mixmodal.training.task import MODEL, Losses, Task
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
@@ -57,6 +58,8 @@ class Rehearsal:
         with torch.device("cpu" if pictures or not fake else "meta"):
             self.networks = {MODEL: self.task.build_model()}
             self.networks |= {name: opponent.model for name, opponent in self.task.build_opponents().items()}
+        if training.trainer.activation_checkpointing:
+            recompute(self.task.recomputed(self.networks[MODEL]))
         held = [module for module in vars(self.task).values() if isinstance(module, nn.Module)]
         self.frozen = [module for module in held if all(module is not network for network in self.networks.values())]
         """What the task keeps beside the networks that it trains."""
@@ -72,8 +75,8 @@ class Rehearsal:
 
     def _prepare(self, network: nn.Module) -> None:
         network.train()
-        if self.training.trainer.precision == "bfloat16":
-            network.bfloat16()
+        kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+        network.to(kinds.get(self.training.trainer.precision))
         for module in network.modules():
             if isinstance(module, MovingAverageQuantizer):
                 # its library asks for values, which fake tensors have not; what it takes stands in for it

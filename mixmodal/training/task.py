@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -85,6 +85,10 @@ class Task(Protocol):
         is `losses`.
         """
         yield MODEL, self.losses(networks[MODEL], batch, step)
+
+    def recomputed(self, model: nn.Module) -> Iterable[nn.Module]:
+        """Parts of the model that `trainer.activation_checkpointing` computes again in backward; none by default."""
+        return ()
 
     def batch_keys(self, batch: Batch) -> list[str]:
         """Names of the samples, for messages."""

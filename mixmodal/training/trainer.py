@@ -16,13 +16,15 @@ from mixmodal.config import save_config
 from mixmodal.training import checkpoint
 from mixmodal.training.checks import Check
 from mixmodal.training.config import TrainerConfig
+from mixmodal.training.deepspeed_config import deepspeed_config
 from mixmodal.training.ema import AveragedWeights
-from mixmodal.training.engine import Engine, Place, deepspeed_config, init_distributed
+from mixmodal.training.engine import Engine, Place, init_distributed
 from mixmodal.training.fragments import check_savable
 from mixmodal.training.interrupt import StopSignal
 from mixmodal.training.metrics import MetricsLog, MetricSums, Record
 from mixmodal.training.optimizer import OptimizerConfig, build_optimizer, lr_at, set_lr
 from mixmodal.training.randomness import random_state, set_random_state, set_seeds
+from mixmodal.training.recomputing import recompute
 from mixmodal.training.restoring import restore, save
 from mixmodal.training.saving import Saver
 from mixmodal.training.task import MODEL, Batch, Task, to_device
@@ -101,6 +103,8 @@ class Run:
         self.place = place
         set_seeds(self.config.seed)
         model = task.build_model()
+        if self.config.activation_checkpointing:
+            recompute(task.recomputed(model))
         self.ema = AveragedWeights(model, self.config.ema_decay) if self.config.ema_decay else None
         opponents = task.build_opponents()
         if opponents and settings["zero_optimization"].get("stage") == 3:
@@ -238,7 +242,8 @@ class Run:
             if norms[name] is None:
                 found[name] = self.engines[name].step_norm()
                 check, of = Check(self, batches, values), owners[name]
-                check(np.isfinite(found[name]), f"gradient norm{of} is {found[name]}")
+                fine = np.isfinite(found[name]) or self.engines[name].skipped
+                check(fine, f"gradient norm{of} is {found[name]}")
         if self.ema:
             self.ema.update(self.engine.module, self.step)
         return found, bool(stopping), following
@@ -275,9 +280,12 @@ class Run:
         record: Record = {"step": self.step, "wall_time_s": round(self.seconds, 3), **self.sums.means()}
         record["tokens_per_second"] = rate * self.place.world_size if rate else None
         record["mfu"] = rate * flops / peak if rate and flops and peak else None
-        for name in self.engines:
+        for name, engine in self.engines.items():
             suffix = "" if name == MODEL else f"_{name}"
-            record |= {f"grad_norm{suffix}": norms.get(name), f"lr{suffix}": rates[name]}
+            norm = None if engine.skipped else norms.get(name)
+            record |= {f"grad_norm{suffix}": norm, f"lr{suffix}": rates[name]}
+            if engine.loss_scale is not None:
+                record |= {f"loss_scale{suffix}": engine.loss_scale, f"skipped_steps{suffix}": engine.skipped_steps}
         log.write(record)
 
     def _evaluate(self, log: MetricsLog) -> None:

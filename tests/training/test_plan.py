@@ -16,6 +16,7 @@ from measured_peak import build_image, build_text
 from torch import Tensor, nn
 
 from mixmodal.cli import main
+from mixmodal.config import parse
 from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.training.live_bytes import CastAsOnCuda, LiveBytes
 from mixmodal.training.plan import PlanConfig, build_plan, load_training, parse_bytes
@@ -197,6 +198,16 @@ def test_the_command_prints_and_writes_the_same_figures(tmp_path: Path, capsys: 
     assert f"that fits: {figures['largest_micro_batch_size']}" in printed
     assert f"total {figures['total_bytes'] / 1e9:.2f}" in " ".join(printed.split())
     assert "\nfits a GPU of 1.2GB" in printed
+
+
+def test_a_deepspeed_file_and_hyphens_reach_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--config", "a.yaml", "--gpu-memory", "1GB", "--deepspeed", "zero3.json"]
+    found = parse(PlanConfig, arguments)
+    assert (found.gpu_memory, found.overrides) == ("1GB", ("--deepspeed=zero3.json",))
+    monkeypatch.chdir(ROOT)
+    path = Path("configs/train/tiny.yaml")
+    options = ["--deepspeed=configs/deepspeed/zero3.json", "--model.vocab-size=500"]
+    assert build_plan(load_training(path, options), PlanConfig(training=path)).zero_stage == 3
 
 
 @pytest.mark.parametrize(
