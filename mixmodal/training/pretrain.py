@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mixmodal.data.mixture import counters
 from mixmodal.data.packing import Batch
 from mixmodal.data.pipeline import DataConfig, PackedDocuments, held_out_batches, open_sources
 from mixmodal.data.token_shards import TokenShards
@@ -75,6 +76,11 @@ class PretrainTask(Task):
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
+        late = [stage.from_step for stage in config.data.stages if stage.from_step >= config.trainer.max_steps]
+        if late:
+            raise ValueError(
+                f"data.stages: from_step {late[0]} is not below trainer.max_steps {config.trainer.max_steps}"
+            )
         self.sources = open_sources(config.data)
         self.shards = next(iter(self.sources.values()))
         self.vocabulary = self.shards.vocabulary
@@ -117,6 +123,9 @@ class PretrainTask(Task):
             world_size=world_size,
             seed=self.config.trainer.seed,
         )
+
+    def counters(self, state: Mapping[str, Any]) -> Mapping[str, float]:
+        return counters(state)
 
     def batch_weight(self, batch: Batch) -> Tensor:
         return target_weights(batch.segment_ids, batch.loss_weights).sum()
