@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mixmodal.data.mixture import Mixture, StageConfig, check_mixture, weights_at
 from mixmodal.data.packing import Batch, Sample, build_batch, pack
-from mixmodal.data.source import PLAIN, REMEDY, Documents, Source, SourceConfig, check_equal
+from mixmodal.data.source import PLAIN, REMEDY, Documents, Randomness, Source, SourceConfig, check_equal
 from mixmodal.data.split import check_split
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.data.variation import Variation
@@ -39,6 +39,8 @@ class DataConfig:
         first_part_weight: factor on the loss weights of a document's first part, where it has more than one. Below 1,
             more of what is learned is how a part follows from another; 1 is CM3Leon's.
         shuffle: a new order in every epoch; otherwise the stored order.
+        lookahead: documents that a row may pass by for later, shorter ones that fit it; they begin the next rows. With
+            0, a row ends at the first document that does not fit; where lengths differ much, 16 leaves little padding.
         max_skipped_share: share of documents of a source that may be too long before training stops.
         verify_shards: on resume, read all token shards, each rank its share of them, and compare them with their
             manifest.
@@ -53,6 +55,7 @@ class DataConfig:
     caption_dropout: float = 0.1
     first_part_weight: float = 1.0
     shuffle: bool = True
+    lookahead: int = 0
     max_skipped_share: float = 0.1
     verify_shards: bool = True
 
@@ -66,8 +69,9 @@ class DataConfig:
         for name in ("image_first_share", "caption_dropout", "max_skipped_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data: {name} is {getattr(self, name)}; it must lie in 0 .. 1")
-        if self.first_part_weight < 0:
-            raise ValueError(f"data: first_part_weight is {self.first_part_weight}; it must not be negative")
+        for name in ("first_part_weight", "lookahead"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data: {name} is {getattr(self, name)}; it must not be negative")
 
     @property
     def mixture(self) -> dict[str, SourceConfig]:
@@ -96,19 +100,22 @@ class _Drawn(NamedTuple):
     """A document that was drawn and stands in no row yet; `length` counts its tokens as they are trained on."""
 
     source: Source
+    epoch: int
     document: int
     length: int
+    randomness: Randomness
 
 
 class PackedDocuments:
     """Micro-batches of packed rows; they end only where a source ends them (`SourceConfig.when_done`).
 
     All randomness of a document comes from (seed, source, epoch, its index), the order of an epoch from (seed, source,
-    epoch), which source comes next from all that was drawn before, and rows are filled in that order. Optimizer step s
-    takes the next R rows of this one stream, where R is `micro_batch_size * grad_accum_steps * world_size`; each rank
-    takes a contiguous part of them, and each of its micro-batches a contiguous part of that. So a step trains on the
-    same rows however they are spread. Every rank walks through all documents, since a row starts where the one before
-    it ended; of those in the rows of others it needs the length only.
+    epoch), which source comes next from all that was drawn before, and rows are filled in that order, but for
+    `lookahead`. Optimizer step s takes the next R rows of this one stream, where R is `micro_batch_size *
+    grad_accum_steps * world_size`; each rank takes a contiguous part of them, and each of its micro-batches a
+    contiguous part of that. So a step trains on the same rows however they are spread. Every rank walks through all
+    documents, since a row starts where the one before it ended; of those in the rows of others it needs the length
+    only.
 
     Args:
         documents: spelled documents, or those of each source by name as in `config.sources`.
@@ -167,7 +174,7 @@ class PackedDocuments:
         self.config = config
         self.micro_batch_size, self.grad_accum_steps = micro_batch_size, grad_accum_steps
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self._pending: _Drawn | None = None  # first in the next row
+        self._pending: list[_Drawn] = []  # in the order drawn; the first of them begins the next row
         self._rows: list[list[Sample]] = []  # this rank's rows of a step that has begun
         self._micro_batch = 0
         self._step = 0
@@ -228,8 +235,11 @@ class PackedDocuments:
         self._check_contents(places)
         self._step = state["step"]
         self._mixture.load_state_dict(state["weights"], places)
-        pending = self.sources.get(state["pending"])  # None where there was none, or its source is left out
-        self._pending = pending and self._measured(pending, pending.last)
+        self._pending = [
+            self._measured(self.sources[name], epoch, document)
+            for name, epoch, document in state["pending"]
+            if name in self.sources
+        ]
         self._rows, self._micro_batch = [], 0
         self._step_start = self._place()
         if state["micro_batch"]:
@@ -256,7 +266,7 @@ class PackedDocuments:
     def _place(self) -> dict[str, Any]:
         """Where the next row begins."""
         places = {name: source.state_dict() for name, source in self.sources.items()}
-        pending = self._pending.source.name if self._pending else None
+        pending = [[drawn.source.name, drawn.epoch, drawn.document] for drawn in self._pending]
         return {"step": self._step, "weights": dict(self._mixture.weights), "pending": pending, "sources": places}
 
     # rows
@@ -280,32 +290,38 @@ class PackedDocuments:
     def _next_row(self, is_own: bool) -> list[Sample]:
         """The samples of the next row, or none of them where it is another rank's."""
         row: list[Sample] = []
-        room = self.config.seq_len
-        while True:
-            if self._pending is None:
-                self._pending = self._draw()
-            source, document, length = self._pending
-            if length > room:
-                return row
-            self._pending = None
-            room -= length
-            source.use(length)
+        room, passed = self.config.seq_len, 0
+        while passed <= self.config.lookahead:
+            if passed == len(self._pending):
+                self._pending.append(self._draw())
+            drawn = self._pending[passed]
+            if drawn.length > room:
+                passed += 1
+                continue
+            del self._pending[passed]
+            room -= drawn.length
+            drawn.source.use(drawn.length)
             if is_own:
-                row.append(self._sample(source, document, length))
+                row.append(self._sample(drawn))
+        return row
 
     def _draw(self) -> _Drawn:
-        drawn = self._measured(*self._mixture.draw())
-        self._mixture.charge(drawn.source, drawn.length)
+        source, document = self._mixture.draw()
+        drawn = self._measured(source, source.epoch, document)
+        self._mixture.charge(source, drawn.length)
         return drawn
 
-    def _measured(self, source: Source, index: int) -> _Drawn:
-        return _Drawn(source, index, self._variation.length(source.documents, index, source.randomness))
+    def _measured(self, source: Source, epoch: int, document: int) -> _Drawn:
+        randomness = source.randomness_of(epoch)
+        length = self._variation.length(source.documents, document, randomness)
+        return _Drawn(source, epoch, document, length, randomness)
 
-    def _sample(self, source: Source, index: int, length: int) -> Sample:
-        key = source.documents.keys[index]
+    def _sample(self, drawn: _Drawn) -> Sample:
+        source = drawn.source
+        key = source.documents.keys[drawn.document]
         key = f"{source.name}:{key}" if source.name else key
-        sample = self._variation.vary(key, source.documents[index], source.randomness.of(index))
-        if len(sample.ids) > length:
+        sample = self._variation.vary(key, source.documents[drawn.document], drawn.randomness.of(drawn.document))
+        if len(sample.ids) > drawn.length:
             raise SequenceError(f"{source.label}: document {key} is not spelled as this version spells it")
         return sample
 

@@ -126,16 +126,16 @@ class Source:
         """
         while self.position < len(self._order):
             self.position += 1
-            if self.lengths[self.last] <= self._seq_len:
-                return self.last
-            self._skip(self.last)
+            index = int(self._order[self.position - 1])
+            if self.lengths[index] <= self._seq_len:
+                return index
+            self._skip(index)
         self._check_skipped()
         return None
 
-    @property
-    def last(self) -> int:
-        """Index of the document that `take` gave last."""
-        return int(self._order[self.position - 1])
+    def randomness_of(self, epoch: int) -> Randomness:
+        """What an epoch's documents are varied by."""
+        return self._randomness if epoch == self.epoch else Randomness(self._entropy(epoch))
 
     def use(self, tokens: int) -> None:
         """Counts a document that stands in a row."""
@@ -169,13 +169,15 @@ class Source:
             check_equal(self.label, key, own, state.get(key))
 
     def _begin_epoch(self, epoch: int) -> None:
-        entropy = (self._seed, epoch, *self._salt)
         self.epoch, self.position = epoch, 0
-        self.randomness = Randomness(entropy)
+        self._randomness = Randomness(self._entropy(epoch))
         size = len(self.documents)
         self._order = np.arange(size, dtype=np.uint32 if size < 2**32 else np.uint64)
         if self._shuffle:
-            np.random.default_rng(entropy).shuffle(self._order)
+            np.random.default_rng(self._entropy(epoch)).shuffle(self._order)
+
+    def _entropy(self, epoch: int) -> tuple[int, ...]:
+        return (self._seed, epoch, *self._salt)
 
     def _skip(self, index: int) -> None:
         self.too_long += 1

@@ -151,10 +151,8 @@ def test_plain_tokens_are_a_source_without_a_name() -> None:
 
 
 def test_a_step_trains_on_the_same_rows_however_it_is_spread() -> None:
-    config = replace(
-        mixed({"web": 1, "pairs": 2, "pages": 1}, {"web": "drop"}),
-        stages=(StageConfig(from_step=3, weights={"pages": 3}),),
-    )
+    stages = (StageConfig(from_step=3, weights={"pages": 3}),)
+    config = mixed({"web": 1, "pairs": 2, "pages": 1}, {"web": "drop"}, stages=stages, lookahead=2)
     whole = list(islice(stream(config, micro_batch_size=12), 8))
     for world_size, accum in ((1, 2), (2, 3), (3, 2), (4, 1), (6, 2)):
         split = {"micro_batch_size": 12 // world_size // accum, "grad_accum_steps": accum, "world_size": world_size}
@@ -185,7 +183,7 @@ def test_the_length_of_a_document_is_known_before_it_is_varied(name: str, object
             packed = PackedDocuments(
                 source, FORMAT[name], objective, replace(EVEN, sources={}, tokens=Path("x")), micro_batch_size=1
             )
-            randomness = packed.sources[""].randomness
+            randomness = packed.sources[""].randomness_of(0)
             for index in range(len(source)):
                 varied = variation.vary("", source[index], randomness.of(index))
                 assert variation.length(source, index, randomness) == len(varied.ids)
@@ -198,6 +196,26 @@ def test_a_document_with_less_content_than_masks_leaves_room() -> None:
     batch = next(stream(config, objective, documents=short, micro_batch_size=1))
     assert batch.num_documents == 2  # 3 tokens and 9 masks of 3 tokens are reserved for each
     assert int(batch.num_tokens) == 12
+
+
+# packing
+
+
+def test_looking_ahead_fills_rows_and_leaves_no_document_behind() -> None:
+    used_tokens = {}
+    for lookahead in (0, 8):
+        config = mixed({"web": 1, "pairs": 1, "pages": 1}, lookahead=lookahead)
+        batches = list(islice(stream(config, PLAIN), 60))
+        used_tokens[lookahead] = sum(int(batch.num_tokens) for batch in batches)
+        for name in ("web", "pairs"):  # an epoch is drawn in full, and what is passed by begins one of the next rows
+            keys = [key for key in used(batches) if key.startswith(name)]
+            size = len(documents()[name])
+            first = set(keys[: size + lookahead])
+            assert len(first) == size
+        batch = batches[0]
+        assert (batch.positions[batch.segment_ids == 0] == 0).all()
+    total = 60 * 2 * SEQ_LEN
+    assert used_tokens[0] / total < 0.82 < 0.92 < used_tokens[8] / total  # seen: 0.811 and 0.937
 
 
 # stages
@@ -261,9 +279,10 @@ def test_training_ends_where_all_sources_are_dropped() -> None:
 # state
 
 
+@pytest.mark.parametrize("lookahead", [0, 5])
 @pytest.mark.parametrize("taken", range(0, 36, 5))
-def test_resuming_gives_exactly_the_batches_that_would_have_come(taken: int) -> None:
-    config = mixed({"web": 1, "pairs": 1, "pages": 0.5}, {"web": "drop"})
+def test_resuming_gives_exactly_the_batches_that_would_have_come(taken: int, lookahead: int) -> None:
+    config = mixed({"web": 1, "pairs": 1, "pages": 0.5}, {"web": "drop"}, lookahead=lookahead)
     config = replace(config, stages=tuple(StageConfig(from_step=s, weights={"pages": s}) for s in (3, 5, 10)))
     split = {"micro_batch_size": 2, "grad_accum_steps": 3, "rank": 1, "world_size": 2}
     given = documents()
