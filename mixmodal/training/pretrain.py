@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mixmodal.data.mixture import counters
 from mixmodal.data.packing import Batch
-from mixmodal.data.pipeline import DataConfig, PackedDocuments, held_out_batches
+from mixmodal.data.pipeline import DataConfig, PackedDocuments, held_out_batches, open_sources
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.files import write_whole
 from mixmodal.interop.export import CONFIG, WEIGHTS, save_export
@@ -74,18 +76,17 @@ class PretrainTask(Task):
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
-        self.shards = TokenShards.open(config.data.tokens)
+        late = [stage.from_step for stage in config.data.stages if stage.from_step >= config.trainer.max_steps]
+        if late:
+            raise ValueError(
+                f"data.stages: from_step {late[0]} is not below trainer.max_steps {config.trainer.max_steps}"
+            )
+        self.sources = open_sources(config.data)
+        self.shards = next(iter(self.sources.values()))
         self.vocabulary = self.shards.vocabulary
         self.held_out = TokenShards.open(config.data.held_out_tokens) if config.data.held_out_tokens else None
         if self.held_out:
-            made_with = {key: self.shards.manifest[key] for key in ("text_tokenizer_sha256", "image_tokenizer_sha256")}
-            self.held_out.check(**made_with, vocabulary_digest=self.vocabulary.digest)
-            found, wanted = (shards.manifest["sequence_format"] for shards in (self.held_out, self.shards))
-            if found != wanted:
-                raise ValueError(
-                    f"{self.held_out.manifest_path}: sequence_format is {found}, not {wanted} as in "
-                    f"{self.shards.manifest_path}; pretokenize one of them again"
-                )
+            self.held_out.check_like(self.shards)
         self._check_tokenizers()
         self.model_config = fit_to_data(config.model, self.vocabulary.size, config.data.seq_len)
         self.objective = CausalMasked(config.objective, self.vocabulary)
@@ -116,7 +117,7 @@ class PretrainTask(Task):
     def build_loader(self, micro_batch_size: int, grad_accum_steps: int, rank: int, world_size: int) -> PackedDocuments:
         self._split = (rank, world_size)
         return PackedDocuments(
-            self.shards,
+            self.sources,
             self.shards.build_format(),
             self.objective,
             self.config.data,
@@ -126,6 +127,9 @@ class PretrainTask(Task):
             world_size=world_size,
             seed=self.config.trainer.seed,
         )
+
+    def counters(self, state: Mapping[str, Any]) -> Mapping[str, float]:
+        return counters(state)
 
     def batch_weight(self, batch: Batch) -> Tensor:
         return target_weights(batch.segment_ids, batch.loss_weights).sum()
@@ -194,10 +198,12 @@ class PretrainTask(Task):
             write_whole(folder / CONFIG, json.dumps(config, indent=2).encode())
             return
         assert isinstance(model, Transformer)
-        counts = self.shards.manifest["counts"]
-        data = {name: counts[name] for name in counts if isinstance(counts[name], int)}
+        data: Counter[str] = Counter()
+        for shards in self.sources.values():
+            counts = shards.manifest["counts"]
+            data.update({name: counts[name] for name in counts if isinstance(counts[name], int)})
         figures = {f"held-out {name}, nats a token": round(v, 4) for name, v in self.figures.items() if v is not None}
-        card = {"title": self.config.trainer.run_dir.name, "data": data, "figures": figures, **self.config.card}
+        card = {"title": self.config.trainer.run_dir.name, "data": dict(data), "figures": figures, **self.config.card}
         save_export(folder, model, self.shards.build_format(), text, image, card)
 
 

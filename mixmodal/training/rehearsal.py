@@ -118,12 +118,12 @@ class DatalessPretrainTask(PretrainTask):
     def __init__(self, config: PretrainConfig) -> None:  # without the parent's, which opens the data
         self.config = config
         size = config.model.vocab_size
-        if (config.data.tokens / "manifest.json").exists():
-            self.vocabulary = TokenShards.open(config.data.tokens).vocabulary
+        tokens = next(iter(config.data.mixture.values())).tokens  # all sources have one vocabulary
+        if (tokens / "manifest.json").exists():
+            self.vocabulary = TokenShards.open(tokens).vocabulary
         elif size < 1:
             raise ValueError(
-                f"model.vocab_size is 0, and data.tokens {config.data.tokens} holds no token shards that tell it; "
-                "give --model.vocab_size"
+                f"model.vocab_size is 0, and {tokens} holds no token shards that tell it; give --model.vocab_size"
             )
         else:
             sizes = VocabularyConfig(codebook_sizes={"image": 1}, num_text_pieces=max(1, size - 9), num_sentinels=1)

@@ -27,7 +27,10 @@ class Losses(Protocol):
 
 
 class Loader(Protocol):
-    """Micro-batches of this rank without end; its state is numbers, strings, tensors, lists and dicts."""
+    """Micro-batches of this rank; its state is numbers, strings, tensors, lists and dicts.
+
+    It goes on without end, or ends training on all ranks before the same step with a `StopIteration` that says why.
+    """
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -97,6 +100,10 @@ class Task(Protocol):
     def batch_tokens(self, batch: Batch) -> int:
         """Positions that the model computes, padding included: the unit of throughput. 0 leaves it out."""
         return 0
+
+    def counters(self, state: Mapping[str, Any]) -> Mapping[str, float]:
+        """What the log tells of the data up to a state of the loader: numbers that are the same on every rank."""
+        return {}
 
     def flops_per_token(self) -> float:
         """Floating-point operations of a training step for each of those positions; 0 where it is not known."""

@@ -59,7 +59,8 @@ class Trainer:
         self.resolved = {"trainer": config, "optimizer": optimizer} if resolved is None else resolved
 
     def fit(self, task: Task) -> FitResult:
-        """Trains to `max_steps`, evaluates, saves and exports; or, on SIGTERM or SIGINT, saves and returns.
+        """Trains to `max_steps` or to where the data end, evaluates, saves and exports; or, on SIGTERM or SIGINT, saves
+        and returns.
 
         Raises:
             NonFiniteError: before the step that would have spoilt the weights.
@@ -137,6 +138,7 @@ class Run:
         self.saved_step = -1
         self.seconds = 0.0
         self.last_eval: dict[str, float | None] = {}
+        self.end_of_data = ""
         self.sums = MetricSums()
 
     def close(self) -> None:
@@ -168,14 +170,14 @@ class Run:
     def _steps(self, log: MetricsLog, stop: StopSignal) -> bool:
         config = self.config
         clock, tokens, batches = time.perf_counter(), 0, self._next_batches()
-        while self.step < config.max_steps:
+        while batches:
             rates = {name: self._rate(name) for name in self.engines}
             for name, engine in self.engines.items():
                 set_lr(engine.optimizer, rates[name])
             tokens += sum(self.task.batch_tokens(batch) for batch in batches)
             norms, stopping, batches = self._optimize(batches, stop)
             log.advance(self.step)
-            due = stopping or self.step == config.max_steps
+            due = stopping or not batches
             if due or self.step % config.log_every == 0:
                 seconds = time.perf_counter() - clock
                 self._log(log, norms, rates, tokens, seconds)
@@ -186,10 +188,12 @@ class Run:
             if due or self._is_due(config.save_every):
                 save(self, wait=due)
             clock += time.perf_counter() - pause
-            if stopping and self.step < config.max_steps:
+            if stopping and batches:
                 name = stop.name or "a signal to another rank"
                 log.say(f"stopped by {name} at step {self.step}; the same command goes on from here")
                 return False
+        if self.end_of_data:
+            log.say(f"step {self.step} of {config.max_steps} is the last: {self.end_of_data}")
         return True
 
     def _rate(self, name: str) -> float:
@@ -203,10 +207,20 @@ class Run:
     # one step
 
     def _next_batches(self) -> list[Batch]:
-        """Micro-batches of the next step, none after the last; what is saved is the state before them."""
+        """Micro-batches of the next step, none after the last or where the data end; the state saved is that before.
+
+        Raises:
+            ValueError: where there are no data for the first step.
+        """
         self.rank_state = {"loader": self.loader.state_dict(), "random": random_state()}
         goes_on = self.step < self.config.max_steps
-        return [next(self.loader) for _ in range(self.config.grad_accum_steps if goes_on else 0)]
+        try:
+            return [next(self.loader) for _ in range(self.config.grad_accum_steps if goes_on else 0)]
+        except StopIteration as end:
+            self.end_of_data = str(end)
+        if not self.step:
+            raise ValueError(f"there are no data for the first step: {self.end_of_data}")
+        return []
 
     def _optimize(self, batches: list[Batch], stop: StopSignal) -> tuple[dict[str, float], bool, list[Batch]]:
         """One optimizer step: gradient norms, whether to stop, and the batches of the next step.
@@ -280,6 +294,7 @@ class Run:
         record: Record = {"step": self.step, "wall_time_s": round(self.seconds, 3), **self.sums.means()}
         record["tokens_per_second"] = rate * self.place.world_size if rate else None
         record["mfu"] = rate * flops / peak if rate and flops and peak else None
+        record |= self.task.counters(self.rank_state["loader"])
         for name, engine in self.engines.items():
             suffix = "" if name == MODEL else f"_{name}"
             norm = None if engine.skipped else norms.get(name)

@@ -12,6 +12,8 @@ import pytest
 import torch
 from shapes import tiny_config, write_shapes
 
+from mixmodal.data.mixture import StageConfig
+from mixmodal.data.source import SourceConfig
 from mixmodal.interop.export import load_transformer
 from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
@@ -104,6 +106,39 @@ def test_splitting_a_step_changes_nothing(shapes: Path) -> None:
         expected = [line[name] for line in records(shapes)]
         found = [line[name] for line in records(shapes / "split")]
         assert found == pytest.approx(expected, rel=1e-6), name  # worst seen: 1e-7
+
+
+def test_a_mixture_in_stages_ends_with_a_source_and_resumes_exactly(shapes: Path) -> None:
+    write_shapes(shapes / "more", 30, seed=2)
+    config = with_held_out(tiny_config(shapes, max_steps=40, save_every=2, keep_checkpoints=99), shapes)
+    sources = {"old": SourceConfig(tokens=shapes / "tokens"), "new": SourceConfig(tokens=shapes / "more", weight=0)}
+    sources["old"] = replace(sources["old"], when_done="stop")
+    stages = (StageConfig(from_step=1, weights={"new": 2}),)
+    config = replace(config, data=replace(config.data, tokens=None, sources=sources, stages=stages))
+    result = pretrain(config)
+    assert result.finished
+    lines = [line for line in records(shapes) if "loss" in line]
+    assert lines[-1]["step"] == result.steps == 9
+    assert lines[0]["documents/new"] == 0 < lines[1]["documents/new"]
+    assert 0.9 < lines[-1]["epochs/old"] <= 1
+    trained = {name: lines[-1][f"tokens/{name}"] - lines[0][f"tokens/{name}"] for name in sources}
+    assert trained["new"] / trained["old"] == pytest.approx(2, abs=0.25)  # seen: 1.83; a document more is 0.1
+    (shapes / "run/checkpoints/latest").write_text("step_00000002\n")
+    pretrain(config)
+    skipped = ("wall_time_s", "tokens_per_second")
+    again = [line for line in records(shapes) if "loss" in line]
+    for line, other in zip(lines, again, strict=True):
+        assert {key: line[key] for key in line if key not in skipped} == {
+            key: other[key] for key in other if key not in skipped
+        }
+
+
+def test_a_stage_that_never_begins_is_refused(shapes: Path) -> None:
+    config = tiny_config(shapes, max_steps=5)
+    sources = {"old": SourceConfig(tokens=shapes / "tokens")}
+    stages = (StageConfig(from_step=5, weights={"old": 2}),)
+    with pytest.raises(ValueError, match=r"data\.stages: from_step 5 is not below trainer\.max_steps 5"):
+        PretrainTask(replace(config, data=replace(config.data, tokens=None, sources=sources, stages=stages)))
 
 
 def test_held_out_shards_of_other_tokenizers_are_refused(shapes: Path) -> None:

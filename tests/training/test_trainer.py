@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -262,6 +262,51 @@ def test_a_finished_run_is_only_exported_again(fit: Fit, exported: Exported, tmp
     assert (result.steps, result.finished, result.metrics) == (6, True, first.metrics)
     assert records(tmp_path / "run") == lines
     assert all(torch.equal(exported()[name], value) for name, value in before.items())
+
+
+class Ending(ToyTask):
+    """Its data end behind `last` micro-batches."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.last = last
+
+    def build_loader(self, micro_batch_size: int, grad_accum_steps: int, rank: int, world_size: int) -> ToyLoader:
+        last = self.last
+
+        class EndingLoader(ToyLoader):
+            def __next__(self) -> Rows:
+                if self.count >= last:
+                    raise StopIteration("the toys are all used up")
+                return super().__next__()
+
+        return EndingLoader(micro_batch_size, grad_accum_steps, rank, world_size)
+
+    def counters(self, state: Mapping[str, Any]) -> Mapping[str, float]:
+        return {"batches": state["count"]}
+
+
+def test_training_is_finished_where_the_data_end(
+    fit: Fit, exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = fit(task=Ending(4), max_steps=6, save_every=3)
+    assert (result.steps, result.finished) == (4, True)
+    assert "step 4 of 6 is the last: the toys are all used up" in capsys.readouterr().out
+    assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step_00000004"
+    assert [record["step"] for record in records(tmp_path / "run") if "eval_norm" in record] == [4]
+    whole = exported()
+    (tmp_path / "run/checkpoints/latest").write_text("step_00000003\n")
+    for again in (3, 4):  # what is resumed ends there too, and what is finished is exported again
+        assert fit(task=Ending(4), max_steps=6).steps == 4, again
+        assert all(torch.equal(exported()[name], value) for name, value in whole.items())
+    assert fit(task=Ending(9), max_steps=6).steps == 6  # with more data it goes on
+    with pytest.raises(ValueError, match="no data for the first step: the toys are all used up"):
+        fit("none", task=Ending(0))
+
+
+def test_counters_of_the_data_are_logged_up_to_the_step(fit: Fit, tmp_path: Path) -> None:
+    fit(task=Ending(99), max_steps=3, micro_batch_size=4, grad_accum_steps=2)
+    assert [record["batches"] for record in records(tmp_path / "run") if "loss" in record] == [2, 4, 6]
 
 
 def test_old_checkpoints_are_removed(fit: Fit, tmp_path: Path) -> None:
