@@ -19,6 +19,7 @@ from mixmodal.interop.export import CONFIG, WEIGHTS, save_export
 from mixmodal.models.transformer import Transformer, TransformerConfig, save_weights
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.objectives.loss import Sums, TokenLosses, target_weights, token_losses
+from mixmodal.objectives.modality_weights import check_modality_weights, weigh_modalities
 from mixmodal.tokenization.text import TextTokenizer
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.metrics import MetricSums
@@ -38,6 +39,9 @@ class PretrainConfig:
         optimizer: AdamW and its schedule.
         trainer: how long, how much, where.
         z_loss_weight: factor of `log(Z)^2` in the loss (Chameleon: 1e-5).
+        modality_weights: factors on the loss weights by what is predicted, as `{image: 0.5}`; `text`, `image` and every
+            other coded modality, and `control` for control tokens. One that is not named has 1. `loss` is then the
+            mean with these weights, and each modality's own mean stays what it is; held-out losses are not weighed.
         text_tokenizer: model file; must be the one that the token shards were made with.
         image_tokenizer: folder; likewise. Without both tokenizers, the network alone is exported.
         card: sections of the exported model card: title, data, attribution, limits.
@@ -49,6 +53,7 @@ class PretrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig
     z_loss_weight: float = 1e-5
+    modality_weights: dict[str, float] = field(default_factory=dict)
     text_tokenizer: Path | None = None
     image_tokenizer: Path | None = None
     card: dict[str, str] = field(default_factory=dict)
@@ -87,6 +92,7 @@ class PretrainTask(Task):
                     f"{self.shards.manifest_path}; pretokenize one of them again"
                 )
         self._check_tokenizers()
+        check_modality_weights(config.modality_weights, self.vocabulary)
         self.model_config = fit_to_data(config.model, self.vocabulary.size, config.data.seq_len)
         self.objective = CausalMasked(config.objective, self.vocabulary)
         self.figures: dict[str, float | None] = {}
@@ -124,7 +130,13 @@ class PretrainTask(Task):
         )
 
     def batch_weight(self, batch: Batch) -> Tensor:
+        batch = self._weigh(batch)
         return target_weights(batch.segment_ids, batch.loss_weights).sum()
+
+    def _weigh(self, batch: Batch) -> Batch:
+        factors = self.config.modality_weights
+        weights = weigh_modalities(batch.loss_weights, batch.tokens, factors, self.vocabulary)
+        return batch._replace(loss_weights=weights)
 
     def batch_keys(self, batch: Batch) -> list[str]:
         return [key for row in batch.keys for key in row]
@@ -146,6 +158,7 @@ class PretrainTask(Task):
         return 6.0 * weights + attention
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> ModelLosses:
+        batch = self._weigh(batch)
         logits, hidden = model(batch.tokens, batch.positions, batch.segment_ids, return_hidden=True)
         found = self._token_losses(logits, batch)
         metrics = dict(found.metrics)
