@@ -24,6 +24,9 @@ class TrainerConfig:
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations; 0 evaluates at the end only.
         save_every: steps between checkpoints; 0 saves at the end only.
+        alarm_growth: warn where a gradient, logit or output norm or the largest attention logit is more than so many
+            times the median of all its logged values since the warm-up; 0 never warns. In sound runs the newest value
+            is at most twice that median.
         keep_checkpoints: number of checkpoints to keep, the newest ones.
         max_grad_norm: gradients are scaled down to this norm; 0 leaves them alone.
         seed: of weights, data order and dropout.
@@ -42,6 +45,7 @@ class TrainerConfig:
     log_every: int = 10
     eval_every: int = 0
     save_every: int = 0
+    alarm_growth: float = 3.0
     keep_checkpoints: int = 2
     max_grad_norm: float = 1.0
     seed: int = 0
@@ -58,6 +62,8 @@ class TrainerConfig:
         for name in ("eval_every", "save_every", "max_grad_norm", "seed"):
             if getattr(self, name) < 0:
                 problems.append(f"trainer.{name} is {getattr(self, name)}; it must not be negative")
+        if self.alarm_growth and not self.alarm_growth > 1:
+            problems.append(f"trainer.alarm_growth is {self.alarm_growth}; it must be above 1, or 0 for no alarms")
         if not 0 <= self.ema_decay < 1:
             problems.append(f"trainer.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
         if self.peak_flops is not None and self.peak_flops <= 0:

@@ -21,8 +21,9 @@ from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.objectives.loss import Sums, TokenLosses, target_weights, token_losses
 from mixmodal.objectives.modality_weights import check_modality_weights, weigh_modalities
 from mixmodal.tokenization.text import TextTokenizer
+from mixmodal.training.attention_logits import attention_logit_max
 from mixmodal.training.config import TrainerConfig
-from mixmodal.training.metrics import MetricSums
+from mixmodal.training.metrics import MetricSums, Peak
 from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.task import Task, to_device
 from mixmodal.training.trainer import FitResult, Trainer
@@ -63,7 +64,7 @@ class ModelLosses(NamedTuple):
     """The losses of `token_losses`, and norms that tell a divergence early (Chameleon, arXiv 2405.09818, 2.3.2)."""
 
     objective: Tensor
-    metrics: Mapping[str, Sums]
+    metrics: Mapping[str, Sums | Peak]
 
 
 class PretrainTask(Task):
@@ -76,6 +77,8 @@ class PretrainTask(Task):
         ValueError: naming the manifest and the key, where token shards and tokenizers do not belong together; naming
             the model's option that does not fit the data.
     """
+
+    _looked_at = -1  # the step whose attention was looked at last
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
@@ -159,14 +162,26 @@ class PretrainTask(Task):
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> ModelLosses:
         batch = self._weigh(batch)
+        peaks = self._peaks(model, batch, step)
         logits, hidden = model(batch.tokens, batch.positions, batch.segment_ids, return_hidden=True)
         found = self._token_losses(logits, batch)
-        metrics = dict(found.metrics)
-        trainer = self.config.trainer
-        if (step + 1) % trainer.log_every == 0 or step + 1 == trainer.max_steps:
+        metrics = {**found.metrics, **peaks}
+        if self._is_logged(step):
             metrics["logit_norm"] = mean_norm(logits, batch.segment_ids)
             metrics["output_norm"] = mean_norm(hidden, batch.segment_ids)
         return ModelLosses(found.objective, metrics)
+
+    def _is_logged(self, step: int) -> bool:
+        trainer = self.config.trainer
+        return (step + 1) % trainer.log_every == 0 or step + 1 == trainer.max_steps
+
+    def _peaks(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Peak]:
+        """The largest attention logit, in steps that are logged, of the first row that this rank trains on."""
+        if not self._is_logged(step) or self._looked_at == step:
+            return {}
+        self._looked_at = step
+        row = (batch.tokens[:1], batch.positions[:1], batch.segment_ids[:1])
+        return {"attention_logit_max": Peak(attention_logit_max(model, *row))}
 
     def _token_losses(self, logits: Tensor, batch: Batch) -> TokenLosses:
         return token_losses(

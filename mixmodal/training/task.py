@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmodal.objectives.loss import Sums
+from mixmodal.training.metrics import Peak
 from mixmodal.training.optimizer import OptimizerConfig
 
 Batch = Any
@@ -23,7 +24,7 @@ class Losses(Protocol):
     def objective(self) -> Tensor: ...  # scalar with gradient: a SUM, to be divided by the weight of the whole step
 
     @property
-    def metrics(self) -> Mapping[str, Sums]: ...  # the same names every time; `loss` among them
+    def metrics(self) -> Mapping[str, Sums | Peak]: ...  # the same names on every rank; `loss` among them
 
 
 class Loader(Protocol):
@@ -99,7 +100,7 @@ class Task(Protocol):
         return 0.0
 
     def evaluate(self, model: nn.Module) -> dict[str, float | None]:
-        """Held-out metrics, the same on every rank (see `metrics.reduce_sums`); called without gradient."""
+        """Held-out metrics, the same on every rank (see `MetricSums`); called without gradient."""
         return {}
 
     def export(self, model: nn.Module, folder: Path) -> None:

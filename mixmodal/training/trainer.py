@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from mixmodal.config import save_config
 from mixmodal.training import checkpoint
+from mixmodal.training.alarms import Alarms
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.ema import AveragedWeights
 from mixmodal.training.engine import Engine, Place, deepspeed_config, init_distributed
 from mixmodal.training.interrupt import StopSignal
-from mixmodal.training.metrics import MetricsLog, MetricSums, Record
+from mixmodal.training.metrics import METRICS_FILE, MetricsLog, MetricSums, Record
 from mixmodal.training.optimizer import OptimizerConfig, build_optimizer, lr_at, set_lr
 from mixmodal.training.randomness import random_state, set_random_state, set_seeds
 from mixmodal.training.task import MODEL, Batch, Task, to_device
@@ -128,6 +129,7 @@ class Run:
         self.seconds = 0.0
         self.last_eval: dict[str, float | None] = {}
         self.sums = MetricSums()
+        self.alarms = Alarms(self.config.alarm_growth, self.optimizer_config.warmup_steps)
 
     # from start to end
 
@@ -142,6 +144,8 @@ class Run:
             active=self.place.rank == 0,
         )
         with log, StopSignal() as stop:
+            if self.place.rank == 0:
+                self.alarms.replay(config.run_dir / METRICS_FILE)
             if self.step:
                 log.say(f"going on from step {self.step} of {config.max_steps}")
             finished = self._steps(log, stop)
@@ -267,7 +271,10 @@ class Run:
         for name in self.engines:
             suffix = "" if name == MODEL else f"_{name}"
             record |= {f"grad_norm{suffix}": norms.get(name), f"lr{suffix}": rates[name]}
-        log.write(record)
+        warnings = self.alarms.watch(record)
+        log.write({**record, "alarm": ", ".join(warnings)} if warnings else record)
+        for warning in warnings.values():
+            log.say(warning)
 
     def _evaluate(self, log: MetricsLog) -> None:
         with self._evaluated_weights() as model:
