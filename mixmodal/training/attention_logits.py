@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -39,18 +39,20 @@ def attention_logit_max(model: nn.Module, tokens: Tensor, positions: Tensor, seg
     if network.positions is None:
         angles = rotary(positions, network.config.attention_sizes["head_dim"], network.config.rope_theta)
 
-    def keep(name: str, normed: Tensor) -> None:  # (1, T, N or K, H)
-        turned = normed.transpose(1, 2) if angles is None else rotate(normed.transpose(1, 2), angles)
-        heads[name] = turned[0]
+    def keeping(name: str) -> Callable[..., None]:
+        def keep(_: nn.Module, inputs: Any, normed: Tensor) -> None:  # (1, T, N or K, H)
+            turned = normed.transpose(1, 2) if angles is None else rotate(normed.transpose(1, 2), angles)
+            heads[name] = turned[0]
+
+        return keep
 
     def score(*_: Any) -> None:
         found[0] = torch.maximum(found[0], largest_logit(heads.pop("queries"), heads.pop("keys"), segment_ids[0]))
 
     with contextlib.ExitStack() as stack:
         for attention in (module for module in network.modules() if isinstance(module, Attention)):
-            for name, norm in (("queries", attention.q_norm), ("keys", attention.k_norm)):
-                hook = norm.register_forward_hook(lambda _, inputs, normed, name=name: keep(name, normed))
-                stack.callback(hook.remove)
+            stack.callback(attention.q_norm.register_forward_hook(keeping("queries")).remove)
+            stack.callback(attention.k_norm.register_forward_hook(keeping("keys")).remove)
             stack.callback(attention.register_forward_hook(score).remove)
         stack.enter_context(_as_evaluated(network))
         network.hidden(tokens, positions, segment_ids)
