@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from mixmodal.models.attention import Attention, rotary, rotate
 from mixmodal.models.transformer import Transformer
+from mixmodal.training.uncompiled import uncompiled
 
 CHUNK_ELEMENTS = 2**24
 """Logits that are computed at a time."""
@@ -54,7 +54,8 @@ def attention_logit_max(model: nn.Module, tokens: Tensor, positions: Tensor, seg
             stack.callback(attention.q_norm.register_forward_hook(keeping("queries")).remove)
             stack.callback(attention.k_norm.register_forward_hook(keeping("keys")).remove)
             stack.callback(attention.register_forward_hook(score).remove)
-        stack.enter_context(_as_evaluated(network))
+        stack.enter_context(_without_dropout(network))
+        stack.enter_context(uncompiled())  # compiled blocks would not see the hooks
         network.hidden(tokens, positions, segment_ids)
     return found[0]
 
@@ -82,13 +83,10 @@ def largest_logit(queries: Tensor, keys: Tensor, segment_ids: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _as_evaluated(network: nn.Module) -> Iterator[None]:
-    """Without dropout, and as written where it is compiled: compiled blocks would not see the hooks."""
+def _without_dropout(network: nn.Module) -> Iterator[None]:
     training = network.training
-    compiler = sys.modules.get("torch._dynamo")
     network.eval()
     try:
-        with torch.compiler.set_stance("force_eager") if compiler else contextlib.nullcontext():
-            yield
+        yield
     finally:
         network.train(training)

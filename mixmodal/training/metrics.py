@@ -10,8 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL.Image import Image as Picture
 from torch import Tensor
 
 from mixmodal.files import naming, write_whole
@@ -108,6 +110,12 @@ class MetricsLog:
             if self._writer and name != "step" and isinstance(value, (int, float)):
                 self._writer.add_scalar(name, value, step)
         self._show(step, record)
+
+    def write_picture(self, name: str, picture: Picture, step: int) -> None:
+        """A picture for TensorBoard."""
+        if self._writer:
+            pixels = np.asarray(picture.convert("RGB"))
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def say(self, message: str) -> None:
         """A line for the person who waits."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from PIL.Image import Image as Picture
 from torch import Tensor, nn
 
 from mixmodal.objectives.loss import Sums
@@ -101,6 +102,13 @@ class Task(Protocol):
 
     def evaluate(self, model: nn.Module) -> dict[str, float | None]:
         """Held-out metrics, the same on every rank (see `MetricSums`); called without gradient."""
+        return {}
+
+    draws_pictures: bool = False
+    """Whether `draw` gives any. It needs whole weights, which ZeRO stage 3 does not keep."""
+
+    def draw(self, model: nn.Module, step: int) -> dict[str, Picture]:
+        """Pictures by name for TensorBoard, after `step` steps and `evaluate`; called without gradient, on rank 0."""
         return {}
 
     def export(self, model: nn.Module, folder: Path) -> None:

@@ -75,6 +75,10 @@ class Trainer:
         )
         if self.config.ema_decay and settings["zero_optimization"].get("stage") == 3:
             raise ValueError("trainer.ema_decay needs whole weights, which ZeRO stage 3 does not keep: set it to 0")
+        if task.draws_pictures and settings["zero_optimization"].get("stage") == 3:
+            raise ValueError(
+                "sample sheets need whole weights, which ZeRO stage 3 does not keep: set sample_every to 0"
+            )
         start = self._find_start()
         place = init_distributed()
         run = Run(self, task, settings, place)
@@ -279,6 +283,9 @@ class Run:
     def _evaluate(self, log: MetricsLog) -> None:
         with self._evaluated_weights() as model:
             self.last_eval = self.task.evaluate(model)
+            pictures = self.task.draw(model, self.step) if self.place.rank == 0 else {}
+        for name, picture in pictures.items():
+            log.write_picture(name, picture, self.step)
         if self.last_eval:
             log.write({"step": self.step, **{f"eval_{name}": value for name, value in self.last_eval.items()}})
 
