@@ -48,7 +48,7 @@ ARMS: dict[str, tuple[dict[str, Any], float]] = {
     "post-norm, z-loss": ({"qk_norm": False, "norm_placement": "post_sublayer"}, Z_LOSS),
 }
 """What each changes of the network, and its weight of the z-loss."""
-WATCHED = ("loss", "grad_norm", "logit_norm", "output_norm", "attention_logit_max")
+WATCHED = ("loss", "z_loss", "grad_norm", "logit_norm", "output_norm", "attention_logit_max")
 PICTURE = RESULTS.parents[1] / "docs" / "stability.png"
 
 
@@ -149,7 +149,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def draw_picture(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    titles = {name: name.replace("_", " ") for name in WATCHED}
+    titles = {name: name.replace("_", " ") for name in WATCHED} | {"z_loss": "z loss, before its weight"}
     panels: dict[str, dict[str, Sequence[Any]]] = {
         title: {arm: [run["curves"][name] for run in of_seeds] for arm, of_seeds in found.items()}
         for name, title in titles.items()
