@@ -30,6 +30,9 @@ class TrainerConfig:
         log_every: steps between lines of metrics.
         eval_every: steps between evaluations; 0 evaluates at the end only.
         save_every: steps between checkpoints; 0 saves at the end only.
+        alarm_growth: warn where a gradient, logit or output norm or the largest attention logit is more than so many
+            times the median of all its logged values since the warm-up; 0 never warns. In sound runs the newest value
+            is at most twice that median.
         keep_checkpoints: number of checkpoints to keep, the newest ones.
         keep_every: checkpoints whose step is a multiple of it are kept beside these; 0 keeps no others.
         async_save: go on training while a checkpoint is written, from a copy in the memory of the host: 12 bytes a
@@ -52,6 +55,7 @@ class TrainerConfig:
     log_every: int = 10
     eval_every: int = 0
     save_every: int = 0
+    alarm_growth: float = 3.0
     keep_checkpoints: int = 2
     keep_every: int = 0
     async_save: bool = False
@@ -73,6 +77,8 @@ class TrainerConfig:
         for name in ("keep_every", "async_save"):
             if getattr(self, name) and not self.save_every:
                 problems.append(f"trainer.{name} can not act without trainer.save_every")
+        if self.alarm_growth and not self.alarm_growth > 1:
+            problems.append(f"trainer.alarm_growth is {self.alarm_growth}; it must be above 1, or 0 for no alarms")
         if not 0 <= self.ema_decay < 1:
             problems.append(f"trainer.ema_decay is {self.ema_decay}; it must lie in [0, 1)")
         if self.peak_flops is not None and self.peak_flops <= 0:

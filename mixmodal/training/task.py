@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from PIL.Image import Image as Picture
 from torch import Tensor, nn
 
 from mixmodal.objectives.loss import Sums
+from mixmodal.training.metrics import Peak
 from mixmodal.training.optimizer import OptimizerConfig
 
 Batch = Any
@@ -23,7 +25,7 @@ class Losses(Protocol):
     def objective(self) -> Tensor: ...  # scalar with gradient: a SUM, to be divided by the weight of the whole step
 
     @property
-    def metrics(self) -> Mapping[str, Sums]: ...  # the same names every time; `loss` among them
+    def metrics(self) -> Mapping[str, Sums | Peak]: ...  # the same names on every rank; `loss` among them
 
 
 class Loader(Protocol):
@@ -110,7 +112,14 @@ class Task(Protocol):
         return 0.0
 
     def evaluate(self, model: nn.Module) -> dict[str, float | None]:
-        """Held-out metrics, the same on every rank (see `metrics.reduce_sums`); called without gradient."""
+        """Held-out metrics, the same on every rank (see `MetricSums`); called without gradient."""
+        return {}
+
+    draws_pictures: bool = False
+    """Whether `draw` gives any. It needs whole weights, which ZeRO stage 3 does not keep."""
+
+    def draw(self, model: nn.Module, step: int) -> dict[str, Picture]:
+        """Pictures by name for TensorBoard, after `step` steps and `evaluate`; called without gradient, on rank 0."""
         return {}
 
     def export(self, model: nn.Module, folder: Path) -> None:

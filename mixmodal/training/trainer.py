@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mixmodal.config import save_config
 from mixmodal.training import checkpoint
+from mixmodal.training.alarms import Alarms
 from mixmodal.training.checks import Check
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.deepspeed_config import deepspeed_config
@@ -21,7 +22,7 @@ from mixmodal.training.ema import AveragedWeights
 from mixmodal.training.engine import Engine, Place, init_distributed
 from mixmodal.training.fragments import check_savable
 from mixmodal.training.interrupt import StopSignal
-from mixmodal.training.metrics import MetricsLog, MetricSums, Record
+from mixmodal.training.metrics import METRICS_FILE, MetricsLog, MetricSums, Record
 from mixmodal.training.optimizer import OptimizerConfig, build_optimizer, lr_at, set_lr
 from mixmodal.training.randomness import random_state, set_random_state, set_seeds
 from mixmodal.training.recomputing import recompute
@@ -77,6 +78,10 @@ class Trainer:
         if self.config.ema_decay and settings["zero_optimization"].get("stage") == 3:
             raise ValueError("trainer.ema_decay needs whole weights, which ZeRO stage 3 does not keep: set it to 0")
         self._check_folder()
+        if task.draws_pictures and settings["zero_optimization"].get("stage") == 3:
+            raise ValueError(
+                "sample sheets need whole weights, which ZeRO stage 3 does not keep: set sample_every to 0"
+            )
         place = init_distributed()
         run = Run(self, task, settings, place)
         try:
@@ -140,6 +145,7 @@ class Run:
         self.last_eval: dict[str, float | None] = {}
         self.end_of_data = ""
         self.sums = MetricSums()
+        self.alarms = Alarms(self.config.alarm_growth, self.optimizer_config.warmup_steps)
 
     def close(self) -> None:
         self.saver.close()
@@ -159,6 +165,8 @@ class Run:
             active=self.place.rank == 0,
         )
         with log, StopSignal() as stop:
+            if self.place.rank == 0:
+                self.alarms.replay(config.run_dir / METRICS_FILE)
             if self.step:
                 log.say(f"going on from step {self.step} of {config.max_steps}")
             finished = self._steps(log, stop)
@@ -301,11 +309,17 @@ class Run:
             record |= {f"grad_norm{suffix}": norm, f"lr{suffix}": rates[name]}
             if engine.loss_scale is not None:
                 record |= {f"loss_scale{suffix}": engine.loss_scale, f"skipped_steps{suffix}": engine.skipped_steps}
-        log.write(record)
+        warnings = self.alarms.watch(record)
+        log.write({**record, "alarm": ", ".join(warnings)} if warnings else record)
+        for warning in warnings.values():
+            log.say(warning)
 
     def _evaluate(self, log: MetricsLog) -> None:
         with self._evaluated_weights() as model:
             self.last_eval = self.task.evaluate(model)
+            pictures = self.task.draw(model, self.step) if self.place.rank == 0 else {}
+        for name, picture in pictures.items():
+            log.write_picture(name, picture, self.step)
         if self.last_eval:
             log.write({"step": self.step, **{f"eval_{name}": value for name, value in self.last_eval.items()}})
 

@@ -17,6 +17,7 @@ from mixmodal.data.source import SourceConfig
 from mixmodal.interop.export import load_transformer
 from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
+from mixmodal.objectives.loss import target_weights
 from mixmodal.training.pretrain import PretrainConfig, PretrainTask, fit_to_data, mean_norm, pretrain
 
 ROOT = Path(__file__).parents[2]
@@ -139,6 +140,29 @@ def test_a_stage_that_never_begins_is_refused(shapes: Path) -> None:
     stages = (StageConfig(from_step=5, weights={"old": 2}),)
     with pytest.raises(ValueError, match=r"data\.stages: from_step 5 is not below trainer\.max_steps 5"):
         PretrainTask(replace(config, data=replace(config.data, tokens=None, sources=sources, stages=stages)))
+
+
+def test_the_loss_is_the_mean_with_the_weights_of_the_modalities(shapes: Path) -> None:
+    config = tiny_config(shapes, max_steps=1)
+    batch = next(PretrainTask(config).build_loader(4, 1, 0, 1))
+    pretrain(config)
+    (plain,) = records(shapes)
+    factors = {"text": 0.0, "image": 3.0}
+    weighed = replace(config, trainer=replace(config.trainer, run_dir=shapes / "weighed/run"), modality_weights=factors)
+    pretrain(weighed)
+    (found,) = records(shapes / "weighed")
+    assert found["loss_text"] is None  # nothing counts
+    for name in ("loss_image", "loss_control"):
+        assert found[name] == pytest.approx(plain[name], rel=1e-6)  # worst seen: 4e-8
+    vocabulary = PretrainTask(config).vocabulary
+    predicted = target_weights(batch.segment_ids, batch.loss_weights)
+    image = (predicted * vocabulary.contains("image", batch.tokens)).sum().item()
+    control = (predicted * ~vocabulary.is_content(batch.tokens)).sum().item()
+    mean = (3 * image * plain["loss_image"] + control * plain["loss_control"]) / (3 * image + control)
+    assert found["loss"] == pytest.approx(mean, rel=1e-6)  # worst seen: 1.1e-7
+    assert PretrainTask(weighed).batch_weight(batch).item() == pytest.approx(3 * image + control)
+    with pytest.raises(ValueError, match=r"modality_weights\.audio"):
+        PretrainTask(replace(config, modality_weights={"audio": 1.0}))
 
 
 def test_held_out_shards_of_other_tokenizers_are_refused(shapes: Path) -> None:
