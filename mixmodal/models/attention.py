@@ -145,13 +145,6 @@ class Attention(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
-def segment_mask(segment_ids: Tensor) -> Tensor:
-    """`(B, 1, T, T)` bool: a token sees itself and what stands before it in its own segment. `segment_ids` `(B, T)`."""
-    length = segment_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
-    return ((segment_ids[:, :, None] == segment_ids[:, None, :]) & causal)[:, None]
-
-
 def cache_mask(positions: Tensor, num_slots: int) -> Tensor:
     """`(B, 1, T, S)` bool: a query at position p sees the slots 0 .. p. `positions` `(B, T)`."""
     slots = torch.arange(num_slots, device=positions.device)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,8 @@ from mixmodal.models.attention import (
     Rotary,
     cache_mask,
     rotary,
-    segment_mask,
 )
+from mixmodal.models.packed_rows import segment_mask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +164,21 @@ class Block(nn.Module):
         return F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
 
 
+Reduce = Callable[[Tensor, Tensor], Any]
+"""What is wanted of hidden states `(B, T, D)` and the output matrix `(V, D)` in place of all logits."""
+
+
+class OutputLayer(nn.Linear):
+    """Hidden states to logits, or to what a `Reduce` makes of them within this layer's forward.
+
+    Within, because ZeRO stage 3 has the matrix whole only while the layer that owns it computes.
+    """
+
+    def forward(self, hidden: Tensor, reduce: Reduce | None = None) -> Any:  # type: ignore[override]
+        """`(B, T, D)` to `(B, T, V)` float32, or what `reduce` returns."""
+        return super().forward(hidden).float() if reduce is None else reduce(hidden, self.weight)
+
+
 class Transformer(nn.Module):
     """Tokens `(B, T)` int64 to logits `(B, T, V)` float32.
 
@@ -180,7 +196,7 @@ class Transformer(nn.Module):
         self.positions = nn.Embedding(config.max_seq_len, config.dim) if learned else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = Norm(config)
-        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = None if config.tie_embeddings else OutputLayer(config.dim, config.vocab_size, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -243,10 +259,18 @@ class Transformer(nn.Module):
         segment_ids: Tensor | None = None,
         cache: KVCache | None = None,
         return_hidden: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits `(B, T, V)` float32, and with `return_hidden` also `hidden`; the arguments are those of `hidden`."""
+        reduce: Reduce | None = None,
+    ) -> Any:
+        """Logits `(B, T, V)` float32, and with `return_hidden` also `hidden`; the arguments are those of `hidden`.
+
+        With `reduce` its result stands in place of the logits, which are then not computed.
+        """
         hidden = self.hidden(tokens, positions, segment_ids, cache)
-        return (self.logits(hidden), hidden) if return_hidden else self.logits(hidden)
+        if self.output is not None:
+            found = self.output(hidden, reduce)
+        else:
+            found = self.logits(hidden) if reduce is None else reduce(hidden, self.embedding.weight)
+        return (found, hidden) if return_hidden else found
 
     def build_cache(
         self, batch_size: int, max_len: int, dtype: torch.dtype | None = None, device: torch.device | None = None

@@ -18,7 +18,8 @@ from mixmodal.files import write_whole
 from mixmodal.interop.export import CONFIG, WEIGHTS, save_export
 from mixmodal.models.transformer import Transformer, TransformerConfig, save_weights
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
-from mixmodal.objectives.loss import Sums, TokenLosses, target_weights, token_losses
+from mixmodal.objectives.loss import Sums, TokenLosses, target_weights
+from mixmodal.objectives.output_loss import OutputLoss
 from mixmodal.tokenization.text import TextTokenizer
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.metrics import MetricSums
@@ -55,7 +56,7 @@ class PretrainConfig:
 
 
 class ModelLosses(NamedTuple):
-    """The losses of `token_losses`, and norms that tell a divergence early (Chameleon, arXiv 2405.09818, 2.3.2)."""
+    """The losses of `OutputLoss`, and norms that tell a divergence early (Chameleon, arXiv 2405.09818, 2.3.2)."""
 
     objective: Tensor
     metrics: Mapping[str, Sums]
@@ -146,19 +147,26 @@ class PretrainTask(Task):
         return 6.0 * weights + attention
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> ModelLosses:
-        logits, hidden = model(batch.tokens, batch.positions, batch.segment_ids, return_hidden=True)
-        found = self._token_losses(logits, batch)
-        metrics = dict(found.metrics)
         trainer = self.config.trainer
-        if (step + 1) % trainer.log_every == 0 or step + 1 == trainer.max_steps:
-            metrics["logit_norm"] = mean_norm(logits, batch.segment_ids)
+        logs = (step + 1) % trainer.log_every == 0 or step + 1 == trainer.max_steps
+        found, hidden = self._call(model, batch, measure=logs)
+        metrics = dict(found.metrics)
+        if logs:
             metrics["output_norm"] = mean_norm(hidden, batch.segment_ids)
         return ModelLosses(found.objective, metrics)
 
-    def _token_losses(self, logits: Tensor, batch: Batch) -> TokenLosses:
-        return token_losses(
-            logits, batch.tokens, batch.segment_ids, batch.loss_weights, self.vocabulary, self.config.z_loss_weight
+    def _call(self, model: nn.Module, batch: Batch, measure: bool = False) -> tuple[TokenLosses, Tensor]:
+        """Losses without logits of all positions at once, and the hidden states."""
+        loss = OutputLoss(
+            batch.tokens,
+            batch.segment_ids,
+            batch.loss_weights,
+            self.vocabulary,
+            self.config.z_loss_weight,
+            measure=measure,
         )
+        reduced, hidden = model(batch.tokens, batch.positions, batch.segment_ids, return_hidden=True, reduce=loss)
+        return loss.collect(reduced), hidden
 
     def evaluate(self, model: nn.Module) -> dict[str, float | None]:
         """The losses on held-out documents as they are stored."""
@@ -176,8 +184,7 @@ class PretrainTask(Task):
             world_size=world_size,
         )
         for batch in batches:
-            moved = to_device(batch, device)
-            sums.add(self._token_losses(model(moved.tokens, moved.positions, moved.segment_ids), moved).metrics)
+            sums.add(self._call(model, to_device(batch, device))[0].metrics)
         self.figures = sums.means()
         return self.figures
 
