@@ -20,10 +20,12 @@ from mixmodal.data.pipeline import DataConfig, PackedDocuments, held_out_batches
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.files import write_whole
 from mixmodal.interop.export import CONFIG, WEIGHTS, save_export
+from mixmodal.models.packed_rows import AttentionKind
 from mixmodal.models.transformer import Transformer, TransformerConfig, save_weights
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
-from mixmodal.objectives.loss import Sums, TokenLosses, target_weights, token_losses
+from mixmodal.objectives.loss import Sums, TokenLosses, target_weights
 from mixmodal.objectives.modality_weights import check_modality_weights, weigh_modalities
+from mixmodal.objectives.output_loss import OutputLoss
 from mixmodal.tokenization.text import TextTokenizer
 from mixmodal.training.attention_logits import attention_logit_max
 from mixmodal.training.config import TrainerConfig
@@ -50,6 +52,9 @@ class PretrainConfig:
         modality_weights: factors on the loss weights by what is predicted, as `{image: 0.5}`; `text`, `image` and every
             other coded modality, and `control` for control tokens. One that is not named has 1. `loss` is then the
             mean with these weights, and each modality's own mean stays what it is; held-out losses are not weighed.
+        attention: how it is kept within the documents of a row; the results are the same. `dense` computes whole rows
+            under a mask; `documents` (best on the CPU) each document for itself, and nothing in padding; `flex` (CUDA)
+            skips empty blocks of the mask; `auto` takes what suits the device.
         text_tokenizer: model file; must be the one that the token shards were made with.
         image_tokenizer: folder; likewise. Without both tokenizers, the network alone is exported.
         sample_every: evaluations from one sample sheet to the next: pictures for held-out captions, in TensorBoard.
@@ -65,6 +70,7 @@ class PretrainConfig:
     trainer: TrainerConfig
     z_loss_weight: float = 1e-5
     modality_weights: dict[str, float] = field(default_factory=dict)
+    attention: AttentionKind = "auto"
     text_tokenizer: Path | None = None
     image_tokenizer: Path | None = None
     sample_every: int = 0
@@ -92,7 +98,7 @@ class PretrainConfig:
 
 
 class ModelLosses(NamedTuple):
-    """The losses of `token_losses`, and norms that tell a divergence early (Chameleon, arXiv 2405.09818, 2.3.2)."""
+    """The losses of `OutputLoss`, and norms that tell a divergence early (Chameleon, arXiv 2405.09818, 2.3.2)."""
 
     objective: Tensor
     metrics: Mapping[str, Sums | Peak]
@@ -170,7 +176,9 @@ class PretrainTask(Task):
         return table
 
     def build_model(self) -> nn.Module:
-        return Transformer(self.model_config)
+        model = Transformer(self.model_config)
+        model.attention_kind = self.config.attention
+        return model
 
     def recomputed(self, model: nn.Module) -> Iterable[nn.Module]:
         assert isinstance(model, Transformer)
@@ -206,7 +214,7 @@ class PretrainTask(Task):
         return [key for row in batch.keys for key in row]
 
     def batch_tokens(self, batch: Batch) -> int:
-        return batch.tokens.numel()
+        return int(batch.num_tokens)
 
     def flops_per_token(self) -> float:
         """Six operations a weight of the matrix products, and attention over the row (PaLM, 2204.02311, appendix B)."""
@@ -224,11 +232,9 @@ class PretrainTask(Task):
     def losses(self, model: nn.Module, batch: Batch, step: int) -> ModelLosses:
         batch = self._weigh(batch)
         peaks = self._peaks(model, batch, step)
-        logits, hidden = model(batch.tokens, batch.positions, batch.segment_ids, return_hidden=True)
-        found = self._token_losses(logits, batch)
+        found, hidden = self._call(model, batch, measure=self._is_logged(step))
         metrics = {**found.metrics, **peaks}
         if self._is_logged(step):
-            metrics["logit_norm"] = mean_norm(logits, batch.segment_ids)
             metrics["output_norm"] = mean_norm(hidden, batch.segment_ids)
         return ModelLosses(found.objective, metrics)
 
@@ -244,10 +250,18 @@ class PretrainTask(Task):
         row = (batch.tokens[:1], batch.positions[:1], batch.segment_ids[:1])
         return {"attention_logit_max": Peak(attention_logit_max(model, *row))}
 
-    def _token_losses(self, logits: Tensor, batch: Batch) -> TokenLosses:
-        return token_losses(
-            logits, batch.tokens, batch.segment_ids, batch.loss_weights, self.vocabulary, self.config.z_loss_weight
+    def _call(self, model: nn.Module, batch: Batch, measure: bool = False) -> tuple[TokenLosses, Tensor]:
+        """Losses without logits of all positions at once, and the hidden states."""
+        loss = OutputLoss(
+            batch.tokens,
+            batch.segment_ids,
+            batch.loss_weights,
+            self.vocabulary,
+            self.config.z_loss_weight,
+            measure=measure,
         )
+        reduced, hidden = model(batch.tokens, batch.positions, batch.segment_ids, return_hidden=True, reduce=loss)
+        return loss.collect(reduced), hidden
 
     def evaluate(self, model: nn.Module) -> dict[str, float | None]:
         """The losses on held-out documents as they are stored.
@@ -270,7 +284,7 @@ class PretrainTask(Task):
         )
         for batch in batches:
             moved = to_device(batch, device)
-            found = self._token_losses(model(moved.tokens, moved.positions, moved.segment_ids), moved).metrics
+            found = self._call(model, moved)[0].metrics
             sums.add({**found, **self._units(found, moved)})
         self.figures = sums.means()
         return self.figures

@@ -193,8 +193,9 @@ def build_batch(training: TrainingConfig, micro_batch_size: int) -> PictureBatch
         pixels = torch.zeros(micro_batch_size, 3, side, side, dtype=torch.uint8)
         return PictureBatch(pixels, torch.zeros(micro_batch_size, NUM_DRAWS), [""] * micro_batch_size)
     shape = (micro_batch_size, training.data.seq_len)
-    tokens, positions, segments = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
-    return Batch(tokens, positions, segments, torch.zeros(shape), [[] for _ in range(micro_batch_size)])
+    tokens, positions = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    segments = torch.ones(shape, dtype=torch.int64)  # a document a row, of which all is learned: the most there can be
+    return Batch(tokens, positions, segments, torch.ones(shape), [[] for _ in range(micro_batch_size)])
 
 
 def planned_step(training: TrainingConfig) -> int:

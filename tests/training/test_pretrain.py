@@ -165,6 +165,17 @@ def test_the_loss_is_the_mean_with_the_weights_of_the_modalities(shapes: Path) -
         PretrainTask(replace(config, modality_weights={"audio": 1.0}))
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_output_matrix_that_is_spread_over_ranks_learns_alike(shapes: Path, tied: bool) -> None:
+    zero3, whole = ROOT / "configs/deepspeed/zero3.json", None
+    curves = []
+    for zero_file in (zero3, whole):
+        config = tiny_config(shapes, max_steps=3, deepspeed=zero_file, run_dir=shapes / f"run_{zero_file is None}/run")
+        pretrain(with_held_out(replace(config, model=replace(config.model, tie_embeddings=tied)), shapes))
+        curves.append([line.get("loss") or line["eval_loss"] for line in records(config.trainer.run_dir.parent)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)  # worst seen: 0
+
+
 def test_held_out_shards_of_other_tokenizers_are_refused(shapes: Path) -> None:
     write_shapes(shapes / "other/held_out", 5, text_sha256="x" * 64)
     with pytest.raises(ValueError, match=r"other/held_out/manifest\.json: text_tokenizer_sha256"):
