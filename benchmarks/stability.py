@@ -29,7 +29,7 @@ from mixmodal.training.config import TrainerConfig
 from mixmodal.training.metrics import METRICS_FILE
 from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.pretrain import PretrainConfig, pretrain
-from mixmodal.training.trainer import NonFiniteError
+from mixmodal.training.checks import NonFiniteError
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 GRID, SIDE, LEVELS = (4, 4), 16, 4

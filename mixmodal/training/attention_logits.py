@@ -54,7 +54,7 @@ def attention_logit_max(model: nn.Module, tokens: Tensor, positions: Tensor, seg
             stack.callback(attention.q_norm.register_forward_hook(keeping("queries")).remove)
             stack.callback(attention.k_norm.register_forward_hook(keeping("keys")).remove)
             stack.callback(attention.register_forward_hook(score).remove)
-        stack.enter_context(_without_dropout(network))
+        stack.enter_context(_plainly(network))
         stack.enter_context(uncompiled())  # compiled blocks would not see the hooks
         network.hidden(tokens, positions, segment_ids)
     return found[0]
@@ -83,10 +83,13 @@ def largest_logit(queries: Tensor, keys: Tensor, segment_ids: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _without_dropout(network: nn.Module) -> Iterator[None]:
-    training = network.training
+def _plainly(network: Transformer) -> Iterator[None]:
+    """Without dropout, and with all tokens of a row at their places."""
+    training, kind = network.training, network.attention_kind
     network.eval()
+    network.attention_kind = "dense"
     try:
         yield
     finally:
         network.train(training)
+        network.attention_kind = kind

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from toy_task import Rows, ToyLoss, ToyTask
 
+from mixmodal.training.checks import NonFiniteError
 from mixmodal.training.engine import check_device
-from mixmodal.training.trainer import NonFiniteError
 
 ROOT = Path(__file__).parents[2]
 Fit = Callable[..., Any]
