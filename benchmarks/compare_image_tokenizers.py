@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from record import append, command, now
 
 from mixmodal.config import load_config, plain
@@ -31,11 +30,12 @@ from mixmodal.evaluation.reconstruction import (
     ImageTokenizerEvaluationConfig,
     evaluate_image_tokenizer,
 )
+from mixmodal.evaluation.sheet import ORIGINAL, save_sheet
 from mixmodal.quickstart.art import FLAT
 from mixmodal.quickstart.corpus import DemoCorpusConfig, build_demo_corpus
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer
-from mixmodal.tokenization.preprocessing import to_pictures, to_tensor
+from mixmodal.tokenization.preprocessing import to_tensor
 from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.training.image_tokenizer import (
     ImageTokenizerTrainingConfig,
@@ -81,9 +81,15 @@ LLAMAGEN_LOSSES = ReconstructionLossConfig(l1_weight=0.0, l2_weight=1.0, percept
 """LlamaGen weighs L2 and LPIPS alike; a tenth brings the distance of our network to the scale of LPIPS."""
 PIXELS_ONLY = ReconstructionLossConfig(l1_weight=0.1, l2_weight=1.0)
 ARMS = ("ours", "perceptual", "llamagen", "llamagen_our_losses")
-SHOWN = ("fsq", "perceptual", "ours")
-COLUMNS, CELL = 12, 96
-"""Pictures of a row of the sheet, and the pixels that each takes there."""
+SHOWN = {
+    "llamagen": "LlamaGen's shape",
+    "fsq": "ours, pixel losses",
+    "perceptual": "and perceptual",
+    "ours": "and adversarial",
+}
+"""Arms on the sheet, and what stands beside their rows."""
+COLUMNS = 10
+"""Pictures of a row of the sheet."""
 
 
 def build_config(arm: str, seed: int, steps: int | None) -> ImageTokenizerTrainingConfig:
@@ -237,16 +243,12 @@ def common(where: str, lines: list[dict[str, Any]], keys: tuple[str, ...]) -> di
 def draw_sheet() -> None:
     """Held-out pictures as they are and as the arms of SHOWN redraw them; of the style whose licence allows it."""
     samples = [sample for sample in read_samples(DATA / "heldout") if sample.metadata["style"] == FLAT][:COLUMNS]
-    pictures = [sample.pictures[0].open(CORPUS.image_size**2) for sample in samples]
-    rows = [torch.stack([to_tensor(picture) for picture in pictures])]
-    for arm in SHOWN:
+    originals = torch.stack([to_tensor(sample.pictures[0].open(CORPUS.image_size**2)) for sample in samples])
+    rows = {ORIGINAL: originals}
+    for arm, label in SHOWN.items():
         tokenizer = ImageTokenizer.load(RUNS / f"{arm}-0" / "export")
-        rows.append(tokenizer.decode(tokenizer.encode(rows[0])))
-    sheet = Image.new("RGB", (COLUMNS * CELL, len(rows) * CELL), "white")
-    for y, images in enumerate(rows):
-        for x, picture in enumerate(to_pictures(images)):
-            sheet.paste(picture.resize((CELL, CELL), Image.Resampling.NEAREST), (x * CELL, y * CELL))
-    sheet.save(SHEET)
+        rows[label] = tokenizer.decode(tokenizer.encode(originals))
+    save_sheet(rows, SHEET, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from mixmodal.data.skipping import SampleLimits
 from mixmodal.environment import versions
 from mixmodal.evaluation.features import FEATURE_NETWORKS, FrechetDistance, PairScore, PerceptualDistance
 from mixmodal.evaluation.reference import ReferencePictures
-from mixmodal.evaluation.sheet import PICTURES_SHOWN, save_sheet
+from mixmodal.evaluation.sheet import DECODED, ORIGINAL, PICTURES_SHOWN, save_sheet
 from mixmodal.files import naming
 from mixmodal.objectives.perceptual import PerceptualConfig
 from mixmodal.tokenization.image import ImageTokenizer
@@ -237,7 +237,8 @@ def evaluate_image_tokenizer(config: ImageTokenizerEvaluationConfig) -> ImageTok
     for warning in found.warnings:
         print(f"warning: {warning}")
     if config.sheet:
-        save_sheet(torch.cat(shown.originals), torch.cat(shown.reconstructions), config.sheet)
+        rows = {ORIGINAL: torch.cat(shown.originals), DECODED: torch.cat(shown.reconstructions)}
+        save_sheet(rows, config.sheet)
     if config.out:
         append_line(config.out, record(config, found))
     return found

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mixmodal.data.augment import AugmentConfig, augment
 from mixmodal.data.pictures import PictureBatch, PictureDataConfig, PictureLoader, decode_first, to_images
 from mixmodal.evaluation.reconstruction import ReconstructionScores, score_reconstructions
-from mixmodal.evaluation.sheet import PICTURES_SHOWN, save_sheet
+from mixmodal.evaluation.sheet import DECODED, ORIGINAL, PICTURES_SHOWN, save_sheet
 from mixmodal.models.discriminator import PatchDiscriminator, check_discriminator
 from mixmodal.objectives.adversarial import AdversarialConfig, adaptive_weight, discriminator_loss, generator_loss
 from mixmodal.objectives.loss import Sums, TokenLosses
@@ -314,7 +314,8 @@ class ImageTokenizerTask(Task):
         if pixels is not None:
             scores = score_reconstructions(model, self._evaluation_batches(pixels))
             images = to_images(pixels[:PICTURES_SHOWN]).to(next(model.parameters()).device)
-            save_sheet(images, model.decode(model.encode(images)), folder / "reconstructions.png")
+            rows = {ORIGINAL: images, DECODED: model.decode(model.encode(images))}
+            save_sheet(rows, folder / "reconstructions.png")
         (folder / "README.md").write_text(card(self.config, scores), encoding="utf-8")
 
     def _evaluation_batches(self, pixels: Tensor) -> Iterator[Tensor]:

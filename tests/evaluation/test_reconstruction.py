@@ -26,7 +26,7 @@ from mixmodal.evaluation.reconstruction import (
     ssim,
 )
 from mixmodal.evaluation.reference import ReferencePictures
-from mixmodal.evaluation.sheet import draw_sheet
+from mixmodal.evaluation.sheet import DECODED, ORIGINAL, draw_sheet
 from mixmodal.objectives.perceptual import PerceptualConfig
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
@@ -156,7 +156,7 @@ def test_the_sheet_shows_the_pictures_that_were_scored(folders: Path) -> None:
         [to_images(pixels) for pixels in ReferencePictures((folders / "shards",), 16, SampleLimits(), max_pictures=9)]
     )
     tokenizer = ImageTokenizer.load(folders / "tokenizer")
-    expected = draw_sheet(images, tokenizer.decode(tokenizer.encode(images)))
+    expected = draw_sheet({ORIGINAL: images, DECODED: tokenizer.decode(tokenizer.encode(images))})
     with Image.open(folders / "sheet.png") as sheet:
         assert np.array_equal(np.asarray(sheet), np.asarray(expected))
 
