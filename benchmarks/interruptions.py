@@ -158,9 +158,8 @@ def main() -> None:
             found = interrupt(folder, Path(name) / "tokens", arguments.kills, arguments.steps, background, rng)
             how = "saving in the background" if background else "saving while training waits"
             ending = "ended with the same weights" if found.same else "ENDED WITH OTHER WEIGHTS"
-            print(
-                f"{how}: {found.kills} kills, {found.in_saves} within a save; {found.runs} runs {ending}; at steps {found.steps}"
-            )
+            print(f"{how}: {found.kills} kills, {found.in_saves} within a save, at steps {found.steps}")
+            print(f"{how}: {found.runs} runs {ending}")
             different += not found.same
             if found.same and not arguments.dry_run:
                 subject = f"{how}: kills -9 of a run that ended with exactly the weights of the uninterrupted one"
