@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +21,12 @@ from toy_task import Rows, ToyTask
 
 from mixmodal.training import checkpoint
 from mixmodal.training.checkpoint import CheckpointError, choose_checkpoint, load_tensors
+from mixmodal.training.saving import save_checkpoint
 
 Fit = Callable[..., Any]
 Exported = Callable[..., dict[str, Tensor]]
 WAIT_S = 20
+ROOT = Path(__file__).parents[2]
 
 
 def networks(run: Path) -> dict[int, Any]:
@@ -136,6 +141,74 @@ def test_checksums_name_every_file(fit: Fit, tmp_path: Path) -> None:
     folder = tmp_path / "run/checkpoints/step_00000006"
     sums = json.loads((folder / "checksums.json").read_text())
     assert sorted([*sums, "checksums.json"]) == sorted(path.name for path in folder.iterdir())
+
+
+def on_ranks(count: int, function: Callable[[int, Callable[[Any], list[Any]]], Any]) -> list[Any]:
+    """What a function of a rank and of its way to gather gives, or raises, on threads that stand for ranks."""
+    values: list[Any] = [None] * count
+    found: list[Any] = [None] * count
+    barrier = threading.Barrier(count, timeout=WAIT_S)
+
+    def run(rank: int) -> None:
+        def gather(value: Any) -> list[Any]:
+            values[rank] = value
+            barrier.wait()
+            everyone = list(values)
+            barrier.wait()
+            return everyone
+
+        try:
+            found[rank] = function(rank, gather)
+        except CheckpointError as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+def test_ranks_agree_on_a_checkpoint_and_on_a_problem_of_one_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(step: int) -> list[Any]:
+        def one(rank: int, gather: Callable[[Any], list[Any]]) -> Path:
+            files = {f"rank_{rank:05d}.pt": {"rank": rank, "step": step}}
+            return save_checkpoint(tmp_path, {"step": step}, files, rank=rank, keep=3, gather=gather)
+
+        return on_ranks(3, one)
+
+    def choose() -> list[Any]:
+        return on_ranks(3, lambda rank, gather: choose_checkpoint(tmp_path, rank, gather))
+
+    assert write(1) == [tmp_path / "step_00000001"] * 3
+    assert write(2) == [tmp_path / "step_00000002"] * 3
+    assert choose() == [tmp_path / "step_00000002"] * 3
+    flip(tmp_path / "step_00000002/rank_00001.pt")
+    assert choose() == [tmp_path / "step_00000001"] * 3
+    real = checkpoint.save_tensors
+
+    def full(state: Any, path: Path) -> str:
+        if path.name == "rank_00002.pt":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(state, path)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", full)
+    problems = {str(problem) for problem in write(3)}
+    assert len(problems) == 1
+    assert "rank 2: " in problems.pop()
+    assert not list(tmp_path.glob("*3*"))
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been() -> None:
+    script = [sys.executable, "benchmarks/interruptions.py", "--kills", "6", "--steps", "30", "--dry_run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(script, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=570)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("6 kills") == done.stdout.count("ended with the same weights") == 2
 
 
 @pytest.mark.parametrize("option", [{"keep_every": 2}, {"async_save": True}])
