@@ -23,6 +23,7 @@ from mixmodal.training.interrupt import StopSignal
 from mixmodal.training.metrics import MetricsLog, MetricSums, Record
 from mixmodal.training.optimizer import OptimizerConfig, build_optimizer, lr_at, set_lr
 from mixmodal.training.randomness import random_state, set_random_state, set_seeds
+from mixmodal.training.ranks import RankWatch
 from mixmodal.training.recomputing import recompute
 from mixmodal.training.task import MODEL, Batch, Task, to_device
 
@@ -65,6 +66,7 @@ class Trainer:
         Raises:
             NonFiniteError: before the step that would have spoilt the weights.
             CheckpointError: where a checkpoint can not be written or read.
+            RankError: where another process has died or failed.
             ValueError: where the run folder or the DeepSpeed file does not fit the config.
         """
         settings = deepspeed_config(
@@ -78,15 +80,16 @@ class Trainer:
             raise ValueError("trainer.ema_decay needs whole weights, which ZeRO stage 3 does not keep: set it to 0")
         start = self._find_start()
         place = init_distributed()
-        run = Run(self, task, settings, place)
-        try:
-            run.restore(start)
-            if place.rank == 0:
-                save_config(self.resolved, self.config.run_dir / "config.yaml")
-            return run.train()
-        finally:
-            for engine in run.engines.values():
-                engine.close()
+        with RankWatch(place.rank, place.world_size):
+            run = Run(self, task, settings, place)
+            try:
+                run.restore(start)
+                if place.rank == 0:
+                    save_config(self.resolved, self.config.run_dir / "config.yaml")
+                return run.train()
+            finally:
+                for engine in run.engines.values():
+                    engine.close()
 
     def _find_start(self) -> Path | None:
         start = checkpoint.latest_checkpoint(self.config.run_dir / "checkpoints")
