@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mixmodal.training.ranks import meet
+
 if TYPE_CHECKING:
     from types import ModuleType
 
@@ -54,22 +56,23 @@ def init_distributed() -> Place:
 
     Raises:
         ValueError: where deepspeed is not installed.
+        RankError: naming the processes that did not come.
     """
     deepspeed = load_deepspeed()
-    backend = deepspeed.get_accelerator().communication_backend_name()
+    accelerator = deepspeed.get_accelerator()
+    backend = accelerator.communication_backend_name()
+    device = torch.device("cpu")
+    if accelerator.device_name() != "cpu":
+        device = torch.device(accelerator.device_name(), int(os.environ.get("LOCAL_RANK", "0")))
+        accelerator.set_device(device.index)
     if not dist.is_initialized() and "RANK" not in os.environ:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     elif not dist.is_initialized():
+        meet(backend, device if device.type == "cuda" else None)
         atexit.register(leave_distributed)
     os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed asks for it even in a world of one
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    accelerator = deepspeed.get_accelerator()
-    if accelerator.device_name() == "cpu":
-        device = torch.device("cpu")
-    else:
-        device = torch.device(accelerator.device_name(), int(os.environ["LOCAL_RANK"]))
-        accelerator.set_device(device.index)
     return Place(dist.get_rank(), dist.get_world_size(), device)
 
 

@@ -25,6 +25,7 @@ from mixmodal.training.interrupt import StopSignal
 from mixmodal.training.metrics import METRICS_FILE, MetricsLog, MetricSums, Record
 from mixmodal.training.optimizer import OptimizerConfig, build_optimizer, lr_at, set_lr
 from mixmodal.training.randomness import random_state, set_random_state, set_seeds
+from mixmodal.training.ranks import RankWatch
 from mixmodal.training.recomputing import recompute
 from mixmodal.training.restoring import restore, save
 from mixmodal.training.saving import Saver
@@ -66,6 +67,7 @@ class Trainer:
         Raises:
             NonFiniteError: before the step that would have spoilt the weights.
             CheckpointError: where a checkpoint can not be written or read.
+            RankError: where another process has died or failed.
             ValueError: where the run folder or the DeepSpeed file does not fit the config.
         """
         settings = deepspeed_config(
@@ -83,14 +85,15 @@ class Trainer:
                 "sample sheets need whole weights, which ZeRO stage 3 does not keep: set sample_every to 0"
             )
         place = init_distributed()
-        run = Run(self, task, settings, place)
-        try:
-            restore(run)
-            if place.rank == 0:
-                save_config(self.resolved, self.config.run_dir / "config.yaml")
-            return run.train()
-        finally:
-            run.close()
+        with RankWatch(place.rank, place.world_size):
+            run = Run(self, task, settings, place)
+            try:
+                restore(run)
+                if place.rank == 0:
+                    save_config(self.resolved, self.config.run_dir / "config.yaml")
+                return run.train()
+            finally:
+                run.close()
 
     def _check_folder(self) -> None:
         start = checkpoint.latest_checkpoint(self.config.run_dir / "checkpoints")
