@@ -17,6 +17,7 @@ DEVICES = ("cpu", "cuda")
 TITLES = {
     "quickstart": "The quickstart: figures of one run",
     "train_step": "Training step of the tiny model",
+    "data": "Packed rows of a mixture: what they cost and how full they are",
     "decode": "Generating with the tiny model",
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",

@@ -22,6 +22,7 @@ from mixmodal.training.interrupt import StopSignal
 from mixmodal.training.metrics import MetricsLog, MetricSums, Record
 from mixmodal.training.optimizer import OptimizerConfig, build_optimizer, lr_at, set_lr
 from mixmodal.training.randomness import random_state, set_random_state, set_seeds
+from mixmodal.training.read_ahead import ReadAhead
 from mixmodal.training.task import MODEL, Batch, Task, to_device
 
 
@@ -84,6 +85,7 @@ class Trainer:
                 save_config(self.resolved, self.config.run_dir / "config.yaml")
             return run.train()
         finally:
+            run.loader.close()
             for engine in run.engines.values():
                 engine.close()
 
@@ -119,9 +121,9 @@ class Run:
         if self.ema:
             self.ema.to(place.device)
         set_seeds(self.config.seed, place.rank + 1)
-        self.loader = task.build_loader(
-            self.config.micro_batch_size, self.config.grad_accum_steps, place.rank, place.world_size
-        )
+        accum = self.config.grad_accum_steps
+        loader = task.build_loader(self.config.micro_batch_size, accum, place.rank, place.world_size)
+        self.loader = ReadAhead(loader, accum if self.config.read_ahead else 0)
         self.flops_per_token = task.flops_per_token()
         self.rank_state: dict[str, Any] = {}
         self.step = 0
