@@ -19,6 +19,7 @@ TITLES = {
     "train_step": "Training step of the tiny model",
     "interruptions": "Runs that are killed and started again",
     "saving": "What a checkpoint costs",
+    "data": "Packed rows of a mixture: what they cost and how full they are",
     "decode": "Generating with the tiny model",
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",

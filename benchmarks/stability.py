@@ -25,11 +25,11 @@ from mixmodal.data.synthetic import synthetic_pairs
 from mixmodal.data.token_shards import build_manifest, write_manifest, write_token_shard
 from mixmodal.document import CM3LeonFormat, Run
 from mixmodal.models.transformer import TransformerConfig
+from mixmodal.training.checks import NonFiniteError
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.metrics import METRICS_FILE
 from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.pretrain import PretrainConfig, pretrain
-from mixmodal.training.checks import NonFiniteError
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 GRID, SIDE, LEVELS = (4, 4), 16, 4

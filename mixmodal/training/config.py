@@ -41,6 +41,7 @@ class TrainerConfig:
         seed: of weights, data order and dropout.
         resume: go on from `checkpoints/latest` where there is one.
         ema_decay: decay per step of averaged weights, which are then evaluated and exported; 0 keeps none.
+        read_ahead: let a thread make the micro-batches of the next step while the model computes this one.
         tensorboard: write TensorBoard files beside metrics.jsonl.
         peak_flops: floating-point operations per second of one device, for the MFU; none leaves the MFU out.
     """
@@ -63,6 +64,7 @@ class TrainerConfig:
     seed: int = 0
     resume: bool = True
     ema_decay: float = 0.0
+    read_ahead: bool = True
     tensorboard: bool = True
     peak_flops: float | None = None
 

@@ -128,9 +128,9 @@ class Run:
         if self.ema:
             self.ema.to(place.device)
         set_seeds(self.config.seed, place.rank + 1)
-        self.loader = task.build_loader(
-            self.config.micro_batch_size, self.config.grad_accum_steps, place.rank, place.world_size
-        )
+        accum = self.config.grad_accum_steps
+        loader = task.build_loader(self.config.micro_batch_size, accum, place.rank, place.world_size)
+        self.loader = ReadAhead(loader, accum if self.config.read_ahead else 0)
         for engine in self.engines.values():
             check_savable(engine)
         self.saver = Saver(
@@ -151,6 +151,7 @@ class Run:
         self.alarms = Alarms(self.config.alarm_growth, self.optimizer_config.warmup_steps)
 
     def close(self) -> None:
+        self.loader.close()
         self.saver.close()
         for engine in self.engines.values():
             engine.close()
