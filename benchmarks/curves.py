@@ -16,7 +16,7 @@ ENTRY = 24
 SCALE = 2
 """Drawn so many times larger and then shrunk, which smooths the lines."""
 INK, FAINT, PAPER = (20, 20, 20), (205, 205, 205), (255, 255, 255)
-COLORS = ((27, 98, 174), (214, 84, 32), (40, 140, 70), (130, 70, 170), (190, 150, 20), (200, 40, 110), (70, 70, 70))
+COLORS = ((27, 98, 174), (214, 84, 32), (40, 140, 70), (130, 70, 170), (230, 180, 0), (225, 50, 140), (70, 70, 70))
 
 Series = Sequence[tuple[float, float]]
 """Steps and values; what is not finite ends the line with a cross."""
@@ -48,9 +48,9 @@ def draw_curves(
         _line(pencil, [(left, middle), (left + 36, middle)], COLORS[number % len(COLORS)], 4)
         _text(pencil, (left + 46, middle), arm, "lm")
     data = io.BytesIO()
-    sheet.resize(size, Image.Resampling.LANCZOS).quantize(128, dither=Image.Dither.NONE).save(
-        data, "png", optimize=True
-    )
+    sheet.resize(size, Image.Resampling.LANCZOS).quantize(
+        256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE
+    ).save(data, "png", optimize=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, data.getvalue())
 
@@ -88,7 +88,7 @@ def _draw_panel(
         color = COLORS[arms.index(arm) % len(COLORS)]
         for one, is_broken in found:
             places = [place(*point) for point in one]
-            _line(pencil, places, color, 2)
+            _line(pencil, places, color, 3)
             if is_broken and places:
                 x, y = places[-1]
                 _line(pencil, [(x - 5, y - 5), (x + 5, y + 5)], color, 3)

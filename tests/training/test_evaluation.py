@@ -52,7 +52,7 @@ def test_equal_probabilities_cost_the_log_of_the_vocabulary_a_piece(config: Pret
     task = PretrainTask(config)
     found = task.evaluate(uniform(task))
     each = math.log(task.vocabulary.size)
-    assert found["nats_per_image_code"] == pytest.approx(each, rel=1e-6)  # worst seen: 4e-8
+    assert found["nats_per_image_code"] == pytest.approx(each, rel=1e-6)  # worst seen: 1.5e-7
     held_out, tokenizer = (
         TokenShards.open(config.data.held_out_tokens or ""),
         TextTokenizer.load(config.text_tokenizer or ""),
@@ -64,7 +64,7 @@ def test_equal_probabilities_cost_the_log_of_the_vocabulary_a_piece(config: Pret
         num_bytes += len(tokenizer.decode(task.vocabulary.from_ids("text", text)).encode())
     assert num_bytes > pieces
     expected = pieces * each / math.log(2) / num_bytes
-    assert found["bits_per_text_byte"] == pytest.approx(expected, rel=1e-6)  # worst seen: 5e-8
+    assert found["bits_per_text_byte"] == pytest.approx(expected, rel=1e-6)  # worst seen: 8e-8
 
 
 @torch.no_grad()

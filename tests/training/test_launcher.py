@@ -46,9 +46,9 @@ def launch(tmp_path: Path, num_processes: int, run_dir: Path, runs: Any = None, 
 
 
 def curve(folder: Path) -> list[float]:
-    """Losses and gradient norms: AdamW and clipping would hide a factor on the gradient, the norm does not."""
+    """Losses, largest errors, gradient norms: AdamW and clipping would hide a factor on the gradient, the norm not."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record[name] for record in records if "loss" in record for name in ("loss", "grad_norm")]
+    return [record[name] for record in records if "loss" in record for name in ("loss", "error_max", "grad_norm")]
 
 
 def assert_same(exported: Callable[..., dict[str, Tensor]], run: str, other: str, atol: float) -> None:
