@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixmodal.models.packed_rows import Documents, Pattern, attend_blocks, attend_within
+
 
 class Rotary(NamedTuple):
     """Cosines and sines of the rotary angles, each `(B, 1, T, H)` float32."""
@@ -117,7 +119,7 @@ class Attention(nn.Module):
         self,
         hidden: Tensor,
         angles: Rotary | None,
-        mask: Tensor | None,
+        mask: Pattern,
         cache: KVCache | None = None,
         layer: int = 0,
         positions: Tensor | None = None,
@@ -126,7 +128,7 @@ class Attention(nn.Module):
 
         Args:
             angles: rotary angles; None where positions are learned.
-            mask: `(B, 1, T, S)` bool, true where a query sees a key; None is causal.
+            mask: which keys a query sees; with `Documents`, B is 1 and T the number of tokens that are not padding.
             cache, layer, positions: where keys and values are kept, this layer's index, and slots `(B, T)`.
         """
         batch, length, _ = hidden.shape
@@ -139,10 +141,18 @@ class Attention(nn.Module):
         queries, keys = queries.to(values.dtype), keys.to(values.dtype)
         if cache is not None and positions is not None:
             keys, values = (kept.to(values.dtype) for kept in cache.write(layer, positions, keys, values))
-        mixed = F.scaled_dot_product_attention(
+        mixed = self.attend(queries, keys, values, mask)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Pattern) -> Tensor:
+        """`(B, N, T, H)`, `(B, K, S, H)` and the same to `(B, N, T, H)`."""
+        if isinstance(mask, Documents):
+            return attend_within(mask, queries, keys, values)
+        if mask is not None and not isinstance(mask, Tensor):
+            return attend_blocks(mask, queries, keys, values)
+        return F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_kv_heads < self.num_heads
         )
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
 
 
 def cache_mask(positions: Tensor, num_slots: int) -> Tensor:

@@ -27,7 +27,7 @@ from mixmodal.models.attention import (
     cache_mask,
     rotary,
 )
-from mixmodal.models.packed_rows import segment_mask
+from mixmodal.models.packed_rows import AttentionKind, Documents, Pattern, find_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ class Block(nn.Module):
         self,
         hidden: Tensor,
         angles: Rotary | None,
-        mask: Tensor | None,
+        mask: Pattern,
         cache: KVCache | None,
         layer: int,
         positions: Tensor,
@@ -191,6 +191,9 @@ class Transformer(nn.Module):
         if config.vocab_size < 1:
             raise ValueError("model: vocab_size is 0; set it, or let training take it from the data's vocabulary")
         self.config = config
+        self.attention_kind: AttentionKind = "auto"
+        """How attention is kept within documents: no part of the shape, the results are the same."""
+        self.is_compiled = False
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         learned = config.position == "learned"
         self.positions = nn.Embedding(config.max_seq_len, config.dim) if learned else None
@@ -210,6 +213,12 @@ class Transformer(nn.Module):
             else:
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
 
+    def compile_blocks(self) -> None:
+        """Lets torch.compile make one program of each block, for fixed shapes; names of parameters stay."""
+        self.is_compiled = True
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
     def hidden(
         self,
         tokens: Tensor,
@@ -222,7 +231,8 @@ class Transformer(nn.Module):
         Args:
             tokens: `(B, T)` int64.
             positions: `(B, T)` int64; counted from 0 (or from the end of the cache) by default.
-            segment_ids: `(B, T)` int64; attention stays within equal ids. One segment by default.
+            segment_ids: `(B, T)` int64; attention stays within equal ids, and 0 is padding, whose hidden states mean
+                nothing. One segment by default.
             cache: keys and values of what came before; extended by this call.
 
         Raises:
@@ -233,10 +243,13 @@ class Transformer(nn.Module):
         start = 0 if cache is None else cache.used
         if positions is None:
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        mask = None if segment_ids is None else segment_mask(segment_ids)
+        mask = None if segment_ids is None else find_pattern(segment_ids, self.attention_kind, self.is_compiled)
         if cache is not None:
             cache.extend(tokens.shape[1])
             mask = cache_mask(positions, cache.used)
+        batch, length = tokens.shape
+        if isinstance(mask, Documents):  # all but attention acts on each token for itself: no layer sees padding
+            tokens, positions = mask.gather(tokens), mask.gather(positions)
         hidden = self.embedding(tokens)
         angles = None
         if self.positions is not None:
@@ -245,7 +258,8 @@ class Transformer(nn.Module):
             angles = rotary(positions, self.config.attention_sizes["head_dim"], self.config.rope_theta)
         for layer, block in enumerate(self.blocks):
             hidden = block(hidden, angles, mask, cache, layer, positions)
-        return self.norm(hidden)
+        hidden = self.norm(hidden)
+        return mask.scatter(hidden, batch, length) if isinstance(mask, Documents) else hidden
 
     def logits(self, hidden: Tensor, ids: slice | None = None) -> Tensor:
         """Logits `(..., V)` float32 of `hidden` `(..., D)`; `ids` computes a stretch of the columns only."""

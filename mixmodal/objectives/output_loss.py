@@ -27,8 +27,8 @@ DEFAULT_CHUNK_ELEMENTS = 2**27
 
 Reduced = tuple[Tensor, Tensor, Tensor, Tensor]
 """What the output layer gives in training: the objective, a scalar with gradient; and, `(B, T)` float32 without one,
-negative log-likelihood of the targets, log-partition, and length of the logits. These are 0 where nothing is learned nor
-measured. A plain tuple: DeepSpeed looks for tensors in nothing else."""
+negative log-likelihood of the targets, log-partition, and length of the logits. These are 0 where nothing is
+learned nor measured. A plain tuple: DeepSpeed looks for tensors in nothing else."""
 
 
 class OutputLoss:

@@ -16,6 +16,7 @@ from mixmodal.data.pipeline import DataConfig, PackedDocuments, held_out_batches
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.files import write_whole
 from mixmodal.interop.export import CONFIG, WEIGHTS, save_export
+from mixmodal.models.packed_rows import AttentionKind
 from mixmodal.models.transformer import Transformer, TransformerConfig, save_weights
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.objectives.loss import Sums, TokenLosses, target_weights
@@ -39,6 +40,9 @@ class PretrainConfig:
         optimizer: AdamW and its schedule.
         trainer: how long, how much, where.
         z_loss_weight: factor of `log(Z)^2` in the loss (Chameleon: 1e-5).
+        attention: how it is kept within the documents of a row; the results are the same. `dense` computes whole rows
+            under a mask; `documents` (best on the CPU) each document for itself, and nothing in padding; `flex` (CUDA)
+            skips empty blocks of the mask; `auto` takes what suits the device.
         text_tokenizer: model file; must be the one that the token shards were made with.
         image_tokenizer: folder; likewise. Without both tokenizers, the network alone is exported.
         card: sections of the exported model card: title, data, attribution, limits.
@@ -50,6 +54,7 @@ class PretrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig
     z_loss_weight: float = 1e-5
+    attention: AttentionKind = "auto"
     text_tokenizer: Path | None = None
     image_tokenizer: Path | None = None
     card: dict[str, str] = field(default_factory=dict)
@@ -108,7 +113,9 @@ class PretrainTask(Task):
         )
 
     def build_model(self) -> nn.Module:
-        return Transformer(self.model_config)
+        model = Transformer(self.model_config)
+        model.attention_kind = self.config.attention
+        return model
 
     def build_loader(self, micro_batch_size: int, grad_accum_steps: int, rank: int, world_size: int) -> PackedDocuments:
         self._split = (rank, world_size)
@@ -131,7 +138,7 @@ class PretrainTask(Task):
         return [key for row in batch.keys for key in row]
 
     def batch_tokens(self, batch: Batch) -> int:
-        return batch.tokens.numel()
+        return int(batch.num_tokens)
 
     def flops_per_token(self) -> float:
         """Six operations a weight of the matrix products, and attention over the row (PaLM, 2204.02311, appendix B)."""

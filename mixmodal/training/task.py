@@ -91,11 +91,11 @@ class Task(Protocol):
         ...
 
     def batch_tokens(self, batch: Batch) -> int:
-        """Positions that the model computes, padding included: the unit of throughput. 0 leaves it out."""
+        """Tokens of a batch that is on the CPU, padding not among them: the unit of throughput. 0 leaves it out."""
         return 0
 
     def flops_per_token(self) -> float:
-        """Floating-point operations of a training step for each of those positions; 0 where it is not known."""
+        """Floating-point operations of a training step for each of those tokens; 0 where it is not known."""
         return 0.0
 
     def evaluate(self, model: nn.Module) -> dict[str, float | None]:
