@@ -16,7 +16,8 @@ PAGE = ROOT / "docs" / "results.md"
 DEVICES = ("cpu", "cuda")
 TITLES = {
     "quickstart": "The quickstart: figures of one run",
-    "train_step": "Training step of the tiny model",
+    "train_throughput": "Training: the trainer against a plain loop over transformers' Chameleon",
+    "train_length": "Forward and backward by length of a row and documents in it",
     "decode": "Generating with the tiny model",
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",
