@@ -16,7 +16,8 @@ PAGE = ROOT / "docs" / "results.md"
 DEVICES = ("cpu", "cuda")
 TITLES = {
     "quickstart": "The quickstart: figures of one run",
-    "train_step": "Training step of the tiny model",
+    "train_throughput": "Training: the trainer against a plain loop over transformers' Chameleon",
+    "train_length": "Forward and backward by length of a row and documents in it",
     "interruptions": "Runs that are killed and started again",
     "saving": "What a checkpoint costs",
     "data": "Packed rows of a mixture: what they cost and how full they are",

@@ -26,6 +26,7 @@ from mixmodal.training.metrics import METRICS_FILE, MetricsLog, MetricSums, Reco
 from mixmodal.training.optimizer import OptimizerConfig, build_optimizer, lr_at, set_lr
 from mixmodal.training.randomness import random_state, set_random_state, set_seeds
 from mixmodal.training.ranks import RankWatch
+from mixmodal.training.read_ahead import ReadAhead
 from mixmodal.training.recomputing import recompute
 from mixmodal.training.restoring import restore, save
 from mixmodal.training.saving import Saver
