@@ -139,7 +139,7 @@ def test_an_arm_is_done_only_where_its_config_is_that_of_the_scores(
     config = compare.build_config("ours", 3, None)
     digest = compare.config_sha256(config)
     assert digest == compare.config_sha256(compare.build_config("ours", 4, None))  # folder and seed do not count
-    others = [compare.build_config("ours", 3, 40), compare.build_config("pixels", 3, None)]
+    others = [compare.build_config("ours", 3, 40), compare.build_config("fsq", 3, None)]
     assert len({digest, *map(compare.config_sha256, others)}) == 3
     assert not compare.is_done(config)
     folder = config.trainer.run_dir
@@ -167,25 +167,25 @@ def test_arms_are_recorded_as_they_were_trained(compare: ModuleType, monkeypatch
     monkeypatch.setattr(compare, "append", lambda **fields: recorded.append(fields))
     line("ours", 0)
     line("ours", 1)
-    line("pixels", 0)
+    line("fsq", 0)
     compare.record_all()
     assert len(recorded) == 2 * len(compare.UNITS)
-    (seconds,) = [fields for fields in recorded if fields["subject"] == "ours: seconds"]
-    assert (seconds["repeats"], seconds["unit"], seconds["commit"]) == ([0.0, 1.0], "s", "of ours")
-    assert (seconds["command"], seconds["versions"]) == ("train ours 0; train ours 1", {"torch": "1"})
-    assert seconds["config"]["sha256"] == "sha ours"
-    assert seconds["config"]["trained"] == ["day 0", "day 1"]
+    (psnr,) = [fields for fields in recorded if fields["subject"] == "ours: psnr"]
+    assert (psnr["repeats"], psnr["unit"], psnr["commit"]) == ([0.0, 1.0], "dB", "of ours")
+    assert (psnr["command"], psnr["versions"]) == ("train ours 0; train ours 1", {"torch": "1"})
+    assert psnr["config"]["sha256"] == "sha ours"
+    assert psnr["config"]["trained"] == ["day 0", "day 1"]
     for fields, message in (
-        ({"steps": 40}, "steps differs between all arms.*pixels-0 40"),
+        ({"steps": 40}, "steps differs between all arms.*fsq-0 40"),
         ({"batch": 8}, "batch differs between all arms"),
         ({"reference_sha256": None}, "reference_sha256 differs between all arms, or is missing"),
     ):
         recorded.clear()
-        line("pixels", 0, **fields)
+        line("fsq", 0, **fields)
         with pytest.raises(SystemExit, match=message):
             compare.record_all()
         assert not recorded
-    line("pixels", 0)
+    line("fsq", 0)
     line("ours", 1, commit="another")
     with pytest.raises(SystemExit, match="commit differs between the seeds of ours"):
         compare.record_all()
