@@ -136,6 +136,14 @@ def test_a_source_has_an_order_of_its_own_whatever_stands_beside_it() -> None:
     assert orders[0][:17] != orders[0][43:60]
 
 
+def test_sources_of_the_same_documents_come_in_different_orders() -> None:
+    twins = {name: documents()["pairs"] for name in ("one", "other")}
+    keys = used(list(islice(stream(mixed({"one": 1, "other": 1}), documents=twins, micro_batch_size=8), 5)))
+    one, other = ([key.split(":")[1] for key in keys if key.startswith(f"{name}:")][:30] for name in twins)
+    assert len(one) == len(other) == 30
+    assert one != other
+
+
 def test_the_order_in_which_sources_are_written_does_not_matter() -> None:
     turned = replace(EVEN, sources=dict(reversed(EVEN.sources.items())))
     assert all(same(a, b) for a, b in islice(zip(stream(EVEN), stream(turned)), 20))
