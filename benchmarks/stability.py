@@ -96,12 +96,13 @@ def train(config: PretrainConfig) -> dict[str, Any]:
     failure = folder / "failure.txt"
     if not (folder / "export").is_dir() and not failure.exists():
         try:
-            pretrain(config)
+            if not pretrain(config).finished:
+                raise SystemExit("stopped; the same command goes on from here")
         except NonFiniteError as error:
             failure.write_text(str(error), encoding="utf-8")
     lines = [json.loads(line) for line in (folder / METRICS_FILE).read_text(encoding="utf-8").splitlines()]
     trained = [line for line in lines if "loss" in line]
-    curves = {name: [(line["step"], line[name]) for line in trained if line[name] is not None] for name in WATCHED}
+    curves = {name: [(line["step"], line[name]) for line in trained if line.get(name) is not None] for name in WATCHED}
     if failure.exists():
         for curve in curves.values():
             curve.append((trained[-1]["step"] + 1 if trained else 1, math.nan))
