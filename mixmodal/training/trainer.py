@@ -74,6 +74,8 @@ class Trainer:
         )
         if self.config.ema_decay and settings["zero_optimization"].get("stage") == 3:
             raise ValueError("trainer.ema_decay needs whole weights, which ZeRO stage 3 does not keep: set it to 0")
+        if self.config.compile and settings["zero_optimization"].get("stage") == 3:
+            raise ValueError("trainer.compile needs whole weights, which ZeRO stage 3 does not keep: set it to false")
         start = self._find_start()
         place = init_distributed()
         run = Run(self, task, settings, place)
@@ -104,6 +106,8 @@ class Run:
         self.place = place
         set_seeds(self.config.seed)
         model = task.build_model()
+        if self.config.compile:
+            task.compile_model(model)
         self.ema = AveragedWeights(model, self.config.ema_decay) if self.config.ema_decay else None
         opponents = task.build_opponents()
         if opponents and settings["zero_optimization"].get("stage") == 3:
