@@ -1,4 +1,4 @@
-"""Random documents as token shards: of the quickstart's shape, 8 pieces of text and the codes of a picture; or of others."""
+"""Random documents as token shards: 8 pieces of text and the codes of a picture, as in the quickstart, or texts."""
 
 from __future__ import annotations
 

@@ -3,12 +3,12 @@
     python benchmarks/train_throughput.py compare [--shape cpu] [--repeats 3] [--steps 4] [--threads 2]
     python benchmarks/train_throughput.py length  [--shape cpu] [--max_length 8192]
 
-Both train a network of the same shape with random weights on the same packed rows, with AdamW and clipping. The trainer
-also packs, checks for non-finite values and logs, which the plain loop does not. The plain loop gives positions that
-restart with every document, from which transformers makes a dense mask that keeps documents apart (`isolated`), or none
-of that, so that documents see those before them in the row (`causal`). Each turn is a process of its own, subjects taking
-turns. Tokens are those that are not padding. Memory is what the resident set (on a GPU: what torch allocates) has at its
-peak beyond what stood before the network was built.
+Both train a network of the same shape with random weights on the same packed rows, with AdamW and clipping. The
+trainer also packs, checks for non-finite values and logs, which the plain loop does not. The plain loop gives positions
+that restart with every document, from which transformers makes a dense mask that keeps documents apart (`isolated`: the
+same loss as the trainer's), or leaves them out, so that documents see those before them in the row (`causal`). Each
+turn is a process of its own; subjects take turns. Tokens are those that are not padding. Memory is what the resident
+set (on a GPU: what torch allocates) has at its peak beyond what stood before the network was built.
 
 `length` measures forward and backward of one row's worth of tokens for rows of 1k to 8k tokens and 1 to 64 documents.
 """
@@ -97,6 +97,7 @@ def build_config(options: argparse.Namespace, folder: Path) -> PretrainConfig:
             max_steps=steps,
             micro_batch_size=shape.rows,
             precision=options.precision,
+            compile=options.compile,
             log_every=WARM_UP,
             tensorboard=False,
         ),
@@ -242,7 +243,7 @@ def compare(options: argparse.Namespace) -> None:
             found[name].append(take_turn(name, options))
             print(json.dumps({"subject": name, **found[name][-1]}), flush=True)
     shape, kind = shape_of(options), "cuda" if torch.cuda.is_available() else "cpu"
-    settings = {**shape._asdict(), "steps": options.steps, "precision": options.precision, "threads": options.threads}
+    settings = {**shape._asdict(), **{key: vars(options)[key] for key in ("steps", "precision", "threads", "compile")}}
     label = f"{options.shape} shape, {options.precision}"
     write: Callable[..., Any] = print if options.dry else record
     for name, turns in found.items():
@@ -264,6 +265,7 @@ def compare(options: argparse.Namespace) -> None:
 
 def take_turn(name: str, options: argparse.Namespace) -> dict[str, float]:
     arguments = [f"--{key}={value}" for key, value in vars(options).items() if key in TURN_OPTIONS and value]
+    arguments += ["--compile"] if options.compile else []
     command = [sys.executable, __file__, "turn", "--subject", name, *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -319,6 +321,7 @@ if __name__ == "__main__":
     parser.add_argument("--shape", choices=SHAPES, default="cpu")
     parser.add_argument("--precision", choices=["float32", "autocast_bfloat16", "bfloat16"], default="float32")
     parser.add_argument("--rows", type=int, default=0, help="in a step; 0 takes those of the shape")
+    parser.add_argument("--compile", action="store_true", help="of ours: trainer.compile")
     parser.add_argument("--steps", type=int, default=4, help="timed steps, an even number")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves them alone")

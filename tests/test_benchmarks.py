@@ -218,7 +218,7 @@ def test_both_loops_of_the_comparison_learn_the_same(throughput: ModuleType, tmp
     assert spec.loader is not None
     parity = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(parity)
-    options = argparse.Namespace(shape="tiny", rows=0, steps=2, precision="float32")
+    options = argparse.Namespace(shape="tiny", rows=0, steps=2, precision="float32", compile=False)
     config = throughput.build_config(options, tmp_path)
     task = throughput.PretrainTask(config)
     batch = next(task.build_loader(2, 1, 0, 1))
@@ -232,7 +232,7 @@ def test_both_loops_of_the_comparison_learn_the_same(throughput: ModuleType, tmp
 
 
 def test_operations_count_attention_within_documents(throughput: ModuleType, tmp_path: Path) -> None:
-    options = argparse.Namespace(shape="tiny", rows=0, steps=2, precision="float32")
+    options = argparse.Namespace(shape="tiny", rows=0, steps=2, precision="float32", compile=False)
     task = throughput.PretrainTask(throughput.build_config(options, tmp_path))
     batch = next(task.build_loader(2, 1, 0, 1))
     lengths = throughput.lengths_of(batch)

@@ -5,11 +5,12 @@ Shapes: B batch, T tokens, D model, N heads, K kv heads, H head, S cache slots.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mixmodal.models.packed_rows import Documents, Pattern, attend_blocks, attend_within
 
@@ -31,8 +32,35 @@ def rotary(positions: Tensor, head_dim: int, theta: float) -> Rotary:
 
 def rotate(heads: Tensor, angles: Rotary) -> Tensor:
     """Turns `heads` `(B, N, T, H)` by the angles of their positions."""
-    first, second = heads.chunk(2, dim=-1)
-    return heads * angles.cos + torch.cat((-second, first), dim=-1) * angles.sin
+    if torch.compiler.is_compiling():  # which fuses what is written out
+        first, second = heads.chunk(2, dim=-1)
+        return heads * angles.cos + torch.cat((-second, first), dim=-1) * angles.sin
+    return _Rotate.apply(heads, *angles)  # type: ignore[misc]
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation in half the passes over memory that autograd makes; its gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = heads.dtype
+        return _turn(heads, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _turn(grad, *ctx.saved_tensors, -1).to(ctx.dtype), None, None
+
+
+def _turn(heads: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    half = heads.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]  # the other half is the same
+    turned = torch.empty_like(heads, dtype=torch.promote_types(heads.dtype, cos.dtype))
+    (first, second), (turned_first, turned_second) = heads.split(half, dim=-1), turned.split(half, dim=-1)
+    torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=turned_second).addcmul_(first, sin, value=direction)
+    return turned
 
 
 class HeadNorm(nn.Module):
@@ -47,7 +75,7 @@ class HeadNorm(nn.Module):
     def forward(self, heads: Tensor) -> Tensor:
         """`(B, T, N, H)` to the same, in float32."""
         normed = F.layer_norm(heads.float(), heads.shape[-1:], eps=self.eps)
-        return normed * self.weight + self.bias
+        return torch.addcmul(self.bias, normed, self.weight)
 
 
 class LayerCache(NamedTuple):

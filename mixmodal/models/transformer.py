@@ -257,7 +257,8 @@ class Transformer(nn.Module):
         else:
             angles = rotary(positions, self.config.attention_sizes["head_dim"], self.config.rope_theta)
         for layer, block in enumerate(self.blocks):
-            hidden = block(hidden, angles, mask, cache, layer, positions)
+            # without a cache all blocks are called alike, so that one compiled program serves them all
+            hidden = block(hidden, angles, mask, cache, layer if cache else 0, positions)
         hidden = self.norm(hidden)
         return mask.scatter(hidden, batch, length) if isinstance(mask, Documents) else hidden
 

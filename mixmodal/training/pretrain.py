@@ -184,6 +184,15 @@ class PretrainTask(Task):
         assert isinstance(model, Transformer)
         return model.blocks
 
+    def compile_model(self, model: nn.Module) -> None:
+        if self.config.attention == "documents":
+            raise ValueError(
+                "trainer.compile needs the same shapes in every step, which attention documents does not give; "
+                "set attention to auto, or leave trainer.compile out"
+            )
+        assert isinstance(model, Transformer)
+        model.compile_blocks()
+
     def build_loader(self, micro_batch_size: int, grad_accum_steps: int, rank: int, world_size: int) -> PackedDocuments:
         self._split = (rank, world_size)
         return PackedDocuments(

@@ -68,6 +68,14 @@ class Task(Protocol):
         """The model on the CPU in float32; the global generator is seeded, the same on every rank."""
         ...
 
+    def compile_model(self, model: nn.Module) -> None:
+        """Lets torch.compile have the parts of `model` that are worth it; `trainer.compile` asks for it.
+
+        Raises:
+            ValueError: where there is none.
+        """
+        raise ValueError("trainer.compile can not act here: only transformers have blocks to compile; leave it out")
+
     def build_opponents(self) -> dict[str, Opponent]:
         """Further networks by name, built after the model; like it on the CPU in float32, the same on every rank."""
         return {}

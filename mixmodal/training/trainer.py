@@ -85,6 +85,8 @@ class Trainer:
             raise ValueError(
                 "sample sheets need whole weights, which ZeRO stage 3 does not keep: set sample_every to 0"
             )
+        if self.config.compile and settings["zero_optimization"].get("stage") == 3:
+            raise ValueError("trainer.compile needs whole weights, which ZeRO stage 3 does not keep: set it to false")
         place = init_distributed()
         with RankWatch(place.rank, place.world_size):
             run = Run(self, task, settings, place)
@@ -115,6 +117,8 @@ class Run:
         model = task.build_model()
         if self.config.activation_checkpointing:
             recompute(task.recomputed(model))
+        if self.config.compile:
+            task.compile_model(model)
         self.ema = AveragedWeights(model, self.config.ema_decay) if self.config.ema_decay else None
         opponents = task.build_opponents()
         if opponents and settings["zero_optimization"].get("stage") == 3:

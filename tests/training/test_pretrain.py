@@ -176,6 +176,23 @@ def test_an_output_matrix_that_is_spread_over_ranks_learns_alike(shapes: Path, t
     assert curves[0] == pytest.approx(curves[1], rel=1e-6)  # worst seen: 0
 
 
+@pytest.mark.parametrize(
+    ("attention", "stage", "message"),
+    [("documents", None, "attention documents does not give"), ("auto", 3, "ZeRO stage 3 does not keep")],
+)
+def test_what_can_not_be_compiled_is_named(shapes: Path, attention: Any, stage: int | None, message: str) -> None:
+    zero_file = ROOT / f"configs/deepspeed/zero{stage}.json" if stage else None
+    config = tiny_config(shapes, max_steps=1, compile=True, deepspeed=zero_file)
+    with pytest.raises(ValueError, match=f"trainer.compile needs .*{message}"):
+        pretrain(replace(config, attention=attention))
+
+
+def test_attention_is_the_config_s_choice(shapes: Path) -> None:
+    model = PretrainTask(replace(tiny_config(shapes, max_steps=1), attention="dense")).build_model()
+    assert isinstance(model, Transformer)
+    assert model.attention_kind == "dense"
+
+
 def test_held_out_shards_of_other_tokenizers_are_refused(shapes: Path) -> None:
     write_shapes(shapes / "other/held_out", 5, text_sha256="x" * 64)
     with pytest.raises(ValueError, match=r"other/held_out/manifest\.json: text_tokenizer_sha256"):
