@@ -154,6 +154,7 @@ class Source:
         self._begin_epoch(state["epoch"])
         for key in PLACE:
             setattr(self, key, state[key])
+        self.done = self.done and self.config.when_done == "drop"  # which may have been changed since
 
     def check_content(self, state: Mapping[str, Any]) -> None:
         """Whether the documents are those of which `state` tells.

@@ -26,6 +26,8 @@ OWNED_KEYS = {
     "gradient_allreduce_op": "nothing: gradients are sums over the global weight",
     "steps_per_print": "trainer.log_every",
     "tensorboard": "trainer.tensorboard",
+    "activation_checkpointing": "trainer.activation_checkpointing",
+    "checkpoint": "nothing: checkpoints are of our own format and are read at any stage",
 }
 """DeepSpeed keys that follow from our config, and the option that sets each."""
 

@@ -51,7 +51,8 @@ class PretrainConfig:
         z_loss_weight: factor of `log(Z)^2` in the loss (Chameleon: 1e-5).
         modality_weights: factors on the loss weights by what is predicted, as `{image: 0.5}`; `text`, `image` and every
             other coded modality, and `control` for control tokens. One that is not named has 1. `loss` is then the
-            mean with these weights, and each modality's own mean stays what it is; held-out losses are not weighed.
+            mean with these weights, and each modality's own mean stays what it is, but for a factor of 0, with which
+            it is not logged; held-out losses are not weighed.
         attention: how it is kept within the documents of a row; the results are the same. `dense` computes whole rows
             under a mask; `documents` (best on the CPU) each document for itself, and nothing in padding; `flex` (CUDA)
             skips empty blocks of the mask; `auto` takes what suits the device.
@@ -306,10 +307,10 @@ class PretrainTask(Task):
             units["bits_per_text_byte"] = Sums(found["loss_text"].total / math.log(2), num_bytes)
         return units
 
-    def draw(self, model: nn.Module, step: int) -> dict[str, Picture]:
+    def draw(self, model: nn.Module, step: int, last: bool) -> dict[str, Picture]:
         every, trainer = self.config.sample_every, self.config.trainer
         evaluation = step // trainer.eval_every if trainer.eval_every else 0
-        if self._sheet is None or (step < trainer.max_steps and evaluation % every):
+        if self._sheet is None or (evaluation % every and not last):
             return {}
         return {"samples": self._sheet.draw(model)}
 

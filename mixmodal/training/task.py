@@ -126,8 +126,11 @@ class Task(Protocol):
     draws_pictures: bool = False
     """Whether `draw` gives any. It needs whole weights, which ZeRO stage 3 does not keep."""
 
-    def draw(self, model: nn.Module, step: int) -> dict[str, Picture]:
-        """Pictures by name for TensorBoard, after `step` steps and `evaluate`; called without gradient, on rank 0."""
+    def draw(self, model: nn.Module, step: int, last: bool) -> dict[str, Picture]:
+        """Pictures by name for TensorBoard, after `step` steps and `evaluate`; called without gradient, on rank 0.
+
+        `last` says that training has ended.
+        """
         return {}
 
     def export(self, model: nn.Module, folder: Path) -> None:

@@ -180,7 +180,7 @@ class Run:
                 log.say(f"going on from step {self.step} of {config.max_steps}")
             finished = self._steps(log, stop)
             if finished:
-                self._evaluate(log)
+                self._evaluate(log, last=True)
                 self._export()
             return FitResult(self.step, finished, self.last_eval)
 
@@ -323,10 +323,10 @@ class Run:
         for warning in warnings.values():
             log.say(warning)
 
-    def _evaluate(self, log: MetricsLog) -> None:
+    def _evaluate(self, log: MetricsLog, last: bool = False) -> None:
         with self._evaluated_weights() as model:
             self.last_eval = self.task.evaluate(model)
-            pictures = self.task.draw(model, self.step) if self.place.rank == 0 else {}
+            pictures = self.task.draw(model, self.step, last) if self.place.rank == 0 else {}
         for name, picture in pictures.items():
             log.write_picture(name, picture, self.step)
         if self.last_eval:

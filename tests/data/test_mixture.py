@@ -287,6 +287,20 @@ def test_training_ends_where_all_sources_are_dropped() -> None:
 # state
 
 
+def test_a_source_that_was_dropped_comes_back_where_it_is_to_be_repeated() -> None:
+    packed = stream(mixed({"web": 1, "pairs": 1}, {"web": "drop"}))
+    for _ in range(60):
+        next(packed)
+    state = packed.state_dict()
+    resumed = {}
+    for when_done in ("drop", "repeat"):
+        resumed[when_done] = stream(mixed({"web": 1, "pairs": 1}, {"web": when_done}))
+        resumed[when_done].load_state_dict(state)
+    shown = {name: used([next(packed) for _ in range(20)]) for name, packed in resumed.items()}
+    assert not any(key.startswith("web") for key in shown["drop"])
+    assert any(key.startswith("web") for key in shown["repeat"])
+
+
 @pytest.mark.parametrize("lookahead", [0, 5])
 @pytest.mark.parametrize("taken", range(0, 36, 5))
 def test_resuming_gives_exactly_the_batches_that_would_have_come(taken: int, lookahead: int) -> None:
