@@ -49,8 +49,8 @@ class Codec:
         for name, (given, expected) in wanted.items():
             if given != expected:
                 raise ValueError(
-                    f"tokenizer and vocabulary disagree: the tokenizer has {name} {given}, the vocabulary and the format "
-                    f"hold {expected}; give the tokenizer that the model was trained with"
+                    f"tokenizer and vocabulary disagree: the tokenizer has {name} {given}, the vocabulary and the "
+                    f"format hold {expected}; give the tokenizer that the model was trained with"
                 )
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
