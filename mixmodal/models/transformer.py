@@ -257,7 +257,7 @@ class Transformer(nn.Module):
         else:
             angles = rotary(positions, self.config.attention_sizes["head_dim"], self.config.rope_theta)
         for layer, block in enumerate(self.blocks):
-            # without a cache all blocks are called alike, so that one compiled program serves them all
+            # without a cache all blocks are called alike: a compiled program is then not made anew for each number
             hidden = block(hidden, angles, mask, cache, layer if cache else 0, positions)
         hidden = self.norm(hidden)
         return mask.scatter(hidden, batch, length) if isinstance(mask, Documents) else hidden

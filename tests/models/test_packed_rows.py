@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -154,20 +153,3 @@ def test_the_index_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch) 
     Transformer(TINY).hidden(*build_rows(ROWS["packed"]))
     assert len(seen) == 2
     assert seen[0] is seen[1]
-
-
-@pytest.mark.slow  # a minute of compiling
-@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
-@pytest.mark.filterwarnings("ignore")  # of torch's compiler
-def test_one_compiled_program_serves_all_blocks_and_changes_no_loss() -> None:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-    rows = build_rows(ROWS["packed"])
-    network = Transformer(replace(TINY, init_std=0.2))
-    names, expected = set(network.state_dict()), trained(network, "dense", rows)
-    network.compile_blocks()
-    found = trained(network, "auto", rows)
-    assert set(network.state_dict()) == names
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-    for ours, theirs in zip(found, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5 * theirs.abs().max().item(), rtol=0)

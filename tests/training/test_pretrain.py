@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,17 @@ def test_what_can_not_be_compiled_is_named(shapes: Path, attention: Any, stage: 
     config = tiny_config(shapes, max_steps=1, compile=True, deepspeed=zero_file)
     with pytest.raises(ValueError, match=f"trainer.compile needs .*{message}"):
         pretrain(replace(config, attention=attention))
+
+
+@pytest.mark.slow  # a minute of compiling
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler
+def test_compiled_blocks_give_the_same_losses(shapes: Path) -> None:
+    curves = []
+    for compiled in (False, True):
+        pretrain(tiny_config(shapes, max_steps=4, compile=compiled, run_dir=shapes / f"{compiled}/run"))
+        curves.append([line["loss"] for line in records(shapes / str(compiled)) if "loss" in line])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)  # worst seen 6e-8
 
 
 def test_attention_is_the_config_s_choice(shapes: Path) -> None:
