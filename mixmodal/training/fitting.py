@@ -150,9 +150,10 @@ def candidates(stages: Stages, zero: Mapping[str, Any], table: Mapping[int, Memo
     while size % 2 == 0:
         size, accumulation = size // 2, accumulation * 2
         less = f"--trainer.micro_batch_size {size} --trainer.grad_accum_steps {accumulation}"
-        yield less + with_stage, stages.memory(spread, size)
-        if twice:
-            yield f"{twice} {less}{with_stage}", again.memory(spread, size)
+        for section, words in ((zero, ""), (spread, with_stage))[: 2 if with_stage else 1]:
+            yield less + words, stages.memory(section, size)
+            if twice:
+                yield f"{twice} {less}{words}", again.memory(section, size)
     if highest >= 2 and stages.device == "cuda":
         offload = {
             "offload_optimizer": {"device": "cpu"},

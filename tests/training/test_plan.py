@@ -34,11 +34,8 @@ MEASURED = {
     "text_accumulated": 1.02,
     "text_zero1": 0.94,
     "text_bfloat16": 1.01,
-    "text_bfloat16_zero2": 1.02,
-    "text_bfloat16_zero3": 0.93,
-    "text_float16_zero1": 1.0,
-    "text_float16_zero2": 1.0,
-    "text_recomputed": 1.0,
+    "text_bfloat16_zero2": 1.01,
+    "text_bfloat16_zero3": 0.96,
 }
 """Growth of the resident set over the plan, once measured."""
 TINY_GPU = PlanConfig(training=VQ16, gpu_memory="1MB")  # where no micro-batch fits, none is looked for
@@ -221,7 +218,7 @@ def test_every_stage_stands_in_the_table_and_offload_beside_it(tmp_path: Path) -
 
 
 def test_the_smallest_change_that_fits_is_named(tmp_path: Path) -> None:
-    config = text(tmp_path, micro_batch_size=8)
+    config = text(tmp_path)
     config = replace(config, trainer=replace(config.trainer, micro_batch_size=8))
     plans = {}
 
