@@ -136,8 +136,11 @@ def test_cuda_autocast_keeps_norms_in_float32() -> None:
         ("autocast_bfloat16", 0, 4, 4, 8),
         ("bfloat16", 1, 2, 6, 12 / 4),
         ("float32", 1, 4, 4, 12 / 4),
+        ("float16", 1, 2, 6, 12 / 4),
         ("bfloat16", 2, 2, 4 / 4, 12 / 4),
+        ("float16", 2, 2, 4 / 4, 12 / 4),
         ("bfloat16", 3, 2 / 4 + 2, 4 / 4, 12 / 4),
+        ("float16", 3, 2 / 4 + 2, 4 / 4, 12 / 4),
     ],
 )
 def test_states_are_what_deepspeed_keeps(
