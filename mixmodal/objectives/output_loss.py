@@ -23,7 +23,8 @@ from mixmodal.vocabulary import Vocabulary
 CHUNK_ELEMENTS = {"cpu": 2**22}
 """Logits that stand at a time. Measured on CPU cores; the matrix product of an accelerator needs more positions."""
 DEFAULT_CHUNK_ELEMENTS = 2**27
-
+FLOAT16_PEAK = 2.0**14
+"""Products in float16 are scaled to stay below it, a quarter of its range."""
 
 Reduced = tuple[Tensor, Tensor, Tensor, Tensor]
 """What the output layer gives in training: the objective, a scalar with gradient; and, `(B, T)` float32 without one,
@@ -58,6 +59,8 @@ class OutputLoss:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         measured = None if self.measured is None else self.measured.reshape(-1)
+        if not torch.is_grad_enabled():  # a function is told what its inputs need, also where nobody asks for it
+            hidden, weight = hidden.detach(), weight.detach()
         with torch.autocast(device, enabled=False):
             objective, *found = _OutputLoss.apply(
                 hidden.reshape(-1, hidden.shape[-1]),
@@ -160,16 +163,31 @@ class _Gradients(NamedTuple):
             torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None,  # a long sum: not in half precision
         )
 
-    def add(self, chunk: slice, logits: Tensor) -> None:
-        """Takes the gradient of a chunk's logits, float32."""
+    def add(self, chunk: slice, gradient: Tensor) -> None:
+        """Takes the gradient of a chunk's logits, float32, which may be overwritten."""
         hidden, weight = self.inputs
-        logits = logits.to(hidden.dtype)
+        logits = gradient.to(hidden.dtype)
         if self.hidden is not None:
             torch.mm(logits, weight, out=self.hidden[chunk])
         if self.weight is not None and hidden.dtype == torch.float32:
             self.weight.addmm_(logits.t(), hidden[chunk])
+        elif self.weight is not None and hidden.dtype == torch.float16:
+            self._add_scaled(hidden[chunk], gradient)
         elif self.weight is not None:
             self.weight.add_(logits.t() @ hidden[chunk])
+
+    def _add_scaled(self, hidden: Tensor, gradient: Tensor) -> None:
+        """Adds a product of float16 to the matrix's gradient, each row of it at a scale of its own.
+
+        A token that is often the target has a sum beyond float16 whatever the scale of the loss, which only comes
+        behind; a rare one has terms below it. Overwrites `gradient`.
+        """
+        assert self.weight is not None
+        # no sum can be above the sum of absolute terms times the largest hidden value, nor any term above its sum
+        most = torch.linalg.vector_norm(gradient, ord=1, dim=0) * hidden.abs().amax().float().clamp_min(1)
+        scale = FLOAT16_PEAK / most.clamp_min(FLOAT16_PEAK * 1e-30)
+        product = gradient.mul_(scale).half().t() @ hidden
+        self.weight.addcdiv_(product, scale[:, None])
 
 
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
