@@ -38,6 +38,7 @@ class OutputLoss:
     Args:
         tokens, segment_ids, loss_weights, vocabulary, z_loss_weight: those of `token_losses`.
         measure: also find the length of the logits at every position that is not padding.
+        chunk_elements: logits that stand at a time; by default what suits the device of the hidden states.
     """
 
     def __init__(
@@ -49,10 +50,12 @@ class OutputLoss:
         z_loss_weight: float = 0.0,
         *,
         measure: bool = False,
+        chunk_elements: int | None = None,
     ) -> None:
         self.targets, self.weights = next_token_targets(tokens, segment_ids, loss_weights)
         self.vocabulary, self.z_loss_weight = vocabulary, z_loss_weight
         self.measured = segment_ids != 0 if measure else None
+        self.chunk_elements = chunk_elements
 
     def __call__(self, hidden: Tensor, weight: Tensor) -> Reduced:
         """Loss of `hidden` `(B, T, D)` under the output matrix `(V, D)`, in the type that autocast asks for."""
@@ -70,6 +73,7 @@ class OutputLoss:
                 measured,
                 self.z_loss_weight,
                 dtype,
+                self.chunk_elements or CHUNK_ELEMENTS.get(device, DEFAULT_CHUNK_ELEMENTS),
             )  # type: ignore[misc]
         nll, log_z, norms = (values.view(self.targets.shape) for values in found)
         return objective, nll, log_z, norms
@@ -97,6 +101,7 @@ class _OutputLoss(torch.autograd.Function):
         measured: Tensor | None,
         z_loss_weight: float,
         dtype: torch.dtype,
+        chunk_elements: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wanted = weights != 0 if measured is None else (weights != 0) | measured
         rows = wanted.nonzero().squeeze(-1) if is_readable(wanted) else None
@@ -105,7 +110,7 @@ class _OutputLoss(torch.autograd.Function):
         used_weight = weight.to(dtype)
         grads = _Gradients.build(ctx.needs_input_grad[:2], used_hidden, used_weight)
         found = torch.empty(3, len(used_hidden), dtype=torch.float32, device=hidden.device)
-        chunk_len = max(1, CHUNK_ELEMENTS.get(hidden.device.type, DEFAULT_CHUNK_ELEMENTS) // len(weight))
+        chunk_len = max(1, chunk_elements // len(weight))
         buffer = torch.empty(min(chunk_len, len(used_hidden)), len(weight), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(used_hidden), chunk_len):
             chunk = slice(start, start + chunk_len)
@@ -143,7 +148,7 @@ class _OutputLoss(torch.autograd.Function):
                 hidden = hidden.new_zeros(ctx.shapes[0]).index_copy_(0, ctx.rows, hidden)
         if weight is not None:
             weight = weight.mul_(grad).to(ctx.dtypes[1])
-        return hidden, weight, None, None, None, None, None
+        return hidden, weight, None, None, None, None, None, None
 
 
 class _Gradients(NamedTuple):

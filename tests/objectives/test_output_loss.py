@@ -119,7 +119,7 @@ def test_frequent_targets_do_not_overflow_float16_nor_rare_ones_vanish() -> None
     rest = (tokens, torch.ones_like(tokens), torch.ones(1, 8193), VOCABULARY)
     grads = []
     for dtype in (torch.float16, torch.float64):
-        pair = [values.half().to(dtype).requires_grad_() for values in (hidden, weight)]
+        pair = hidden.half().to(dtype).requires_grad_(), weight.half().to(dtype).requires_grad_()
         if dtype == torch.float16:
             loss = OutputLoss(*rest)
             objective = loss(*pair)[0]
