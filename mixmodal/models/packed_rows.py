@@ -48,21 +48,30 @@ Pattern = Documents | Tensor | Any | None
 mask of FlexAttention lets through; all before it."""
 
 
+def resolve_kind(kind: AttentionKind, device: str, compiled: bool) -> AttentionKind:
+    """What `auto` is on a type of device.
+
+    `documents` on the CPU, but not where blocks are compiled, which need the same shapes in every step: there it is
+    `flex` on CUDA, and else `dense`, as on any device for which the host would have to wait.
+    """
+    if kind != "auto":
+        return kind
+    if compiled:
+        return "flex" if device == "cuda" else "dense"
+    return "documents" if device == "cpu" else "dense"
+
+
 def find_pattern(segment_ids: Tensor, kind: AttentionKind, compiled: bool) -> Pattern:
     """How to attend within `segment_ids` `(B, T)`.
 
-    `auto` is `documents` on the CPU, but not where blocks are compiled, which need the same shapes in every step: there
-    it is `flex` on CUDA, and else `dense`, as on any device for which the host would have to wait. Tensors without data
-    can not tell documents apart: they stand for one document a row, for which all need the same memory, but for a mask.
+    Tensors without data can not tell documents apart: but for `dense` they stand for one document a row, for which all
+    kinds need the same memory.
 
     Raises:
         ValueError: where `flex` can not act.
     """
     device = segment_ids.device.type
-    if kind == "auto" and compiled:
-        kind = "flex" if device == "cuda" else "dense"
-    elif kind == "auto":
-        kind = "documents" if device == "cpu" else "dense"
+    kind = resolve_kind(kind, device, compiled)
     if kind == "dense":
         return segment_mask(segment_ids)
     if type(segment_ids) is not Tensor:

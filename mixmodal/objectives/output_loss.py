@@ -23,7 +23,8 @@ from mixmodal.vocabulary import Vocabulary
 CHUNK_ELEMENTS = {"cpu": 2**22}
 """Logits that stand at a time. Measured on CPU cores; the matrix product of an accelerator needs more positions."""
 DEFAULT_CHUNK_ELEMENTS = 2**27
-
+FLOAT16_PEAK = 2.0**14
+"""Products in float16 are scaled to stay below it, a quarter of its range."""
 
 Reduced = tuple[Tensor, Tensor, Tensor, Tensor]
 """What the output layer gives in training: the objective, a scalar with gradient; and, `(B, T)` float32 without one,
@@ -37,6 +38,7 @@ class OutputLoss:
     Args:
         tokens, segment_ids, loss_weights, vocabulary, z_loss_weight: those of `token_losses`.
         measure: also find the length of the logits at every position that is not padding.
+        chunk_elements: logits that stand at a time; by default what suits the device of the hidden states.
     """
 
     def __init__(
@@ -48,16 +50,20 @@ class OutputLoss:
         z_loss_weight: float = 0.0,
         *,
         measure: bool = False,
+        chunk_elements: int | None = None,
     ) -> None:
         self.targets, self.weights = next_token_targets(tokens, segment_ids, loss_weights)
         self.vocabulary, self.z_loss_weight = vocabulary, z_loss_weight
         self.measured = segment_ids != 0 if measure else None
+        self.chunk_elements = chunk_elements
 
     def __call__(self, hidden: Tensor, weight: Tensor) -> Reduced:
         """Loss of `hidden` `(B, T, D)` under the output matrix `(V, D)`, in the type that autocast asks for."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         measured = None if self.measured is None else self.measured.reshape(-1)
+        if not torch.is_grad_enabled():  # a function is told what its inputs need, also where nobody asks for it
+            hidden, weight = hidden.detach(), weight.detach()
         with torch.autocast(device, enabled=False):
             objective, *found = _OutputLoss.apply(
                 hidden.reshape(-1, hidden.shape[-1]),
@@ -67,6 +73,7 @@ class OutputLoss:
                 measured,
                 self.z_loss_weight,
                 dtype,
+                self.chunk_elements or CHUNK_ELEMENTS.get(device, DEFAULT_CHUNK_ELEMENTS),
             )  # type: ignore[misc]
         nll, log_z, norms = (values.view(self.targets.shape) for values in found)
         return objective, nll, log_z, norms
@@ -94,6 +101,7 @@ class _OutputLoss(torch.autograd.Function):
         measured: Tensor | None,
         z_loss_weight: float,
         dtype: torch.dtype,
+        chunk_elements: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         wanted = weights != 0 if measured is None else (weights != 0) | measured
         rows = wanted.nonzero().squeeze(-1) if is_readable(wanted) else None
@@ -102,7 +110,7 @@ class _OutputLoss(torch.autograd.Function):
         used_weight = weight.to(dtype)
         grads = _Gradients.build(ctx.needs_input_grad[:2], used_hidden, used_weight)
         found = torch.empty(3, len(used_hidden), dtype=torch.float32, device=hidden.device)
-        chunk_len = max(1, CHUNK_ELEMENTS.get(hidden.device.type, DEFAULT_CHUNK_ELEMENTS) // len(weight))
+        chunk_len = max(1, chunk_elements // len(weight))
         buffer = torch.empty(min(chunk_len, len(used_hidden)), len(weight), dtype=torch.float32, device=hidden.device)
         for start in range(0, len(used_hidden), chunk_len):
             chunk = slice(start, start + chunk_len)
@@ -140,7 +148,7 @@ class _OutputLoss(torch.autograd.Function):
                 hidden = hidden.new_zeros(ctx.shapes[0]).index_copy_(0, ctx.rows, hidden)
         if weight is not None:
             weight = weight.mul_(grad).to(ctx.dtypes[1])
-        return hidden, weight, None, None, None, None, None
+        return hidden, weight, None, None, None, None, None, None
 
 
 class _Gradients(NamedTuple):
@@ -160,16 +168,31 @@ class _Gradients(NamedTuple):
             torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None,  # a long sum: not in half precision
         )
 
-    def add(self, chunk: slice, logits: Tensor) -> None:
-        """Takes the gradient of a chunk's logits, float32."""
+    def add(self, chunk: slice, gradient: Tensor) -> None:
+        """Takes the gradient of a chunk's logits, float32, which may be overwritten."""
         hidden, weight = self.inputs
-        logits = logits.to(hidden.dtype)
+        logits = gradient.to(hidden.dtype)
         if self.hidden is not None:
             torch.mm(logits, weight, out=self.hidden[chunk])
         if self.weight is not None and hidden.dtype == torch.float32:
             self.weight.addmm_(logits.t(), hidden[chunk])
+        elif self.weight is not None and hidden.dtype == torch.float16:
+            self._add_scaled(hidden[chunk], gradient)
         elif self.weight is not None:
             self.weight.add_(logits.t() @ hidden[chunk])
+
+    def _add_scaled(self, hidden: Tensor, gradient: Tensor) -> None:
+        """Adds a product of float16 to the matrix's gradient, each row of it at a scale of its own.
+
+        A token that is often the target has a sum beyond float16 whatever the scale of the loss, which only comes
+        behind; a rare one has terms below it. Overwrites `gradient`.
+        """
+        assert self.weight is not None
+        # no sum can be above the sum of absolute terms times the largest hidden value, nor any term above its sum
+        most = torch.linalg.vector_norm(gradient, ord=1, dim=0) * hidden.abs().amax().float().clamp_min(1)
+        scale = FLOAT16_PEAK / most.clamp_min(FLOAT16_PEAK * 1e-30)
+        product = gradient.mul_(scale).half().t() @ hidden
+        self.weight.addcdiv_(product, scale[:, None])
 
 
 def _logits(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:

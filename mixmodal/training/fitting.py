@@ -61,7 +61,7 @@ class Stages:
         keeps = self.training.trainer.grad_accum_steps > 1 or stage > (1 if self._half == "bfloat16" else 0)
         if keeps not in self._rehearsals:
             on_cuda = self.device == "cuda"
-            self._rehearsals[keeps] = Rehearsal(self.training, casts_as_on_cuda=on_cuda, keeps_gradients=keeps)
+            self._rehearsals[keeps] = Rehearsal(self.training, as_on_cuda=on_cuda, keeps_gradients=keeps)
         return self._rehearsals[keeps]
 
     @property

@@ -8,7 +8,9 @@ is what stands at the peak; gradients that come into being during backward take 
 
 Not counted: what kernels take inside (workspaces of cuDNN and cuBLAS, buffers of NCCL), what the allocator loses to
 fragments, evaluation, and checkpoints being written. `fitting.CUDA_CONTEXT` is an assumption: a process has 0.5 to
-1 GB of context and libraries on the device. Attention is that of the CPU, which keeps what the fused ones of CUDA do.
+1 GB of context and libraries on the device. Attention is that of the CPU, which keeps what the fused ones of CUDA do,
+under the mask `(B, 1, T, T)` that `attention` makes on CUDA: none with `documents` and `flex`, as long as a row is one
+document.
 
 Measured: on a CPU, trainings of 0.6 to 0.8 GB made the resident set grow by 0.93 to 1.02 times the plan, at every ZeRO
 stage on one process (`tests/training/test_plan.py`). Nobody has compared a plan with a GPU yet.

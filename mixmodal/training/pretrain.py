@@ -116,6 +116,8 @@ class PretrainTask(Task):
             the model's option that does not fit the data.
     """
 
+    chunk_elements: int | None = None
+    """Logits that stand at a time, for a plan: by default those of the device at hand."""
     _looked_at = -1  # the step whose attention was looked at last
 
     def __init__(self, config: PretrainConfig) -> None:
@@ -269,6 +271,7 @@ class PretrainTask(Task):
             self.vocabulary,
             self.config.z_loss_weight,
             measure=measure,
+            chunk_elements=self.chunk_elements,
         )
         reduced, hidden = model(batch.tokens, batch.positions, batch.segment_ids, return_hidden=True, reduce=loss)
         return loss.collect(reduced), hidden

@@ -13,6 +13,9 @@ from mixmodal.data.augment import NUM_DRAWS
 from mixmodal.data.packing import Batch
 from mixmodal.data.pictures import PictureBatch
 from mixmodal.data.token_shards import TokenShards
+from mixmodal.models.packed_rows import resolve_kind
+from mixmodal.models.transformer import Transformer
+from mixmodal.objectives.output_loss import DEFAULT_CHUNK_ELEMENTS
 from mixmodal.tokenization.vector_quantizers import MovingAverageQuantizer
 from mixmodal.training.image_tokenizer import ImageTokenizerTask, ImageTokenizerTrainingConfig
 from mixmodal.training.live_bytes import CastAsOnCuda, LiveBytes
@@ -36,7 +39,7 @@ class Rehearsal:
 
     Args:
         training: of which command.
-        casts_as_on_cuda: see `CastAsOnCuda`.
+        as_on_cuda: it casts (`CastAsOnCuda`), masks and holds as many logits at a time as CUDA does.
         keeps_gradients: whether gradients stand during forward as well; they are then not counted here.
         fake: without data. Real ones tell, in tests, whether the fake ones are right.
 
@@ -44,19 +47,17 @@ class Rehearsal:
         ValueError: where the perceptual network or the vocabulary can not be found.
     """
 
-    def __init__(
-        self, training: TrainingConfig, *, casts_as_on_cuda: bool, keeps_gradients: bool, fake: bool = True
-    ) -> None:
+    def __init__(self, training: TrainingConfig, *, as_on_cuda: bool, keeps_gradients: bool, fake: bool = True) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         self.training, self.keeps_gradients = training, keeps_gradients
-        self._casts = CastAsOnCuda if casts_as_on_cuda else contextlib.nullcontext
+        self._casts = CastAsOnCuda if as_on_cuda else contextlib.nullcontext
         self._tensors = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
         # Image tokenizers are small, and libraries of quantizers and files of weights need real tensors to be built.
         pictures = isinstance(training, ImageTokenizerTrainingConfig)
         self.task: Task = ImageTokenizerTask(training) if pictures else DatalessPretrainTask(training)
         with torch.device("cpu" if pictures or not fake else "meta"):
-            self.networks = {MODEL: self.task.build_model()}
+            self.networks = {MODEL: self._build_model(as_on_cuda)}
             self.networks |= {name: opponent.model for name, opponent in self.task.build_opponents().items()}
         if training.trainer.activation_checkpointing:
             recompute(self.task.recomputed(self.networks[MODEL]))
@@ -72,6 +73,13 @@ class Rehearsal:
             for parameter in network.parameters():
                 if parameter.requires_grad and keeps_gradients:
                     parameter.register_post_accumulate_grad_hook(_drop_gradient)
+
+    def _build_model(self, as_on_cuda: bool) -> nn.Module:
+        model = self.task.build_model()
+        if isinstance(model, Transformer) and isinstance(self.task, PretrainTask) and as_on_cuda:
+            self.task.chunk_elements = DEFAULT_CHUNK_ELEMENTS
+            model.attention_kind = resolve_kind(model.attention_kind, "cuda", self.training.trainer.compile)
+        return model
 
     def _prepare(self, network: nn.Module) -> None:
         network.train()

@@ -108,6 +108,32 @@ def test_autocast_computes_products_in_its_type() -> None:
     assert hidden.grad.dtype == torch.float32
 
 
+def test_frequent_targets_do_not_overflow_float16_nor_rare_ones_vanish() -> None:
+    tokens = torch.zeros(1, 8193, dtype=torch.int64)
+    tokens[0, -1] = 7
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 8193, 4, generator=generator)
+    weight = torch.randn(V, 4, generator=generator) * 0.3
+    hidden[..., 0], weight[:, 0] = 20, 0  # summed over 8192 targets 0: 1.6e5, above float16's 65504
+    weight[3, 0] = -0.65  # a probability of 1e-7, near the smallest number above 0
+    rest = (tokens, torch.ones_like(tokens), torch.ones(1, 8193), VOCABULARY)
+    grads = []
+    for dtype in (torch.float16, torch.float64):
+        pair = hidden.half().to(dtype).requires_grad_(), weight.half().to(dtype).requires_grad_()
+        if dtype == torch.float16:
+            loss = OutputLoss(*rest)
+            objective = loss(*pair)[0]
+        else:
+            logits = (pair[0] @ pair[1].t())[0, :-1]
+            objective = torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum")
+        (objective / 2**13).backward()  # the loss scale comes behind
+        assert pair[1].grad is not None
+        grads.append(pair[1].grad.double())
+    found, expected = grads
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.max() < 0.03  # worst seen 0.020, of the rare one: its logit is -13, rounded to 2^-8
+
+
 def test_a_frozen_matrix_gets_no_gradient() -> None:
     hidden, weight = states()
     ours(hidden, weight.detach(), 0.1).objective.backward()
@@ -116,6 +142,14 @@ def test_a_frozen_matrix_gets_no_gradient() -> None:
     torch.testing.assert_close(hidden.grad.double(), expected)
     with torch.no_grad():
         assert not ours(hidden, weight, 0.1).objective.requires_grad
+
+
+def test_without_gradients_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, weight = states()
+    expected = ours(hidden, weight, 0.1).objective
+    monkeypatch.setattr(module._Gradients, "add", lambda *_: pytest.fail("a gradient for nobody"))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(hidden, weight, 0.1).objective, expected.detach())
 
 
 def test_a_row_of_padding_alone_costs_nothing() -> None:

@@ -21,7 +21,7 @@ from mixmodal.config import parse
 from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.training.live_bytes import CastAsOnCuda, LiveBytes
 from mixmodal.training.plan import PlanConfig, build_plan, load_training, parse_bytes
-from mixmodal.training.rehearsal import Rehearsal, largest_size
+from mixmodal.training.rehearsal import Passes, Rehearsal, largest_size
 from mixmodal.training.states import state_bytes
 
 ROOT = Path(__file__).parents[2]
@@ -53,7 +53,7 @@ def text(folder: Path, **trainer: Any) -> Any:
 
 def really_saved(config: Any) -> int:
     """Bytes that autograd keeps of the model's loss on real tensors, in a plain count: each storage once."""
-    rehearsal = Rehearsal(config, casts_as_on_cuda=False, keeps_gradients=False, fake=False)
+    rehearsal = Rehearsal(config, as_on_cuda=False, keeps_gradients=False, fake=False)
     kept: dict[int, Tensor] = {}
     weights = {p.untyped_storage().data_ptr() for module in rehearsal.modules for p in module.parameters()}
 
@@ -79,7 +79,7 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_fake_tensors_keep_the_bytes_that_real_ones_keep(tmp_path: Path, name: str) -> None:
     config = CASES[name](tmp_path)
-    options = {"casts_as_on_cuda": False, "keeps_gradients": False}
+    options = {"as_on_cuda": False, "keeps_gradients": False}
     size = config.trainer.micro_batch_size
     fake = Rehearsal(config, **options).passes(size)
     assert fake.saved == pytest.approx(really_saved(config), rel=0.01)
@@ -88,7 +88,7 @@ def test_fake_tensors_keep_the_bytes_that_real_ones_keep(tmp_path: Path, name: s
 
 
 def test_nothing_stands_after_a_step(tmp_path: Path) -> None:
-    rehearsal = Rehearsal(image(tmp_path), casts_as_on_cuda=True, keeps_gradients=False)
+    rehearsal = Rehearsal(image(tmp_path), as_on_cuda=True, keeps_gradients=False)
     assert rehearsal.passes(2) == rehearsal.passes(2)
 
 
@@ -133,8 +133,11 @@ def test_cuda_autocast_keeps_norms_in_float32() -> None:
         ("autocast_bfloat16", 0, 4, 4, 8),
         ("bfloat16", 1, 2, 6, 12 / 4),
         ("float32", 1, 4, 4, 12 / 4),
+        ("float16", 1, 2, 6, 12 / 4),
         ("bfloat16", 2, 2, 4 / 4, 12 / 4),
+        ("float16", 2, 2, 4 / 4, 12 / 4),
         ("bfloat16", 3, 2 / 4 + 2, 4 / 4, 12 / 4),
+        ("float16", 3, 2 / 4 + 2, 4 / 4, 12 / 4),
     ],
 )
 def test_states_are_what_deepspeed_keeps(
@@ -168,6 +171,20 @@ def test_without_a_discriminator_less_is_needed(tmp_path: Path) -> None:
     # 2,766,529 parameters: weights, gradients and two moments, float32
     assert with_one.rows["other networks"] - without.rows["other networks"] == 16 * 2_766_529
     assert with_one.saved_bytes > without.saved_bytes
+
+
+def test_on_cuda_more_logits_stand_and_rows_have_a_mask(tmp_path: Path) -> None:
+    config = text(tmp_path)
+    size, length, layers = config.trainer.micro_batch_size, config.data.seq_len, config.model.num_layers
+    compiled = replace(config, trainer=replace(config.trainer, compile=True))
+    whole = replace(compiled, model=replace(compiled.model, vocab_size=2**17))  # 2^22 logits are 32 positions of it
+
+    def passes(case: Any, as_on_cuda: bool) -> Passes:
+        return Rehearsal(case, as_on_cuda=as_on_cuda, keeps_gradients=True).passes(size)
+
+    mask = size * length**2
+    assert passes(config, True).saved - passes(compiled, True).saved >= layers * mask
+    assert passes(whole, True).peak - passes(whole, False).peak > 4 * 2**17 * (size * length - 32)
 
 
 def test_a_codebook_that_follows_an_average_is_planned(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def test_less_memory_stands_and_the_plan_says_how_much(tmp_path: Path) -> None:
     write_shapes(tmp_path / "tokens", 20)
     peaks = {}
     for on in (False, True):
-        options = {"casts_as_on_cuda": False, "keeps_gradients": False}
+        options = {"as_on_cuda": False, "keeps_gradients": False}
         size = 4
         fake = Rehearsal(config(tmp_path, on), **options).passes(size)
         real = Rehearsal(config(tmp_path, on), **options, fake=False).passes(size)
