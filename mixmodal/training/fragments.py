@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 WEIGHT = "weight"
 SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-COUNTERS = ("global_steps", "skipped_steps", "micro_steps", "global_samples")
+COUNTERS = ("global_steps", "skipped_steps", "global_samples")
+"""Of steps. That of micro-batches begins at 0 in every run: by it DeepSpeed knows the last one of a step, of which there
+may be another number than there was."""
 
 
 class Fragment(NamedTuple):
@@ -215,8 +217,8 @@ def write_rest(engine: Engine, rest: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for name, buffer in buffers.items():
             buffer.copy_(rest["buffers"][name])
-    for name, value in rest["counters"].items():
-        setattr(engine.deepspeed_engine, name, value)
+    for name in COUNTERS:
+        setattr(engine.deepspeed_engine, name, rest["counters"][name])
     for name, value in rest["scale"].items():
         setattr(loss_scaler(engine), name, value)
 

@@ -33,6 +33,21 @@ def set_back(run: Path, step: int) -> None:
     (run / "checkpoints/latest").write_text(f"step_{step:08d}\n")
 
 
+@pytest.mark.parametrize("number", [0, 2, 3])
+def test_another_number_of_micro_batches_goes_on_from_an_odd_step(
+    fit: Fit, exported: Exported, tmp_path: Path, number: int
+) -> None:
+    fit("whole", max_steps=5)
+    for step, accum in enumerate([1, 2, 4, 1, 2]):
+        task = ToyTask()
+        if step < 4:
+            stop_in_step(task, 0)
+        fit("parts", task, max_steps=5, micro_batch_size=8 // accum, grad_accum_steps=accum, **stage(number))
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+    assert norms(tmp_path / "parts") == pytest.approx(norms(tmp_path / "whole"), rel=1e-5)
+    assert_same(exported, "parts", "whole", atol=1e-6)
+
+
 @pytest.mark.parametrize("precision", ["float32", "autocast_bfloat16"])
 def test_every_zero_stage_goes_on_from_every_other(
     fit: Fit, exported: Exported, tmp_path: Path, precision: str
