@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ from test_trainer import losses, norms, stop_in_step
 from torch import Tensor, nn
 from toy_task import Contest, ToyTask
 
+from mixmodal.tokenization.quantizer_base import QuantizerConfig
+from mixmodal.tokenization.vector_quantizers import MovingAverageQuantizer
 from mixmodal.training.checkpoint import CheckpointError, load_tensors
-from mixmodal.training.fragments import Fragment, write_fragment
+from mixmodal.training.fragments import COUNTERS, Fragment, read_rest, write_fragment, write_rest
 
 ROOT = Path(__file__).parents[2]
 Fit = Callable[..., Any]
@@ -118,6 +122,27 @@ def test_frozen_and_idle_parameters_and_buffers_go_along(
     fit("parts", Mixed(), **stage(numbers[1]))
     assert exported("parts")["count"].tolist() == [15.0] * 3
     assert_same(exported, "parts", "whole", atol=1e-6)
+
+
+def test_a_codebook_draws_the_same_restarts_after_a_resume() -> None:
+    def build() -> MovingAverageQuantizer:
+        torch.manual_seed(0)
+        config = QuantizerConfig(kind="vq", codebook_size=16, codebook_dim=4, decay=0.5, restart_below=0.6)
+        return MovingAverageQuantizer(config).train()
+
+    def engine(module: nn.Module) -> Any:
+        return SimpleNamespace(module=module, optimizer=None, deepspeed_engine=SimpleNamespace(**counters))
+
+    counters = dict.fromkeys(COUNTERS, 0)
+    generator = torch.Generator().manual_seed(1)
+    vectors = [torch.randn(2, 3, 3, 4, generator=generator) for _ in range(4)]
+    whole, resumed = build(), build()
+    for part in vectors[:3]:
+        whole.assign(part)
+    write_rest(engine(resumed), copy.deepcopy(read_rest(engine(whole))))
+    for quantizer in (whole, resumed):
+        quantizer.assign(vectors[3])
+    assert torch.equal(whole.codebook(), resumed.codebook())
 
 
 def test_a_part_that_no_rank_wrote_is_named(fit: Fit, tmp_path: Path) -> None:
