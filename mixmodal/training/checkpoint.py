@@ -39,6 +39,12 @@ class CheckpointError(ValueError):
     """A checkpoint that can not be written or read."""
 
 
+def describe(error: Exception) -> str:
+    """One line for other ranks; never empty. Errors that are not for users come with their type."""
+    text = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+    return text or type(error).__name__
+
+
 # files
 
 

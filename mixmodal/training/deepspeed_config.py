@@ -73,6 +73,8 @@ def check_zero(zero: Mapping[str, Any], precision: Precision, key: str) -> None:
             f"{key}.stage is 0, which would sum gradients in {precision}; choose stage 1, 2 or 3 "
             "(they keep float32 master weights) or trainer.precision autocast_bfloat16"
         )
+    if "mics_shard_size" in zero:
+        raise ValueError(f"{key}.mics_shard_size keeps each weight several times, which no checkpoint can be made of")
     devices = {}
     for name, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
         devices[name] = (zero.get(name) or {}).get("device", "none")

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 WEIGHT = "weight"
 SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-COUNTERS = ("global_steps", "skipped_steps", "micro_steps", "global_samples")
+COUNTERS = ("global_steps", "skipped_steps", "global_samples")
+"""Of steps. That of micro-batches begins at 0 in every run: by it DeepSpeed knows the last one of a step, which may
+have another number of them than before."""
 
 
 class Fragment(NamedTuple):
@@ -135,7 +137,7 @@ def read_rest(engine: Engine) -> dict[str, Any]:
 
 @torch.no_grad()
 def write_fragments(engine: Engine, sources: Iterator[Mapping[str, Any]]) -> None:
-    """Fills the fragments of this rank from those of other ranks, until all are whole.
+    """Fills the fragments of this rank from those of other ranks, until all are whole; `settle` is to follow.
 
     Args:
         engine: fresh; its optimizer has no states yet.
@@ -156,7 +158,6 @@ def write_fragments(engine: Engine, sources: Iterator[Mapping[str, Any]]) -> Non
     for name, count in missing.items():
         if count:
             raise CheckpointError(f"{count} weights of {name} are missing")
-    settle(engine)
 
 
 def write_fragment(fragment: Fragment, source: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> int:
@@ -184,7 +185,7 @@ def write_fragment(fragment: Fragment, source: Mapping[str, Any], optimizer: tor
 
 
 def settle(engine: Engine) -> None:
-    """Brings the weights that the network computes with in line with those that the optimizer changes."""
+    """Brings the weights that the network computes with in line with those that the optimizer changes; a collective."""
     optimizer: Any = engine.optimizer
     if engine.zero_stage in (1, 2):
         optimizer.update_lp_params()
@@ -214,9 +215,10 @@ def write_rest(engine: Engine, rest: Mapping[str, Any]) -> None:
     expect_same(*({name: list(value.shape) for name, value in kept.items()} for kept in (rest["buffers"], buffers)))
     with torch.no_grad():
         for name, buffer in buffers.items():
-            buffer.copy_(rest["buffers"][name])
-    for name, value in rest["counters"].items():
-        setattr(engine.deepspeed_engine, name, value)
+            buffer.copy_(rest["buffers"][name])  # also those that no state dict holds
+    engine.module.load_state_dict(rest["buffers"], strict=False)  # so that the hooks of modules are called
+    for name in COUNTERS:
+        setattr(engine.deepspeed_engine, name, rest["counters"][name])
     for name, value in rest["scale"].items():
         setattr(loss_scaler(engine), name, value)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixmodal.training import checkpoint
-from mixmodal.training.checkpoint import CheckpointError
-from mixmodal.training.fragments import read_fragments, read_rest, write_fragments, write_rest
+from mixmodal.training.checkpoint import CheckpointError, Gather, describe, gather_objects
+from mixmodal.training.fragments import read_fragments, read_rest, settle, write_fragments, write_rest
 from mixmodal.training.randomness import set_random_state, set_seeds
 
 if TYPE_CHECKING:
@@ -50,16 +50,36 @@ def ranked(name: str, rank: int) -> str:
     return f"{name}_{rank:05d}.pt"
 
 
-def restore(run: Run) -> None:
+def restore(run: Run, gather: Gather = gather_objects) -> None:
     """Goes on where the newest whole checkpoint of the run stands, if there is one.
 
     Raises:
-        CheckpointError: where none is whole, or it was written under a config that can not go on from it.
+        CheckpointError: where none is whole, or it was written under a config that can not go on from it; with several
+            ranks, on all of them where one has any problem.
+        ValueError: where data or their state do not fit.
     """
-    rank = run.place.rank
-    folder = checkpoint.choose_checkpoint(run.saver.folder, rank)
+    folder = checkpoint.choose_checkpoint(run.saver.folder, run.place.rank, gather)
     if folder is None:
         return
+    problem = None
+    try:
+        read(run, folder)
+    except Exception as error:
+        problem = error
+    # before the next collective, in which ranks without a problem would wait for those with one
+    everyone = gather(describe(problem) if problem else "")
+    if problem and len(everyone) == 1:
+        raise problem
+    problems = [f"rank {rank}: {found}" for rank, found in enumerate(everyone) if found]
+    if problems:
+        raise CheckpointError(f"training can not go on from {folder}: {'; '.join(problems)}") from problem
+    for engine in run.engines.values():
+        settle(engine)
+
+
+def read(run: Run, folder: Path) -> None:
+    """Fills the run from a checkpoint, without a collective; networks are still to settle."""
+    rank = run.place.rank
     state = checkpoint.read_json(folder / checkpoint.STATE)
     for name, own in must_match(run).items():
         if state[name] != own:

@@ -24,6 +24,7 @@ from mixmodal.training.checkpoint import (
     CheckpointError,
     Gather,
     clear_partial,
+    describe,
     gather_objects,
     prune,
     sha256_of,
@@ -140,12 +141,12 @@ def save_checkpoint(
 
 
 def _attempt(action: Callable[[], None], wanted: bool = True) -> str:
-    """What went wrong on the disk, or nothing."""
+    """What went wrong, on the disk or elsewhere, or nothing: the other ranks are to hear of it."""
     try:
         if wanted:
             action()
-    except OSError as error:
-        return str(error)
+    except Exception as error:
+        return describe(error)
     return ""
 
 

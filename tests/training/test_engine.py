@@ -63,6 +63,7 @@ OFFLOAD = {"device": "cpu"}
     ("zero", "precision", "said"),
     [
         ({"stage": 4}, "float32", "stage is 4"),
+        ({"stage": 3, "mics_shard_size": 2}, "float32", "mics_shard_size keeps each weight several times"),
         ({"stage": 0}, "float16", "would sum gradients in float16"),
         ({"stage": 0, "offload_optimizer": OFFLOAD}, "float32", "offload_optimizer can not act at stage 0"),
         ({"stage": 2, "offload_param": OFFLOAD}, "float32", "offload_param can not act at stage 2, only at 3"),

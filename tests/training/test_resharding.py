@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +16,10 @@ from test_trainer import losses, norms, stop_in_step
 from torch import Tensor, nn
 from toy_task import Contest, ToyTask
 
+from mixmodal.tokenization.quantizer_base import QuantizerConfig
+from mixmodal.tokenization.vector_quantizers import MovingAverageQuantizer
 from mixmodal.training.checkpoint import CheckpointError, load_tensors
-from mixmodal.training.fragments import Fragment, write_fragment
+from mixmodal.training.fragments import COUNTERS, Fragment, read_rest, write_fragment, write_rest
 
 ROOT = Path(__file__).parents[2]
 Fit = Callable[..., Any]
@@ -31,6 +35,21 @@ def stage(number: int) -> dict[str, Any]:
 
 def set_back(run: Path, step: int) -> None:
     (run / "checkpoints/latest").write_text(f"step_{step:08d}\n")
+
+
+@pytest.mark.parametrize("number", [0, 2, 3])
+def test_another_number_of_micro_batches_goes_on_from_an_odd_step(
+    fit: Fit, exported: Exported, tmp_path: Path, number: int
+) -> None:
+    fit("whole", max_steps=5)
+    for step, accum in enumerate([1, 2, 4, 1, 2]):
+        task = ToyTask()
+        if step < 4:
+            stop_in_step(task, 0)
+        fit("parts", task, max_steps=5, micro_batch_size=8 // accum, grad_accum_steps=accum, **stage(number))
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-6)
+    assert norms(tmp_path / "parts") == pytest.approx(norms(tmp_path / "whole"), rel=1e-5)
+    assert_same(exported, "parts", "whole", atol=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["float32", "autocast_bfloat16"])
@@ -103,6 +122,27 @@ def test_frozen_and_idle_parameters_and_buffers_go_along(
     fit("parts", Mixed(), **stage(numbers[1]))
     assert exported("parts")["count"].tolist() == [15.0] * 3
     assert_same(exported, "parts", "whole", atol=1e-6)
+
+
+def test_a_codebook_draws_the_same_restarts_after_a_resume() -> None:
+    def build() -> MovingAverageQuantizer:
+        torch.manual_seed(0)
+        config = QuantizerConfig(kind="vq", codebook_size=16, codebook_dim=4, decay=0.5, restart_below=0.6)
+        return MovingAverageQuantizer(config).train()
+
+    def engine(module: nn.Module) -> Any:
+        return SimpleNamespace(module=module, optimizer=None, deepspeed_engine=SimpleNamespace(**counters))
+
+    counters = dict.fromkeys(COUNTERS, 0)
+    generator = torch.Generator().manual_seed(1)
+    vectors = [torch.randn(2, 3, 3, 4, generator=generator) for _ in range(4)]
+    whole, resumed = build(), build()
+    for part in vectors[:3]:
+        whole.assign(part)
+    write_rest(engine(resumed), copy.deepcopy(read_rest(engine(whole))))
+    for quantizer in (whole, resumed):
+        quantizer.assign(vectors[3])
+    assert torch.equal(whole.codebook(), resumed.codebook())
 
 
 def test_a_part_that_no_rank_wrote_is_named(fit: Fit, tmp_path: Path) -> None:

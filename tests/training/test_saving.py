@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,8 +20,9 @@ from test_trainer import losses
 from torch import Tensor
 from toy_task import Rows, ToyTask
 
-from mixmodal.training import checkpoint
+from mixmodal.training import checkpoint, restoring
 from mixmodal.training.checkpoint import CheckpointError, choose_checkpoint, load_tensors
+from mixmodal.training.randomness import random_state
 from mixmodal.training.saving import save_checkpoint
 
 Fit = Callable[..., Any]
@@ -200,6 +202,61 @@ def test_ranks_agree_on_a_checkpoint_and_on_a_problem_of_one_of_them(
     assert len(problems) == 1
     assert "rank 2: " in problems.pop()
     assert not list(tmp_path.glob("*3*"))
+
+
+def test_all_ranks_hear_of_any_error_of_one_of_them_while_it_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(state: Any, path: Path) -> str:
+        if path.name == "rank_00001.pt":
+            raise KeyError("exp_avg")
+        return "0"
+
+    def one(rank: int, gather: Callable[[Any], list[Any]]) -> Path:
+        return save_checkpoint(tmp_path, {"step": 1}, {f"rank_{rank:05d}.pt": {}}, rank=rank, keep=3, gather=gather)
+
+    monkeypatch.setattr(checkpoint, "save_tensors", failing)
+    found = on_ranks(2, one)
+    assert all(isinstance(problem, CheckpointError) for problem in found)
+    assert all("could not be written: rank 1: KeyError: 'exp_avg'" in str(problem) for problem in found)
+
+
+@pytest.mark.parametrize("where", ["network", "loader"])
+def test_all_ranks_hear_of_an_error_of_one_of_them_before_they_settle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    parts = {"rank_00000.pt": {"loader": {}, "random": random_state()}}
+    state = {"step": 1, "seconds": 0.0, "world_size": 1}
+    save_checkpoint(tmp_path, state, parts, rank=0, keep=1)
+    settled: list[int] = []
+
+    def fail(failing: bool) -> None:
+        if failing:
+            raise ValueError("shard 7 changed")
+
+    monkeypatch.setattr(restoring, "must_match", lambda run: {})
+    monkeypatch.setattr(restoring, "restore_network", lambda engine, *_: fail(engine == 1 and where == "network"))
+    monkeypatch.setattr(restoring, "settle", settled.append)
+
+    def one(bad: int) -> Callable[..., None]:
+        def act(rank: int, gather: Callable[[Any], list[Any]]) -> None:
+            loader = SimpleNamespace(load_state_dict=lambda _: fail(rank == bad and where == "loader"))
+            place, saver = SimpleNamespace(rank=rank), SimpleNamespace(folder=tmp_path)
+            config = SimpleNamespace(seed=0)
+            engines = {"model": rank if bad >= 0 else rank + 10}
+            run: Any = SimpleNamespace(
+                place=place, saver=saver, config=config, loader=loader, engines=engines, ema=None
+            )
+            restoring.restore(run, gather)
+
+        return act
+
+    found = on_ranks(3, one(1))
+    assert not settled
+    assert all(isinstance(problem, CheckpointError) for problem in found)
+    assert all(str(problem).endswith("step_00000001: rank 1: shard 7 changed") for problem in found)
+    assert on_ranks(3, one(-1)) == [None] * 3
+    assert sorted(settled) == [10, 11, 12]
 
 
 @pytest.mark.slow

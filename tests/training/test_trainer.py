@@ -283,7 +283,7 @@ class Ending(ToyTask):
         return EndingLoader(micro_batch_size, grad_accum_steps, rank, world_size)
 
     def counters(self, state: Mapping[str, Any]) -> Mapping[str, float]:
-        return {"batches": state["count"]}
+        return {"batches": state["step"]}
 
 
 def test_training_is_finished_where_the_data_end(

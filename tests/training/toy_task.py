@@ -60,10 +60,11 @@ class ToyLoader:
         return inputs, inputs.sin().sum(), torch.rand((), generator=generator) + 0.1 * (number % 4)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count}
+        step, micro = divmod(self.count, self.split[1])
+        return {"step": step, "micro_batch": micro}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.count = state["count"]
+        self.count = state["step"] * self.split[1] + state["micro_batch"]
 
 
 class ToyTask(Task):
