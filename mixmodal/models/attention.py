@@ -50,7 +50,8 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        return _turn(grad, *ctx.saved_tensors, -1).to(ctx.dtype), None, None
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, -1).to(ctx.dtype), None, None
 
 
 def _turn(heads: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
