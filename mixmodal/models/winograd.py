@@ -75,31 +75,30 @@ def conv3x3(images: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     batch, channels, height, width = images.shape
     kernels = _both(KERNEL) @ weight.permute(2, 3, 1, 0).reshape(9, -1)
     kernels = kernels.view(WINDOW**2, channels, len(weight))
-    padded = _pad(images)  # (B, H + 2, W + 2, C)
+    pixels = images.permute(0, 2, 3, 1)  # (B, H, W, C)
     rows, columns = height // TILE, width // TILE
-    picture, line, pixel, _ = padded.stride()
-    shape = (WINDOW, WINDOW, batch, rows, columns, channels)
-    windows = padded.as_strided(shape, (line, pixel, picture, TILE * line, TILE * pixel, 1))
     result = images.new_empty(batch, rows, TILE, columns, TILE, len(weight))
     step = max(1, CHUNK_BYTES // (4 * WINDOW**2 * columns * max(channels, len(weight))))
+    band = images.new_zeros(TILE * step + 2, width + 2, channels)  # some rows with what lies around them
+    line, pixel, _ = band.stride()
+    windows = band.as_strided((WINDOW, WINDOW, step, columns, channels), (line, pixel, TILE * line, TILE * pixel, 1))
     for index in range(batch):
         for start in range(0, rows, step):
-            chunk = windows[:, :, index, start : start + step]  # (6, 6, n / columns, columns, C)
-            inputs = (_both(INPUT) @ chunk.reshape(WINDOW**2, -1)).view(WINDOW**2, -1, channels)
+            count = min(step, rows - start)
+            _fill(band[: TILE * count + 2], pixels[index], TILE * start - 1)
+            inputs = (_both(INPUT) @ windows[:, :, :count].reshape(WINDOW**2, -1)).view(WINDOW**2, -1, channels)
             products = torch.bmm(inputs, kernels).view(WINDOW**2, -1)
             outputs = (_both(OUTPUT) @ products).view(TILE, TILE, -1, columns, len(weight))
-            torch.add(outputs.permute(2, 0, 3, 1, 4), bias, out=result[index, start : start + step])
+            torch.add(outputs.permute(2, 0, 3, 1, 4), bias, out=result[index, start : start + count])
     return result.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
-def _pad(images: Tensor) -> Tensor:
-    """`(B, C, H, W)` to `(B, H + 2, W + 2, C)` with zeros around, each place written once."""
-    batch, channels, height, width = images.shape
-    padded = images.new_empty(batch, height + 2, width + 2, channels)
-    padded[:, 1:-1, 1:-1] = images.permute(0, 2, 3, 1)
-    for edge in (padded[:, 0], padded[:, -1], padded[:, :, 0], padded[:, :, -1]):
-        edge.zero_()
-    return padded
+def _fill(band: Tensor, pixels: Tensor, first: int) -> None:
+    """Lines of `pixels` `(H, W, C)` from `first` on to the middle of `band` `(n, W + 2, C)`; 0 above and below."""
+    start, stop = max(first, 0), min(first + len(band), len(pixels))
+    band[start - first : stop - first, 1:-1] = pixels[start:stop]
+    band[: start - first].zero_()
+    band[stop - first :].zero_()
 
 
 def _both(matrix: Tensor) -> Tensor:
