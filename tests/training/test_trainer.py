@@ -283,7 +283,7 @@ class Ending(ToyTask):
         return EndingLoader(micro_batch_size, grad_accum_steps, rank, world_size)
 
     def counters(self, state: Mapping[str, Any]) -> Mapping[str, float]:
-        return {"batches": state["step"]}
+        return {"taken": state["step"]}
 
 
 def test_training_is_finished_where_the_data_end(
@@ -306,7 +306,7 @@ def test_training_is_finished_where_the_data_end(
 
 def test_counters_of_the_data_are_logged_up_to_the_step(fit: Fit, tmp_path: Path) -> None:
     fit(task=Ending(99), max_steps=3, micro_batch_size=4, grad_accum_steps=2)
-    assert [record["batches"] for record in records(tmp_path / "run") if "loss" in record] == [2, 4, 6]
+    assert [record["taken"] for record in records(tmp_path / "run") if "loss" in record] == [1, 2, 3]
 
 
 def test_old_checkpoints_are_removed(fit: Fit, tmp_path: Path) -> None:
