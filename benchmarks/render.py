@@ -16,13 +16,18 @@ PAGE = ROOT / "docs" / "results.md"
 DEVICES = ("cpu", "cuda")
 TITLES = {
     "quickstart": "The quickstart: figures of one run",
-    "train_step": "Training step of the tiny model",
+    "train_throughput": "Training: the trainer against a plain loop over transformers' Chameleon",
+    "train_length": "Forward and backward by length of a row and documents in it",
+    "interruptions": "Runs that are killed and started again",
+    "saving": "What a checkpoint costs",
+    "data": "Packed rows of a mixture: what they cost and how full they are",
     "decode": "Generating with the tiny model",
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",
+    "stability": "Stability at a high learning rate: a value for each seed (docs/stability.md)",
 }
 ORDER = [*TITLES]
-PIVOTED = ("tokenizer_comparison",)
+PIVOTED = ("tokenizer_comparison", "stability")
 """Benchmarks whose subjects are `ARM: FIGURE`: a row for each arm, a column for each figure, all repeats in a cell."""
 
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 
+SHORT_NAMES = {"deepspeed": "trainer.deepspeed"}
+"""Options by a shorter name, in commands that have the longer one."""
+
+
 class UsageError(ValueError):
     """Arguments or a config file that do not fit the command; the message is one line."""
 
@@ -32,7 +36,9 @@ def parse(config_type: type[Any], argv: Sequence[str], prog: str = "mixmodal") -
     known = dict(config_keys(config_type))
     parser = build_parser(config_type, prog)
     try:
-        arguments = config_type.read_arguments(list(argv)) if hasattr(config_type, "read_arguments") else list(argv)
+        arguments = spell_options(argv, known)
+        if hasattr(config_type, "read_arguments"):
+            arguments = config_type.read_arguments(arguments)
         _check_options(arguments, known)
         namespace = parser.instantiate(parser.parse_args(arguments))
         return config_type(**{field.name: namespace[field.name] for field in fields(config_type)})
@@ -86,6 +92,24 @@ def config_keys(config_type: type[Any], prefix: str = "") -> Iterator[tuple[str,
         for option in (annotation, *get_args(annotation)):
             if isinstance(option, type) and is_dataclass(option):
                 yield from config_keys(option, f"{prefix}{field.name}.")
+
+
+def spell_options(argv: Sequence[str], known: Mapping[str, Any]) -> list[str]:
+    """Options in full: `--gpu-memory` is `--gpu_memory`, and `--deepspeed` is `--trainer.deepspeed`.
+
+    Raises:
+        UsageError: for an option that is given by both of its names.
+    """
+    spelled, names = [], [argument.partition("=")[0] for argument in argv]
+    for argument, name in zip(argv, names):
+        key = name.removeprefix("--")
+        full = SHORT_NAMES.get(key, key)
+        if full != key and full in known and f"--{full}" in names:
+            raise UsageError(f"{name} and --{full} are the same option; give one of them")
+        full = full.replace("-", "_")
+        rewritten = name.startswith("--") and key not in known and full in (*known, "print_config")
+        spelled.append(f"--{full}{argument[len(name) :]}" if rewritten else argument)
+    return spelled
 
 
 def _check_options(argv: Sequence[str], known: Mapping[str, Any]) -> None:

@@ -40,3 +40,20 @@ def write_shape_shards() -> WriteShards:
         write_shards(samples(count, size, seed), folder, shard_size)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small text tokenizer and an untrained image tokenizer of 16 px and 4 x 4 codes."""
+    from mixmodal.tokenization.autoencoder import AutoencoderConfig
+    from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
+    from mixmodal.tokenization.quantizer_base import QuantizerConfig
+    from mixmodal.tokenization.text import train_text_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizers")
+    train_text_tokenizer(["a red apple", "a green apple", "a blue pear, flat style"] * 5, folder / "text.model", 300)
+    autoencoder = AutoencoderConfig(channels=8, channel_multipliers=(1, 1, 1), num_res_blocks=1, norm_groups=4)
+    config = ImageTokenizerConfig(image_size=16, autoencoder=autoencoder, quantizer=QuantizerConfig(levels=(5, 5, 3)))
+    torch.manual_seed(0)
+    ImageTokenizer(config).save(folder / "image")
+    return folder

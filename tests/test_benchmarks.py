@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import sys
 from pathlib import Path
@@ -191,8 +192,6 @@ def test_arms_are_recorded_as_they_were_trained(compare: ModuleType, monkeypatch
 
 
 def test_image_tokenizers_that_are_timed_hold_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    import argparse
-
     import torch
 
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
@@ -204,3 +203,40 @@ def test_image_tokenizers_that_are_timed_hold_the_same_weights(monkeypatch: pyte
     assert list(shares.values()) == [[100.0], [100.0]]
     assert len(found["encode, ours over transformers.ChameleonVQVAE"]) == 2
     assert len(found["decode, ours over diffusers.VQModel"]) == 2
+
+
+@pytest.fixture
+def throughput(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return load("train_throughput")
+
+
+@pytest.mark.slow  # imports transformers
+def test_both_loops_of_the_comparison_learn_the_same(throughput: ModuleType, tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("parity", ROOT / "tests/models/test_transformer_parity.py")
+    assert spec is not None
+    assert spec.loader is not None
+    parity = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(parity)
+    options = argparse.Namespace(shape="tiny", rows=0, steps=2, precision="float32", compile=False)
+    config = throughput.build_config(options, tmp_path)
+    task = throughput.PretrainTask(config)
+    batch = next(task.build_loader(2, 1, 0, 1))
+    assert batch.num_documents >= 4
+    peer, model = throughput.build_peer(config.model), task.build_model()
+    model.load_state_dict(parity.from_theirs(peer.state_dict()))
+    ours = task.losses(model, batch, 0).objective / task.batch_weight(batch)
+    theirs = throughput.peer_loss(peer, batch, isolated=True)
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)  # worst seen 1e-7
+    assert ours.item() != pytest.approx(throughput.peer_loss(peer, batch, isolated=False).item(), rel=1e-5)
+
+
+def test_operations_count_attention_within_documents(throughput: ModuleType, tmp_path: Path) -> None:
+    options = argparse.Namespace(shape="tiny", rows=0, steps=2, precision="float32", compile=False)
+    task = throughput.PretrainTask(throughput.build_config(options, tmp_path))
+    batch = next(task.build_loader(2, 1, 0, 1))
+    lengths = throughput.lengths_of(batch)
+    assert len(lengths) == batch.num_documents
+    assert lengths.sum() == batch.num_tokens
+    assert lengths.max() <= 30
+    assert throughput.flops_per_token(task, [batch]) < task.flops_per_token() - 12 * 3 * 32 * (64 - 30)

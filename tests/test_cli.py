@@ -118,6 +118,31 @@ def test_launcher_rank_argument_is_dropped() -> None:
     assert call("--local_rank=0", "--out", "x").out == Path("x")
 
 
+def test_hyphens_are_as_good_as_underscores(tmp_path: Path) -> None:
+    assert call("--out", "a-b", "--model.num-layers", "7").model.num_layers == 7
+    assert call("--out=--model.num-layers", "--model.num-layers=5") == OuterConfig(
+        out=Path("--model.num-layers"), model=InnerConfig(num_layers=5)
+    )
+
+
+def test_deepspeed_is_the_trainers_file(tmp_path: Path) -> None:
+    from mixmodal.training.image_tokenizer import ImageTokenizerTrainingConfig
+    from mixmodal.training.pretrain import PretrainConfig
+
+    required = ["--trainer.run_dir", "r", "--trainer.max_steps", "1", "--trainer.micro_batch_size", "1"]
+    for kind, data in (
+        (PretrainConfig, ["--data.tokens=d", "--data.seq_len=8"]),
+        (ImageTokenizerTrainingConfig, ["--data.train=[d]", "--tokenizer.image_size=32"]),
+    ):
+        arguments = [*data, *required]
+        for given in (["--deepspeed", "z.json"], ["--deepspeed=z.json"], ["--trainer.deepspeed", "z.json"]):
+            assert configs.parse(kind, [*arguments, *given]).trainer.deepspeed == Path("z.json")
+        with pytest.raises(configs.UsageError, match=r"--deepspeed and --trainer\.deepspeed are the same option"):
+            configs.parse(kind, [*arguments, "--deepspeed", "a.json", "--trainer.deepspeed=b.json"])
+    with pytest.raises(configs.UsageError, match="there is no option --deepspeed"):
+        configs.parse(OuterConfig, ["--out", "x", "--deepspeed", "z.json"])
+
+
 @pytest.mark.parametrize(
     ("argv", "wanted"),
     [

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from mixmodal.data.source import SourceConfig
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class InspectConfig:
 
     Args:
         data: folder with token shards.
+        sources: several of them in the place of `data`, as in training; each document is shown with its source.
         text_tokenizer: model file, to show text as text; by default one beside the token shards, if it is theirs.
         objective: masks to draw.
         seq_len: length of a row in tokens.
@@ -44,7 +46,8 @@ class InspectConfig:
         max_codes: codes of a part that are printed before the rest is left out.
     """
 
-    data: Path
+    data: Path | None = None
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
     text_tokenizer: Path | None = None
     objective: CausalMaskedConfig = field(default_factory=CausalMaskedConfig)
     seq_len: int = 1024
@@ -54,6 +57,10 @@ class InspectConfig:
     first_part_weight: float = 1.0
     seed: int = 0
     max_codes: int = 12
+
+    def __post_init__(self) -> None:
+        if (self.data is None) == (not self.sources):
+            raise ValueError("inspect: give either data, a folder of token shards, or sources, several by name")
 
 
 class Stretch(NamedTuple):
@@ -72,20 +79,22 @@ def inspect(config: InspectConfig) -> None:
     """
     from rich.console import Console
 
-    from mixmodal.data.pipeline import DataConfig, PackedDocuments
-    from mixmodal.data.token_shards import TokenShards
+    from mixmodal.data.mixture import counters
+    from mixmodal.data.pipeline import DataConfig, PackedDocuments, open_sources
 
-    shards = TokenShards.open(config.data)
-    text_tokenizer = _find_text_tokenizer(config, shards)
     data = DataConfig(
         tokens=config.data,
+        sources=config.sources,
         seq_len=config.seq_len,
         image_first_share=config.image_first_share,
         caption_dropout=config.caption_dropout,
         first_part_weight=config.first_part_weight,
     )
+    sources = open_sources(data)
+    shards = next(iter(sources.values()))
+    text_tokenizer = _find_text_tokenizer(config, shards)
     objective = CausalMasked(config.objective, shards.vocabulary)
-    rows = PackedDocuments(shards, shards.build_format(), objective, data, micro_batch_size=1, seed=config.seed)
+    rows = PackedDocuments(sources, shards.build_format(), objective, data, micro_batch_size=1, seed=config.seed)
     console = Console(highlight=False)
     plain = not console.is_terminal  # in a file or a pipe, lines are not cut to a width
     console.print(_legend(shards.vocabulary), soft_wrap=plain)
@@ -104,6 +113,8 @@ def inspect(config: InspectConfig) -> None:
         tokens["padding"] += config.seq_len - used
     console.print()
     console.print(_totals(tokens, weights))
+    if config.sources:
+        console.print(_shares(data.weights_at(0), counters(rows.state_dict())))
     if text_tokenizer is None:
         console.print("text is shown as piece numbers; --text_tokenizer FILE shows it as text")
 
@@ -136,7 +147,7 @@ def _find_text_tokenizer(config: InspectConfig, shards: TokenShards) -> TextCode
         text_tokenizer = TextTokenizer.load(config.text_tokenizer)
         shards.check(text_tokenizer_sha256=text_tokenizer.sha256)
         return text_tokenizer
-    for folder in (config.data, config.data.parent):
+    for folder in (shards.folder, shards.folder.parent):
         for path in sorted(folder.glob("*.model")):
             text_tokenizer = TextTokenizer.load(path)
             if text_tokenizer.sha256 == shards.manifest["text_tokenizer_sha256"]:
@@ -197,4 +208,20 @@ def _totals(tokens: Counter[str], weights: Mapping[str, float]) -> Table:
         share = f"{count / tokens.total():.1%}"
         table.add_row(kind, str(count), share, f"{weights.get(kind, 0):g}", style=_style(kind))
     table.add_row("all", str(tokens.total()), "100.0%", f"{sum(weights.values()):g}")
+    return table
+
+
+def _shares(weights: Mapping[str, float], counted: Mapping[str, float]) -> Table:
+    """What each source has given, beside the share that its weight asks for."""
+    from rich.table import Table
+
+    table = Table("source", "documents", "tokens", "share", "wanted", "epochs")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    total = sum(counted[f"tokens/{name}"] for name in weights)
+    for name, weight in weights.items():
+        tokens = counted[f"tokens/{name}"]
+        shares = f"{tokens / total:.1%}", f"{weight / sum(weights.values()):.1%}"
+        documents, epochs = f"{counted[f'documents/{name}']:g}", f"{counted[f'epochs/{name}']:.3f}"
+        table.add_row(name, documents, f"{tokens:g}", *shares, epochs)
     return table

@@ -4,32 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby, islice
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
-import numpy as np
-
+from mixmodal.data.mixture import Mixture, StageConfig, check_mixture, weights_at
 from mixmodal.data.packing import Batch, Sample, build_batch, pack
+from mixmodal.data.source import PLAIN, REMEDY, Documents, Randomness, Source, SourceConfig, check_equal
 from mixmodal.data.split import check_split
-from mixmodal.document import Run, SequenceFormat
+from mixmodal.data.token_shards import TokenShards
+from mixmodal.data.variation import Variation
+from mixmodal.document import SequenceError, SequenceFormat
 from mixmodal.objectives.causal_masked import CausalMasked
 
 logger = logging.getLogger(__name__)
-
-MIN_DOCUMENTS_TO_JUDGE = 1000
-
-
-class Documents(Protocol):
-    """Spelled documents by index, as `TokenShards` holds them; its `digest`, where there is one, names the content."""
-
-    keys: Any  # a sequence of strings; type checkers take no cached property for a property
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +28,8 @@ class DataConfig:
 
     Args:
         tokens: folder with the token shards to train on.
+        sources: several of them by name, in the place of `tokens`, with their shares of the trained tokens.
+        stages: other weights of the sources from given steps on.
         held_out_tokens: folder with token shards to evaluate on; none means no evaluation.
         seq_len: length of a row in tokens; a longer document is skipped, and masks are drawn where they still fit.
         image_first_share: probability that a document of one text and one picture (or other coded part) changes their
@@ -47,39 +39,86 @@ class DataConfig:
         first_part_weight: factor on the loss weights of a document's first part, where it has more than one. Below 1,
             more of what is learned is how a part follows from another; 1 is CM3Leon's.
         shuffle: a new order in every epoch; otherwise the stored order.
-        max_skipped_share: share of documents that may be too long before training stops.
+        lookahead: documents that a row may pass by for later, shorter ones that fit it; they begin the next rows. With
+            0, a row ends at the first document that does not fit; where lengths differ much, 16 leaves little padding.
+        max_skipped_share: share of documents of a source that may be too long before training stops.
+        verify_shards: on resume, read all token shards, each rank its share of them, and compare them with their
+            manifest.
     """
 
-    tokens: Path
+    tokens: Path | None = None
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    stages: tuple[StageConfig, ...] = ()
     held_out_tokens: Path | None = None
     seq_len: int
     image_first_share: float = 0.5
     caption_dropout: float = 0.1
     first_part_weight: float = 1.0
     shuffle: bool = True
+    lookahead: int = 0
     max_skipped_share: float = 0.1
+    verify_shards: bool = True
 
     def __post_init__(self) -> None:
+        if (self.tokens is None) == (not self.sources):
+            raise ValueError("data: give either tokens, a folder of token shards, or sources, several by name")
+        if self.tokens is None or self.stages:
+            check_mixture(self.sources, self.stages)
         if self.seq_len < 2:
             raise ValueError(f"data: seq_len is {self.seq_len}; it must be at least 2 tokens")
         for name in ("image_first_share", "caption_dropout", "max_skipped_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data: {name} is {getattr(self, name)}; it must lie in 0 .. 1")
-        if self.first_part_weight < 0:
-            raise ValueError(f"data: first_part_weight is {self.first_part_weight}; it must not be negative")
+        for name in ("first_part_weight", "lookahead"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"data: {name} is {getattr(self, name)}; it must not be negative")
+
+    @property
+    def mixture(self) -> dict[str, SourceConfig]:
+        """The sources; `tokens` is a single one without a name."""
+        return {PLAIN: SourceConfig(tokens=self.tokens)} if self.tokens else self.sources
+
+    def weights_at(self, step: int) -> dict[str, float]:
+        """The weight of each source in an optimizer step."""
+        return weights_at(self.mixture, self.stages, step)
+
+
+def open_sources(config: DataConfig) -> dict[str, TokenShards]:
+    """The token shards of each source.
+
+    Raises:
+        ValueError: naming manifest and key where they do not belong together.
+    """
+    opened = {name: TokenShards.open(source.tokens) for name, source in config.mixture.items()}
+    first, *others = opened.values()
+    for other in others:
+        other.check_like(first)
+    return opened
+
+
+class _Drawn(NamedTuple):
+    """A document that was drawn and stands in no row yet; `length` counts its tokens as they are trained on."""
+
+    source: Source
+    epoch: int
+    document: int
+    length: int
+    randomness: Randomness
 
 
 class PackedDocuments:
-    """Micro-batches of packed rows without end.
+    """Micro-batches of packed rows; they end only where a source ends them (`SourceConfig.when_done`).
 
-    All randomness of a document comes from (seed, epoch, its index), the order of an epoch from (seed, epoch), and
-    rows are filled in that order. Optimizer step s takes rows s * R .. (s + 1) * R - 1 of this one stream, where R is
-    `micro_batch_size * grad_accum_steps * world_size`; each rank takes a contiguous part of them, and each of its
-    micro-batches a contiguous part of that. So a step trains on the same rows however they are spread. Every rank
-    walks through all documents, since a row starts where the one before it ended.
+    All randomness of a document comes from (seed, source, epoch, its index), the order of an epoch from (seed, source,
+    epoch), which source comes next from all that was drawn before, and rows are filled in that order, but for
+    `lookahead`. Optimizer step s takes the next R rows of this one stream, where R is `micro_batch_size *
+    grad_accum_steps * world_size`; each rank takes a contiguous part of them, and each of its micro-batches a
+    contiguous part of that. So a step trains on the same rows however they are spread. Every rank walks through all
+    documents, since a row starts where the one before it ended; of those in the rows of others it needs the length
+    only.
 
     Args:
-        documents: spelled documents.
+        documents: spelled documents, or those of each source by name as in `config.sources`.
         sequence_format: splits and joins them; no text tokenizer is needed.
         objective: masks them.
         config: see there.
@@ -91,7 +130,7 @@ class PackedDocuments:
 
     def __init__(
         self,
-        documents: Documents,
+        documents: Documents | Mapping[str, Documents],
         sequence_format: SequenceFormat,
         objective: CausalMasked,
         config: DataConfig,
@@ -102,8 +141,6 @@ class PackedDocuments:
         world_size: int = 1,
         seed: int = 0,
     ) -> None:
-        if not len(documents):
-            raise ValueError(f"data: {config.tokens} holds no documents")
         check_split(
             micro_batch_size=micro_batch_size,
             grad_accum_steps=grad_accum_steps,
@@ -111,183 +148,182 @@ class PackedDocuments:
             world_size=world_size,
             seed=seed,
         )
-        self.documents = documents
-        self.sequence_format = sequence_format
-        self.objective = objective
+        named = documents if isinstance(documents, Mapping) else {PLAIN: documents}
+        self.sources = {
+            name: Source(
+                name,
+                named[name],
+                source,
+                shuffle=config.shuffle,
+                seq_len=config.seq_len,
+                max_skipped_share=config.max_skipped_share,
+                seed=seed,
+            )
+            for name, source in config.mixture.items()
+        }
+        self._mixture = Mixture(self.sources, config.weights_at(0))
+        self._variation = Variation(
+            sequence_format,
+            objective,
+            seq_len=config.seq_len,
+            image_first_share=config.image_first_share,
+            caption_dropout=config.caption_dropout,
+            first_part_weight=config.first_part_weight,
+        )
+        self.pad = sequence_format.vocabulary.pad
         self.config = config
         self.micro_batch_size, self.grad_accum_steps = micro_batch_size, grad_accum_steps
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.counts: Counter[str] = Counter(documents=0, too_long=0)
-        self._pending: Sample | None = None  # drawn, and first in the next row
-        self._step: list[list[Sample]] = []  # this rank's rows of a step that has begun
+        self._pending: list[_Drawn] = []  # in the order drawn; the first of them begins the next row
+        self._rows: list[list[Sample]] = []  # this rank's rows of a step that has begun
         self._micro_batch = 0
-        self._begin_epoch(0)
+        self._step = 0
         self._step_start = self._place()
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        if not self._step:
+        """The next micro-batch.
+
+        Raises:
+            StopIteration: saying why, where a source ends training before the step is full.
+            ValueError: where too many documents of a source are too long.
+        """
+        if not self._rows:
             self._begin_step()
         start = self._micro_batch * self.micro_batch_size
-        rows = self._step[start : start + self.micro_batch_size]
+        rows = self._rows[start : start + self.micro_batch_size]
         self._micro_batch += 1
         if self._micro_batch == self.grad_accum_steps:
             self._end_step()
-        return build_batch(rows, self.config.seq_len, self.sequence_format.vocabulary.pad)
+        return build_batch(rows, self.config.seq_len, self.pad)
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Documents that stand in rows and those that were too long, of all sources."""
+        counts: Counter[str] = Counter(documents=0, too_long=0)
+        for source in self.sources.values():
+            counts.update(documents=source.used, too_long=source.too_long)
+        return counts
 
     # state
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data, from which another stream goes on with exactly the batch that is next here."""
-        split = [self.micro_batch_size, self.grad_accum_steps, self.world_size]
         return {
             "seed": self.seed,
-            "num_documents": len(self.documents),
-            "manifest_sha256": getattr(self.documents, "digest", ""),
             "seq_len": self.config.seq_len,
             **self._step_start,
             "micro_batch": self._micro_batch,
-            "split": split,
+            "split": [self.micro_batch_size, self.grad_accum_steps, self.world_size],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where `state_dict` was taken; between two steps, any number of ranks and rows may go on.
 
+        Sources may have been added, which begin, or taken out, and weights may have changed.
+
         Raises:
-            ValueError: where the seed or the data are others, or, within a step, the rows are spread differently.
+            ValueError: where the seed or the data are others, naming the shard that is, or, within a step, the rows
+                are spread differently.
         """
         own = self.state_dict()
-        compared = ["seed", "num_documents", "manifest_sha256", "seq_len"]
-        for key in compared + (["split"] if state["micro_batch"] else []):
-            if state.get(key) != own[key]:
-                raise ValueError(
-                    f"data {self.config.tokens}: {key} is {own[key]}, but the checkpoint was written with "
-                    f"{state.get(key)}; resume with the same data and seed, or start a new run folder"
-                )
-        self.counts = Counter(state["counts"])
-        self._pending = None
-        self._begin_epoch(state["epoch"])
-        self._position = state["position"]
-        self._end_step()
+        for key in ["seed", "seq_len"] + (["split"] if state["micro_batch"] else []):
+            check_equal(f"data {self.config.tokens or 'sources'}", key, own[key], state.get(key))
+        places = state.get("sources", {})
+        self._check_contents(places)
+        self._step = state["step"]
+        self._mixture.load_state_dict(state["weights"], places)
+        self._pending = [
+            self._measured(self.sources[name], epoch, document)
+            for name, epoch, document in state["pending"]
+            if name in self.sources
+        ]
+        self._rows, self._micro_batch = [], 0
+        self._step_start = self._place()
         if state["micro_batch"]:
             self._begin_step()
             self._micro_batch = state["micro_batch"]
 
+    def _check_contents(self, places: Mapping[str, Mapping[str, Any]]) -> None:
+        """Whether the sources hold what they did."""
+        if not set(places) & set(self.sources):
+            raise ValueError(
+                f"data: none of the checkpoint's sources, {sorted(places)}, is among {sorted(self.sources)}; {REMEDY}"
+            )
+        for name in sorted(set(places) ^ set(self.sources)):
+            logger.warning(
+                "data.sources.%s: %s", name, "left out from here on" if name in places else "new from here on"
+            )
+        for name, source in self.sources.items():
+            if name not in places:
+                continue
+            source.check_content(places[name])
+            if self.config.verify_shards and isinstance(source.documents, TokenShards):
+                source.documents.verify(self.rank, self.world_size)
+
     def _place(self) -> dict[str, Any]:
         """Where the next row begins."""
-        position = self._position - (self._pending is not None)
-        return {"epoch": self._epoch, "position": position, "counts": dict(self.counts)}
+        places = {name: source.state_dict() for name, source in self.sources.items()}
+        pending = [[drawn.source.name, drawn.epoch, drawn.document] for drawn in self._pending]
+        return {"step": self._step, "weights": dict(self._mixture.weights), "pending": pending, "sources": places}
 
     # rows
 
     def _begin_step(self) -> None:
+        self._mixture.set_weights(self.config.weights_at(self._step))
         rows_per_rank = self.micro_batch_size * self.grad_accum_steps
+        rows = []
         for number in range(rows_per_rank * self.world_size):
-            row = self._next_row()
-            if number // rows_per_rank == self.rank:
-                self._step.append(row)
+            is_own = number // rows_per_rank == self.rank
+            row = self._next_row(is_own)
+            if is_own:
+                rows.append(row)
+        self._rows = rows
 
     def _end_step(self) -> None:
-        self._step, self._micro_batch = [], 0
+        self._rows, self._micro_batch = [], 0
+        self._step += 1
         self._step_start = self._place()
 
-    def _next_row(self) -> list[Sample]:
+    def _next_row(self, is_own: bool) -> list[Sample]:
+        """The samples of the next row, or none of them where it is another rank's."""
         row: list[Sample] = []
-        room = self.config.seq_len
-        while True:
-            sample = self._pending or self._draw()
-            self._pending = sample
-            if len(sample.ids) > room:
-                return row
-            self._pending = None
-            row.append(sample)
-            room -= len(sample.ids)
-            self.counts["documents"] += 1
+        room, passed = self.config.seq_len, 0
+        while passed <= self.config.lookahead:
+            if passed == len(self._pending):
+                self._pending.append(self._draw())
+            drawn = self._pending[passed]
+            if drawn.length > room:
+                passed += 1
+                continue
+            del self._pending[passed]
+            room -= drawn.length
+            drawn.source.use(drawn.length)
+            if is_own:
+                row.append(self._sample(drawn))
+        return row
 
-    # documents
+    def _draw(self) -> _Drawn:
+        source, document = self._mixture.draw()
+        drawn = self._measured(source, source.epoch, document)
+        self._mixture.charge(source, drawn.length)
+        return drawn
 
-    def _draw(self) -> Sample:
-        while True:
-            if self._position == len(self.documents):
-                self._check_skipped()
-                self._begin_epoch(self._epoch + 1)
-            index = int(self._order[self._position])
-            self._position += 1
-            key, ids = self.documents.keys[index], self.documents[index]
-            if len(ids) <= self.config.seq_len:
-                return self._vary(key, ids, self._random.of(index))
-            self.counts["too_long"] += 1
-            logger.debug("document %s has %d tokens, a row %d: skipped", key, len(ids), self.config.seq_len)
-            if self.counts.total() >= MIN_DOCUMENTS_TO_JUDGE:
-                self._check_skipped()
+    def _measured(self, source: Source, epoch: int, document: int) -> _Drawn:
+        randomness = source.randomness_of(epoch)
+        length = self._variation.length(source.documents, document, randomness)
+        return _Drawn(source, epoch, document, length, randomness)
 
-    def _begin_epoch(self, epoch: int) -> None:
-        self._epoch, self._position = epoch, 0
-        self._order = np.arange(len(self.documents))
-        self._random = _Randomness(self.seed, epoch)
-        if self.config.shuffle:
-            np.random.default_rng((self.seed, epoch)).shuffle(self._order)
-
-    def _check_skipped(self) -> None:
-        too_long, fitting = self.counts["too_long"], self.counts["documents"]
-        if not fitting or too_long > self.config.max_skipped_share * (too_long + fitting):
-            raise ValueError(
-                f"data {self.config.tokens}: {too_long} of {too_long + fitting} documents are longer than seq_len "
-                f"{self.config.seq_len}; raise seq_len, or max_skipped_share {self.config.max_skipped_share}"
-            )
-
-    def _vary(self, key: str, ids: np.ndarray, rng: np.random.Generator) -> Sample:
-        """Drops the caption, or changes the order and draws masks."""
-        drop = rng.random() < self.config.caption_dropout
-        turn = rng.random() < self.config.image_first_share
-        if drop or turn:
-            parts = _parts(self.sequence_format.split(ids))
-            is_text = [part[0].modality == "text" for part in parts]
-            if drop and any(is_text) and not all(is_text):
-                mask = [Run("text", np.array([self.sequence_format.vocabulary.sentinel(0)]))]
-                kept = [mask if text else part for part, text in zip(parts, is_text)]
-                ids = self.sequence_format.join([run for part in kept for run in part])
-                return self._sample(key, ids, self.objective.weigh(ids))
-            if turn and sorted(is_text) == [False, True]:
-                ids = self.sequence_format.join([run for part in parts[::-1] for run in part])
-        return self._sample(key, *self.objective.apply(ids, rng, max_len=self.config.seq_len))
-
-    def _sample(self, key: str, ids: np.ndarray, loss_weights: np.ndarray) -> Sample:
-        """With the first part's weights, up to the first token that ends a part."""
-        if self.config.first_part_weight != 1:
-            vocabulary = self.sequence_format.vocabulary
-            ends = np.flatnonzero((ids[2:] == vocabulary.break_) | (ids[2:] == vocabulary.end_of_span))
-            if len(ends) and vocabulary.break_ in ids:
-                loss_weights[: ends[0] + 2] *= self.config.first_part_weight
-        return Sample(key, ids, loss_weights)
-
-
-class _Randomness:
-    """A stream of random numbers for every document of an epoch.
-
-    Philox (Salmon et al. 2011) is keyed by seed and epoch, and the index stands in a high word of its counter: each
-    document has 2^128 numbers of its own. Setting the counter costs a tenth of seeding a generator.
-    """
-
-    def __init__(self, seed: int, epoch: int) -> None:
-        key = np.random.SeedSequence((seed, epoch)).generate_state(2, np.uint64)
-        self._philox = np.random.Philox(key=key)
-        self._generator = np.random.Generator(self._philox)
-        self._start: Any = self._philox.state
-
-    def of(self, index: int) -> np.random.Generator:
-        """The generator at the start of a document's stream; it is the same object for all of them."""
-        self._start["state"]["counter"][:] = (0, 0, index, 0)
-        self._philox.state = self._start
-        return self._generator
-
-
-def _parts(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs with neighbouring texts (masks among them) taken together."""
-    numbered = groupby(enumerate(runs), key=lambda item: -1 if item[1].modality == "text" else item[0])
-    return [[run for _, run in part] for _, part in numbered]
+    def _sample(self, drawn: _Drawn) -> Sample:
+        source = drawn.source
+        key = source.documents.keys[drawn.document]
+        key = f"{source.name}:{key}" if source.name else key
+        sample = self._variation.vary(key, source.documents[drawn.document], drawn.randomness.of(drawn.document))
+        if len(sample.ids) > drawn.length:
+            raise SequenceError(f"{source.label}: document {key} is not spelled as this version spells it")
+        return sample
 
 
 def held_out_batches(

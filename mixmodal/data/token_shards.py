@@ -10,6 +10,7 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from mixmodal.vocabulary import Vocabulary
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 NUM_UINT16 = 1 << 16
+DIGITS = 8
+BLOCK_BYTES = 1 << 22
 
 
 def write_token_shard(
@@ -137,10 +140,48 @@ class TokenShards:
         start, stop = offsets[index - self._starts[shard] :][:2]
         return tokens[start:stop].astype(np.int64)
 
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, uint32 `(documents,)`."""
+        return np.concatenate([np.empty(0, np.uint32), *(np.diff(offsets) for _, offsets in self._shards)]).astype(
+            np.uint32
+        )
+
     @property
     def digest(self) -> str:
         """SHA-256 of the manifest, which holds that of every shard's tokens: names what the documents are."""
         return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def shard_digests(self) -> str:
+        """The first 8 hexadecimal digits of each shard's SHA-256, one behind the other; see `changed_since`."""
+        return "".join(entry["sha256"][:DIGITS] for entry in self.manifest["shards"])
+
+    def changed_since(self, shard_digests: str) -> list[str]:
+        """Names of the shards that differ from what `shard_digests` was, those that came or went included."""
+        before = [shard_digests[at : at + DIGITS] for at in range(0, len(shard_digests), DIGITS)]
+        names = [entry["name"] for entry in self.manifest["shards"]]
+        names += [f"shard number {number}, which is gone" for number in range(len(names), len(before))]
+        now = [entry["sha256"][:DIGITS] for entry in self.manifest["shards"]]
+        return [name for name, one, other in zip_longest(names, before, now) if one != other]
+
+    def verify(self, part: int = 0, of: int = 1) -> None:
+        """Reads every `of`-th shard from `part` on and compares it with the manifest.
+
+        Raises:
+            ValueError: naming a file whose tokens are not those that it was written with.
+        """
+        for entry in self.manifest["shards"][part::of]:
+            path = self.folder / f"{entry['name']}.tokens.npy"
+            sha256 = hashlib.sha256()
+            with path.open("rb") as file:
+                while block := file.read(BLOCK_BYTES):
+                    sha256.update(block)
+            if sha256.hexdigest() != entry["sha256"]:
+                raise ValueError(
+                    f"{path}: changed since it was written (SHA-256 {sha256.hexdigest()[:12]}..., not "
+                    f"{entry['sha256'][:12]}... as in {self.manifest_path}); bring it back or pretokenize again"
+                )
 
     @property
     def keys(self) -> list[str]:
@@ -186,6 +227,21 @@ class TokenShards:
                     f"shards were made with another {key.rsplit('_', 1)[0].replace('_', ' ')}; pretokenize again"
                 )
 
+    def check_like(self, other: TokenShards) -> None:
+        """Whether both were made with the same tokenizers, vocabulary and sequence format: trained on together.
+
+        Raises:
+            ValueError: naming this manifest and the key that differs.
+        """
+        same = {key: other.manifest[key] for key in ("text_tokenizer_sha256", "image_tokenizer_sha256")}
+        self.check(**same, vocabulary_digest=other.vocabulary.digest)
+        found, wanted = self.manifest["sequence_format"], other.manifest["sequence_format"]
+        if found != wanted:
+            raise ValueError(
+                f"{self.manifest_path}: sequence_format is {found}, not {wanted} as in {other.manifest_path}; "
+                "pretokenize one of them again"
+            )
+
     def _read_manifest(self) -> dict[str, Any]:
         path = self.manifest_path
         if not path.is_file():
@@ -224,6 +280,7 @@ class TokenShards:
 
     def _load(self, name: str) -> np.ndarray:
         try:
-            return np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
+            mapped = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(f"{self.folder / name}: missing or broken ({error}); pretokenize again") from error
+        return mapped.view(np.ndarray)  # slicing a `memmap` costs ten times as much

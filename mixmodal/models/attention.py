@@ -5,11 +5,14 @@ Shapes: B batch, T tokens, D model, N heads, K kv heads, H head, S cache slots.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from mixmodal.models.packed_rows import Documents, Pattern, attend_blocks, attend_within
 
 
 class Rotary(NamedTuple):
@@ -29,8 +32,36 @@ def rotary(positions: Tensor, head_dim: int, theta: float) -> Rotary:
 
 def rotate(heads: Tensor, angles: Rotary) -> Tensor:
     """Turns `heads` `(B, N, T, H)` by the angles of their positions."""
-    first, second = heads.chunk(2, dim=-1)
-    return heads * angles.cos + torch.cat((-second, first), dim=-1) * angles.sin
+    if torch.compiler.is_compiling():  # which fuses what is written out
+        first, second = heads.chunk(2, dim=-1)
+        return heads * angles.cos + torch.cat((-second, first), dim=-1) * angles.sin
+    return _Rotate.apply(heads, *angles)  # type: ignore[misc]
+
+
+class _Rotate(torch.autograd.Function):
+    """A rotation in half the passes over memory that autograd makes; its gradient is turned back."""
+
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = heads.dtype
+        return _turn(heads, cos, sin, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        cos, sin = ctx.saved_tensors
+        return _turn(grad, cos, sin, -1).to(ctx.dtype), None, None
+
+
+def _turn(heads: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    half = heads.shape[-1] // 2
+    cos, sin = cos[..., :half], sin[..., :half]  # the other half is the same
+    turned = torch.empty_like(heads, dtype=torch.promote_types(heads.dtype, cos.dtype))
+    (first, second), (turned_first, turned_second) = heads.split(half, dim=-1), turned.split(half, dim=-1)
+    torch.mul(first, cos, out=turned_first).addcmul_(second, sin, value=-direction)
+    torch.mul(second, cos, out=turned_second).addcmul_(first, sin, value=direction)
+    return turned
 
 
 class HeadNorm(nn.Module):
@@ -45,7 +76,7 @@ class HeadNorm(nn.Module):
     def forward(self, heads: Tensor) -> Tensor:
         """`(B, T, N, H)` to the same, in float32."""
         normed = F.layer_norm(heads.float(), heads.shape[-1:], eps=self.eps)
-        return normed * self.weight + self.bias
+        return torch.addcmul(self.bias, normed, self.weight)
 
 
 class LayerCache(NamedTuple):
@@ -117,7 +148,7 @@ class Attention(nn.Module):
         self,
         hidden: Tensor,
         angles: Rotary | None,
-        mask: Tensor | None,
+        mask: Pattern,
         cache: KVCache | None = None,
         layer: int = 0,
         positions: Tensor | None = None,
@@ -126,7 +157,7 @@ class Attention(nn.Module):
 
         Args:
             angles: rotary angles; None where positions are learned.
-            mask: `(B, 1, T, S)` bool, true where a query sees a key; None is causal.
+            mask: which keys a query sees; with `Documents`, B is 1 and T the number of tokens that are not padding.
             cache, layer, positions: where keys and values are kept, this layer's index, and slots `(B, T)`.
         """
         batch, length, _ = hidden.shape
@@ -139,17 +170,18 @@ class Attention(nn.Module):
         queries, keys = queries.to(values.dtype), keys.to(values.dtype)
         if cache is not None and positions is not None:
             keys, values = (kept.to(values.dtype) for kept in cache.write(layer, positions, keys, values))
-        mixed = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_kv_heads < self.num_heads
-        )
+        mixed = self.attend(queries, keys, values, mask)
         return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
 
-
-def segment_mask(segment_ids: Tensor) -> Tensor:
-    """`(B, 1, T, T)` bool: a token sees itself and what stands before it in its own segment. `segment_ids` `(B, T)`."""
-    length = segment_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
-    return ((segment_ids[:, :, None] == segment_ids[:, None, :]) & causal)[:, None]
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Pattern) -> Tensor:
+        """`(B, N, T, H)`, `(B, K, S, H)` and the same to `(B, N, T, H)`."""
+        if isinstance(mask, Documents):
+            return attend_within(mask, queries, keys, values)
+        if mask is not None and not isinstance(mask, Tensor):
+            return attend_blocks(mask, queries, keys, values)
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=self.num_kv_heads < self.num_heads
+        )
 
 
 def cache_mask(positions: Tensor, num_slots: int) -> Tensor:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +26,8 @@ from mixmodal.models.attention import (
     Rotary,
     cache_mask,
     rotary,
-    segment_mask,
 )
+from mixmodal.models.packed_rows import AttentionKind, Documents, Pattern, find_pattern
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +147,7 @@ class Block(nn.Module):
         self,
         hidden: Tensor,
         angles: Rotary | None,
-        mask: Tensor | None,
+        mask: Pattern,
         cache: KVCache | None,
         layer: int,
         positions: Tensor,
@@ -163,6 +164,21 @@ class Block(nn.Module):
         return F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
 
 
+Reduce = Callable[[Tensor, Tensor], Any]
+"""What is wanted of hidden states `(B, T, D)` and the output matrix `(V, D)` in place of all logits."""
+
+
+class OutputLayer(nn.Linear):
+    """Hidden states to logits, or to what a `Reduce` makes of them within this layer's forward.
+
+    Within, because ZeRO stage 3 has the matrix whole only while the layer that owns it computes.
+    """
+
+    def forward(self, hidden: Tensor, reduce: Reduce | None = None) -> Any:  # type: ignore[override]
+        """`(B, T, D)` to `(B, T, V)` float32, or what `reduce` returns."""
+        return super().forward(hidden).float() if reduce is None else reduce(hidden, self.weight)
+
+
 class Transformer(nn.Module):
     """Tokens `(B, T)` int64 to logits `(B, T, V)` float32.
 
@@ -175,12 +191,15 @@ class Transformer(nn.Module):
         if config.vocab_size < 1:
             raise ValueError("model: vocab_size is 0; set it, or let training take it from the data's vocabulary")
         self.config = config
+        self.attention_kind: AttentionKind = "auto"
+        """How attention is kept within documents: no part of the shape, the results are the same."""
+        self.is_compiled = False
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         learned = config.position == "learned"
         self.positions = nn.Embedding(config.max_seq_len, config.dim) if learned else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = Norm(config)
-        self.output = None if config.tie_embeddings else nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.output = None if config.tie_embeddings else OutputLayer(config.dim, config.vocab_size, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -194,6 +213,12 @@ class Transformer(nn.Module):
             else:
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
 
+    def compile_blocks(self) -> None:
+        """Lets torch.compile make one program of each block, for fixed shapes; names of parameters stay."""
+        self.is_compiled = True
+        for block in self.blocks:
+            block.compile(dynamic=False)
+
     def hidden(
         self,
         tokens: Tensor,
@@ -206,7 +231,8 @@ class Transformer(nn.Module):
         Args:
             tokens: `(B, T)` int64.
             positions: `(B, T)` int64; counted from 0 (or from the end of the cache) by default.
-            segment_ids: `(B, T)` int64; attention stays within equal ids. One segment by default.
+            segment_ids: `(B, T)` int64; attention stays within equal ids, and 0 is padding, whose hidden states mean
+                nothing. One segment by default.
             cache: keys and values of what came before; extended by this call.
 
         Raises:
@@ -217,10 +243,13 @@ class Transformer(nn.Module):
         start = 0 if cache is None else cache.used
         if positions is None:
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device).expand_as(tokens)
-        mask = None if segment_ids is None else segment_mask(segment_ids)
+        mask = None if segment_ids is None else find_pattern(segment_ids, self.attention_kind, self.is_compiled)
         if cache is not None:
             cache.extend(tokens.shape[1])
             mask = cache_mask(positions, cache.used)
+        batch, length = tokens.shape
+        if isinstance(mask, Documents):  # all but attention acts on each token for itself: no layer sees padding
+            tokens, positions = mask.gather(tokens), mask.gather(positions)
         hidden = self.embedding(tokens)
         angles = None
         if self.positions is not None:
@@ -228,8 +257,10 @@ class Transformer(nn.Module):
         else:
             angles = rotary(positions, self.config.attention_sizes["head_dim"], self.config.rope_theta)
         for layer, block in enumerate(self.blocks):
-            hidden = block(hidden, angles, mask, cache, layer, positions)
-        return self.norm(hidden)
+            # without a cache all blocks are called alike: a compiled program is then not made anew for each number
+            hidden = block(hidden, angles, mask, cache, layer if cache else 0, positions)
+        hidden = self.norm(hidden)
+        return mask.scatter(hidden, batch, length) if isinstance(mask, Documents) else hidden
 
     def logits(self, hidden: Tensor, ids: slice | None = None) -> Tensor:
         """Logits `(..., V)` float32 of `hidden` `(..., D)`; `ids` computes a stretch of the columns only."""
@@ -243,10 +274,18 @@ class Transformer(nn.Module):
         segment_ids: Tensor | None = None,
         cache: KVCache | None = None,
         return_hidden: bool = False,
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Logits `(B, T, V)` float32, and with `return_hidden` also `hidden`; the arguments are those of `hidden`."""
+        reduce: Reduce | None = None,
+    ) -> Any:
+        """Logits `(B, T, V)` float32, and with `return_hidden` also `hidden`; the arguments are those of `hidden`.
+
+        With `reduce` its result stands in place of the logits, which are then not computed.
+        """
         hidden = self.hidden(tokens, positions, segment_ids, cache)
-        return (self.logits(hidden), hidden) if return_hidden else self.logits(hidden)
+        if self.output is not None:
+            found = self.output(hidden, reduce)
+        else:
+            found = self.logits(hidden) if reduce is None else reduce(hidden, self.embedding.weight)
+        return (found, hidden) if return_hidden else found
 
     def build_cache(
         self, batch_size: int, max_len: int, dtype: torch.dtype | None = None, device: torch.device | None = None

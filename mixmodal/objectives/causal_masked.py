@@ -41,6 +41,11 @@ class CausalMaskedConfig:
         if self.poisson_rate < 0:
             raise ValueError(f"objective: poisson_rate is {self.poisson_rate}; it must not be negative")
 
+    @property
+    def draws(self) -> bool:
+        """Whether any document can get a mask."""
+        return self.max_masks > 0 and (self.min_masks > 0 or self.poisson_rate > 0)
+
 
 class CausalMasked:
     """Moves spans of a document to its end and back.
@@ -103,15 +108,23 @@ class CausalMasked:
         weights[0] = 0
         return weights
 
+    def draw_num_masks(self, length: int, rng: np.random.Generator, max_len: int | None = None) -> int:
+        """How many masks a document of `length` tokens is to get; one with less content than masks gets fewer.
+
+        It is the first that `apply` draws, so that the length of what it returns is known without the ids.
+        """
+        config = self.config
+        num_masks = min(max(int(rng.poisson(config.poisson_rate)), config.min_masks), config.max_masks)
+        if max_len is not None:
+            num_masks = min(num_masks, (max_len - length) // TOKENS_PER_MASK)
+        return max(0, num_masks)
+
     def draw_spans(
         self, ids: np.ndarray, rng: np.random.Generator, max_len: int | None = None
     ) -> list[tuple[int, int]]:
         """Half-open spans `(start, stop)` of content, in order; see the class for how they are drawn."""
-        config = self.config
-        num_masks = min(max(int(rng.poisson(config.poisson_rate)), config.min_masks), config.max_masks)
-        if max_len is not None:
-            num_masks = min(num_masks, (max_len - len(ids)) // TOKENS_PER_MASK)
-        if num_masks < 1:
+        num_masks = self.draw_num_masks(len(ids), rng, max_len)
+        if not num_masks:
             return []
         content = self._is_content[ids]
         edges = (content[1:] != content[:-1]).nonzero()[0] + 1  # <s> and </s> are no content: edges come in pairs

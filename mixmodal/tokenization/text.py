@@ -7,6 +7,7 @@ import io
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import sentencepiece
@@ -74,6 +75,13 @@ class TextTokenizer:
     def num_pieces(self) -> int:
         """Number of pieces; indices are 0 .. num_pieces - 1."""
         return self._processor.GetPieceSize()
+
+    @cached_property
+    def piece_bytes(self) -> list[int]:
+        """Bytes that each piece stands for in UTF-8: those of the pieces of a text add up to the text's."""
+        pieces = map(self._processor.IdToPiece, range(self.num_pieces))
+        is_byte = map(self._processor.IsByte, range(self.num_pieces))
+        return [1 if one else len(piece.replace(SPACE_MARK, " ").encode()) for piece, one in zip(pieces, is_byte)]
 
     @property
     def sha256(self) -> str:

@@ -1,27 +1,35 @@
 """Checkpoints that are whole or absent, and that hold data only.
 
 checkpoints/latest                  name of the checkpoint in force, written last
-checkpoints/step_00000100/          DeepSpeed's files, and
+checkpoints/step_00000100/
     state.json                      step and what must be equal to go on
+    model_00000.pt                  what rank 0 keeps of the network `model` (see `fragments`), and so on
     rank_00000.pt                   loader and random state of each rank
     ema.pt                          averaged weights, where they are kept
+    checksums.json                  SHA-256 of every other file
 checkpoints/step_00000200.partial/  being written, or left by a process that was killed
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 
-from mixmodal.files import naming, write_whole
+from mixmodal.files import naming
 
+logger = logging.getLogger(__name__)
+
+CHECKSUMS = "checksums.json"
+STATE = "state.json"
 LATEST = "latest"
 PARTIAL = ".partial"
 PREFIX = "step_"
@@ -29,6 +37,12 @@ PREFIX = "step_"
 
 class CheckpointError(ValueError):
     """A checkpoint that can not be written or read."""
+
+
+def describe(error: Exception) -> str:
+    """One line for other ranks; never empty. Errors that are not for users come with their type."""
+    text = str(error) if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: {error}"
+    return text or type(error).__name__
 
 
 # files
@@ -43,29 +57,57 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def save_tensors(state: Any, path: Path) -> None:
-    """`torch.save` that waits for the disk and fails with an OSError alone, which names the file."""
+class HashedFile:
+    """A file to write to that knows the SHA-256 of what it got."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def save_tensors(state: Any, path: Path) -> str:
+    """`torch.save` that waits for the disk and fails with an OSError alone, which names the file; the SHA-256."""
     with naming(path), open(path, "wb") as file:
+        hashed = HashedFile(file)
         try:
-            torch.save(state, file)
+            torch.save(state, hashed)  # pyright: ignore[reportArgumentType]
         except RuntimeError as error:  # torch's writer puts its own error over that of the disk
             raise OSError(str(error)) from error
         file.flush()
         os.fsync(file.fileno())
+    return hashed.sha256.hexdigest()
 
 
-def load_tensors(path: Path, map_location: Any = None, allowed: Sequence[Any] = ()) -> Any:
-    """`torch.load` of data: tensors, numbers, strings, lists, tuples, dictionaries and the classes `allowed`.
+def load_tensors(path: Path, *, lazy: bool = False) -> Any:
+    """`torch.load` of data to the host: tensors, numbers, strings, lists, tuples and dictionaries.
+
+    Args:
+        path: of a file that `save_tensors` wrote.
+        lazy: whether tensors are read from the file when they are used, which takes what is used alone to memory.
 
     Raises:
         CheckpointError: naming the file, where it is missing, damaged, or holds anything else.
     """
     try:
-        with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=lazy)
     except Exception as error:  # torch raises many kinds for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"checkpoint file {path} can not be loaded: {reason}") from error
+
+
+def sha256_of(path: Path) -> str:
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()
 
 
 # data
@@ -94,26 +136,31 @@ def step_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def whole_checkpoints(folder: Path) -> list[Path]:
+    """Those that were finished, oldest first."""
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal())
+
+
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint in force, or None where there is none.
+    """The checkpoint in force, or None where there is none; `choose_checkpoint` looks whether it is whole."""
+    pointer = folder / LATEST
+    return folder / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of a checkpoint holds.
 
     Raises:
-        CheckpointError: where `latest` names a checkpoint that is not there.
+        CheckpointError: naming the file that is missing or no JSON.
     """
-    pointer = folder / LATEST
-    if not pointer.exists():
-        return None
-    found = folder / pointer.read_text(encoding="utf-8").strip()
-    if not (found / "state.json").is_file():
-        raise CheckpointError(f"{pointer} names {found.name}, which is not whole; name another one in the file")
-    return found
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
     try:
-        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"checkpoint {checkpoint}: state.json can not be read: {error}") from error
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint file {path} can not be read: {error}") from error
 
 
 def clear_partial(folder: Path) -> None:
@@ -122,106 +169,79 @@ def clear_partial(folder: Path) -> None:
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Removes all but the newest `keep` checkpoints and the one in force."""
+def prune(folder: Path, keep: int, keep_every: int = 0) -> None:
+    """Removes old checkpoints.
+
+    There stay the newest `keep`, also of those that are not newer than the one in force, and those whose step is a
+    multiple of `keep_every`.
+    """
     in_force = latest_checkpoint(folder)
-    whole = sorted(path for path in folder.glob(f"{PREFIX}*") if path.suffix != PARTIAL)
-    for old in whole[:-keep]:
-        if old != in_force:
+    whole = whole_checkpoints(folder)
+    until = [path for path in whole if in_force is None or path.name <= in_force.name]
+    for old in set(whole) - {*whole[-keep:], *until[-keep:]}:
+        if not keep_every or step_of(old) % keep_every:
             doomed = old.with_name(old.name + PARTIAL)  # so that half of it is never taken for a checkpoint
             os.replace(old, doomed)
             shutil.rmtree(doomed)
 
 
-def save_checkpoint(
-    folder: Path,
-    state: Mapping[str, Any],
-    write_engine: Callable[[Path], None],
-    rank_state: Mapping[str, Any],
-    extra: Mapping[str, Any],
-    *,
-    rank: int,
-    keep: int,
-) -> Path:
-    """Writes one checkpoint; every rank must call it.
+# choice
 
-    All files go to a partial folder, which is renamed when the disk has them; `latest` is written last. Whatever
-    happens on the way, the previous checkpoint stays in force.
+Gather = Callable[[Any], list[Any]]
+"""Data of this rank to the data of all ranks, in their order; a collective."""
 
-    Args:
-        folder: `checkpoints/` of the run, on a disk that all ranks share.
-        state: JSON data; `step` names the checkpoint.
-        write_engine: writes the weights and the optimizer into a folder; a collective.
-        rank_state: data of this rank.
-        extra: file name to tensors that rank 0 writes.
-        keep: number of checkpoints to keep.
+
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
+    """A `Gather`, within a process group."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def choose_checkpoint(folder: Path, rank: int = 0, gather: Gather = gather_objects) -> Path | None:
+    """The checkpoint in force, or the newest whole one before it, with a warning for each that is damaged.
+
+    Every file is compared with its checksum. Each rank reads a part of the files; all come to the same answer.
 
     Raises:
-        CheckpointError: where any rank could not write.
+        CheckpointError: where there are checkpoints, but none is whole.
     """
-    name = step_name(int(state["step"]))
-    partial, final = folder / (name + PARTIAL), folder / name
-    problem = _attempt(lambda: _prepare(folder, partial), rank == 0)
-    if not _all_well(problem):
-        raise CheckpointError(f"checkpoint {final} could not be begun: {problem or 'see rank 0'}; {_kept(folder)}")
-    problem = _attempt(lambda: write_engine(partial))
-    check_plain(rank_state, "state of the rank")
-    problem = problem or _attempt(lambda: save_tensors(dict(rank_state), partial / f"rank_{rank:05d}.pt"))
-    if rank == 0:
-        problem = problem or _attempt(lambda: _write_extra(partial, state, extra))
-    if not _all_well(problem):
-        if rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        problem = problem or "another rank failed"
-        raise CheckpointError(f"checkpoint {final} could not be written: {problem}; {_kept(folder)}")
-    problem = _attempt(lambda: _put_in_force(folder, partial, final, keep), rank == 0)
-    if not _all_well(problem):
-        raise CheckpointError(f"checkpoint {final} could not be put in force: {problem}; {_kept(folder)}")
-    return final
+    in_force = latest_checkpoint(folder)
+    names = [in_force.name] if in_force else []
+    names += [path.name for path in reversed(whole_checkpoints(folder)) if names and path.name < names[0]]
+    names = gather(names)[0]  # another rank may see the disk of a moment ago
+    damaged: list[str] = []
+    for name in names:
+        problems = [problem for part in gather(find_damage(folder / name, rank, gather)) for problem in part]
+        if not problems:
+            if rank == 0:
+                for line in damaged:
+                    logger.warning("%s; going on from %s instead", line, name)
+            return folder / name
+        damaged.append(f"checkpoint {folder / name} is damaged: {', '.join(sorted(set(problems)))}")
+    if damaged:
+        raise CheckpointError(f"{'; '.join(damaged)}; no whole checkpoint is left: choose another trainer.run_dir")
+    return None
 
 
-def _attempt(action: Callable[[], None], wanted: bool = True) -> str:
-    """What went wrong on the disk, or nothing."""
+def find_damage(checkpoint: Path, rank: int, gather: Gather) -> list[str]:
+    """What is wrong with the files that fall to this rank."""
     try:
-        if wanted:
-            action()
-    except OSError as error:
-        return str(error)
-    return ""
-
-
-def _prepare(folder: Path, partial: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    clear_partial(folder)
-    partial.mkdir()
-
-
-def _write_extra(partial: Path, state: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
-    for file_name, tensors in extra.items():
-        save_tensors(tensors, partial / file_name)
-    write_whole(partial / "state.json", json.dumps(state, indent=2).encode())
-
-
-def _put_in_force(folder: Path, partial: Path, final: Path, keep: int) -> None:
-    if final.exists():  # left by a run that was killed before `latest` named it
-        shutil.rmtree(final)
-    sync_folder(partial)
-    os.replace(partial, final)
-    sync_folder(folder)
-    write_whole(folder / LATEST, (final.name + "\n").encode())
-    sync_folder(folder)
-    prune(folder, keep)
-
-
-def _all_well(problem: str) -> bool:
-    """Whether no rank has a problem; a collective where there are several ranks."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return not problem
-    problems: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    return not any(problems)
-
-
-def _kept(folder: Path) -> str:
-    pointer = folder / LATEST
-    return f"{pointer.read_text().strip()} stays in force" if pointer.exists() else "there is no earlier checkpoint"
+        checksums = read_json(checkpoint / CHECKSUMS)
+        problem = "" if STATE in checksums else f"{CHECKSUMS} does not name {STATE}"
+    except CheckpointError:
+        checksums, problem = {}, f"{CHECKSUMS} is missing or can not be read"
+    world = gather((checksums, problem))
+    checksums, problem = world[0]
+    if problem:
+        return [problem]
+    problems = []
+    for name in sorted(checksums)[rank :: len(world)]:
+        try:
+            if sha256_of(checkpoint / name) != checksums[name]:
+                problems.append(f"{name} is not what was written")
+        except OSError as error:
+            problems.append(f"{name} can not be read ({error.strerror})")
+    return problems

@@ -5,43 +5,20 @@ from __future__ import annotations
 import atexit
 import contextlib
 import io
-import json
 import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mixmodal.training.checkpoint import CheckpointError, load_tensors, save_tensors
-from mixmodal.training.config import Precision
+from mixmodal.training.ranks import meet
 
 if TYPE_CHECKING:
     from types import ModuleType
-
-OWNED_KEYS = {
-    "train_batch_size": "trainer.micro_batch_size and trainer.grad_accum_steps",
-    "train_micro_batch_size_per_gpu": "trainer.micro_batch_size",
-    "gradient_accumulation_steps": "trainer.grad_accum_steps",
-    "gradient_clipping": "trainer.max_grad_norm",
-    "optimizer": "optimizer.*",
-    "scheduler": "optimizer.schedule",
-    "fp16": "trainer.precision",
-    "bf16": "trainer.precision",
-    "amp": "trainer.precision",
-    "torch_autocast": "trainer.precision",
-    "data_types": "trainer.precision",
-    "prescale_gradients": "nothing: gradients are sums over the global weight",
-    "gradient_predivide_factor": "nothing: gradients are sums over the global weight",
-    "gradient_allreduce_op": "nothing: gradients are sums over the global weight",
-    "steps_per_print": "trainer.log_every",
-    "tensorboard": "trainer.tensorboard",
-}
-"""DeepSpeed keys that follow from our config, and the option that sets each."""
 
 
 class Place(NamedTuple):
@@ -50,65 +27,6 @@ class Place(NamedTuple):
     rank: int
     world_size: int
     device: torch.device
-
-
-def read_zero_file(path: Path | None, precision: Precision) -> dict[str, Any]:
-    """The sections of a DeepSpeed JSON file that are the user's to choose; without a file, the lowest stage that works.
-
-    The value "auto" is left to us, or to DeepSpeed's default.
-
-    Raises:
-        ValueError: naming the file and the key that another option sets, or a stage that the precision does not allow.
-    """
-    if path is None:
-        return {"zero_optimization": {"stage": 1 if precision == "bfloat16" else 0}}
-    try:
-        sections = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"trainer.deepspeed: {path} can not be read as JSON: {error}") from error
-    if not isinstance(sections, dict):
-        raise ValueError(f"trainer.deepspeed: {path} must hold one JSON object")
-    for key, option in OWNED_KEYS.items():
-        if sections.get(key, "auto") != "auto":
-            raise ValueError(f"{path}: key {key!r} is set by {option}; remove it from the DeepSpeed file")
-    sections = {key: value for key, value in sections.items() if value != "auto"}
-    zero = sections.setdefault("zero_optimization", {"stage": 0})
-    sections["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
-    if precision == "bfloat16" and sections["zero_optimization"].get("stage", 0) == 0:
-        raise ValueError(
-            f"{path}: zero_optimization.stage is 0, which would sum gradients in bfloat16; choose stage 1, 2 or 3 "
-            "(they keep float32 master weights) or trainer.precision autocast_bfloat16"
-        )
-    return sections
-
-
-def deepspeed_config(
-    *,
-    micro_batch_size: int,
-    grad_accum_steps: int,
-    max_grad_norm: float,
-    precision: Precision,
-    zero_file: Path | None,
-) -> dict[str, Any]:
-    """The whole DeepSpeed dictionary, derived from the training config and one ZeRO file."""
-    sections = read_zero_file(zero_file, precision)
-    stage = sections["zero_optimization"].get("stage", 0)
-    config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": grad_accum_steps,
-        "gradient_clipping": max_grad_norm if stage else 0.0,  # at stage 0 `Engine.clip_gradients` does it
-        "steps_per_print": 10**9,
-        "timers": {"throughput": {"enabled": False}},  # it would wait for the device at every step
-        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW serves on the CPU, too, and needs no compiler
-        **sections,
-    }
-    if precision == "bfloat16":
-        config["bf16"] = {"enabled": True, "check_grad_overflow": True}
-        config["data_types"] = {"grad_accum_dtype": "fp32"}
-    elif precision == "autocast_bfloat16":
-        # no module is listed as safe to reduce in bfloat16, so that gradients are summed over ranks in float32
-        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    return config
 
 
 def load_deepspeed() -> ModuleType:
@@ -138,23 +56,44 @@ def init_distributed() -> Place:
 
     Raises:
         ValueError: where deepspeed is not installed.
+        RankError: naming the processes that did not come.
     """
     deepspeed = load_deepspeed()
-    backend = deepspeed.get_accelerator().communication_backend_name()
+    accelerator = deepspeed.get_accelerator()
+    backend = accelerator.communication_backend_name()
+    device = torch.device("cpu")
+    if accelerator.device_name() != "cpu":
+        device = torch.device(accelerator.device_name(), int(os.environ.get("LOCAL_RANK", "0")))
+        accelerator.set_device(device.index)
     if not dist.is_initialized() and "RANK" not in os.environ:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     elif not dist.is_initialized():
+        meet(backend, device if device.type == "cuda" else None)
         atexit.register(leave_distributed)
     os.environ.setdefault("LOCAL_RANK", "0")  # deepspeed asks for it even in a world of one
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
-    accelerator = deepspeed.get_accelerator()
-    if accelerator.device_name() == "cpu":
-        device = torch.device("cpu")
-    else:
-        device = torch.device(accelerator.device_name(), int(os.environ["LOCAL_RANK"]))
-        accelerator.set_device(device.index)
     return Place(dist.get_rank(), dist.get_world_size(), device)
+
+
+def check_device(config: Mapping[str, Any]) -> None:
+    """Makes sure that the device can do what a DeepSpeed dictionary asks for.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    accelerator: Any = load_deepspeed().get_accelerator()
+    if "fp16" in config and not accelerator.is_fp16_supported():
+        raise ValueError(
+            f"trainer.precision is float16, in which this {accelerator.device_name()} can not compute; choose bfloat16"
+        )
+    for name in ("offload_optimizer", "offload_param"):
+        section = config["zero_optimization"].get(name) or {}
+        if section.get("device") == "nvme" and accelerator.device_name() == "cpu":
+            raise ValueError(
+                f"zero_optimization.{name}.device is nvme, which needs an extension of DeepSpeed's that is not built "
+                "where training runs on the CPU; choose cpu"
+            )
 
 
 def leave_distributed() -> None:
@@ -179,11 +118,17 @@ class Engine:
         self, model: nn.Module, optimizer: torch.optim.Optimizer, config: Mapping[str, Any], place: Place
     ) -> None:
         deepspeed = load_deepspeed()
+        check_device(config)
         with contextlib.redirect_stdout(io.StringIO()):  # memory reports; warnings and errors do not pass here
             engine, self.optimizer, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(config))
         self.place = place
         self.deepspeed_engine = engine
         self.zero_stage: int = int(engine.zero_optimization_stage())
+        self._scales = "fp16" in config
+        if self._scales:
+            self.optimizer.loss_scaler.raise_error_at_min_scale = False  # `skipped` tells
+        self.skipped = False
+        """Whether the last step left the weights alone since its gradients overflowed, and the next may do better."""
         self._num_ranks = float(place.world_size)
         if self.zero_stage == 0 and place.world_size == 1:
             engine.enable_backward_allreduce = False  # it would copy all gradients to a flat buffer and back
@@ -204,7 +149,10 @@ class Engine:
 
     def end_micro_batch(self) -> None:
         """To be called after every `backward`; the last of a step changes the weights."""
+        scale = self.loss_scale
         self.deepspeed_engine.step()
+        if scale is not None:
+            self.skipped = bool(self.optimizer.overflow) and scale > self.optimizer.loss_scaler.min_scale
 
     def clip_gradients(self, max_norm: float) -> Tensor | None:
         """Norm of the gradient before clipping; None at ZeRO stages 1 to 3, which find it within the step."""
@@ -220,6 +168,16 @@ class Engine:
         """Norm that the ZeRO stages found within the step. They leave the weights alone where it is not finite."""
         return float(self.deepspeed_engine.get_global_grad_norm())
 
+    @property
+    def loss_scale(self) -> float | None:
+        """What losses are multiplied by before `backward`; None where the precision needs no scale."""
+        return float(self.optimizer.loss_scaler.cur_scale) if self._scales else None
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that left the weights alone since gradients overflowed under the loss scale of `float16`."""
+        return int(self.deepspeed_engine.skipped_steps)
+
     @contextlib.contextmanager
     def whole_weights(self) -> Iterator[None]:
         """All weights in full on every rank, also where ZeRO stage 3 keeps a part on each."""
@@ -229,56 +187,5 @@ class Engine:
         with load_deepspeed().zero.GatheredParameters(list(self.module.parameters())):
             yield
 
-    def save(self, folder: Path) -> None:
-        """Writes DeepSpeed's files into `folder`; every rank must call it.
-
-        Raises:
-            OSError: where a file can not be written.
-        """
-        writer = self.deepspeed_engine.checkpoint_engine = build_safe_checkpoint_engine()
-        self.deepspeed_engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        if writer.problem:
-            raise writer.problem
-
-    def load(self, folder: Path) -> None:
-        """Reads what `save` wrote, as plain data: nothing in the files can run code.
-
-        Raises:
-            CheckpointError: where the files are damaged or of another model.
-        """
-        self.deepspeed_engine.checkpoint_engine = build_safe_checkpoint_engine()
-        try:
-            path, _ = self.deepspeed_engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        except RuntimeError as error:  # how torch says that names or shapes differ
-            raise CheckpointError(f"checkpoint {folder} is of another model: {error}") from error
-        if path is None:
-            raise CheckpointError(f"checkpoint {folder}: DeepSpeed found nothing to load")
-
     def close(self) -> None:
         self.deepspeed_engine.destroy()
-
-
-def build_safe_checkpoint_engine() -> Any:
-    """DeepSpeed's reader and writer of files, made safe.
-
-    Its own loads with `weights_only=False`, so that a file can run code, and leaves what it wrote in the cache of the
-    operating system. This one loads data and three small classes of DeepSpeed's, and waits for the disk.
-    """
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    class SafeCheckpointEngine(TorchCheckpointEngine):
-        problem: OSError | None = None
-
-        def save(self, state_dict: Any, path: str) -> None:
-            try:
-                save_tensors(state_dict, Path(path))
-            except OSError as error:
-                self.problem = error  # raised when all ranks are out of DeepSpeed's barriers
-
-        def load(self, path: str, map_location: Any = None) -> Any:
-            return load_tensors(Path(path), map_location, allowed=[LossScaler, ZeroStageEnum, fragment_address])
-
-    return SafeCheckpointEngine()

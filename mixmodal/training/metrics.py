@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL.Image import Image as Picture
 from torch import Tensor
 
 from mixmodal.files import naming, write_whole
@@ -22,38 +25,51 @@ METRICS_FILE = "metrics.jsonl"
 SHOWN = ("loss", "grad_norm", "lr", "tokens_per_second", "mfu")
 
 
+class Peak(NamedTuple):
+    """A value of which the largest over micro-batches and ranks counts: a scalar, -inf where there is none."""
+
+    value: Tensor
+
+
 class MetricSums:
-    """Totals and counts by name, kept on the device until `means` reads them.
+    """Totals and counts, and largest values, by name, kept on the device until `means` reads them.
 
     Every rank must add the same names; a metric without anything to count has the count 0.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, Tensor] = {}  # (2,): total and count
+        self._peaks: dict[str, Tensor] = {}  # (1,)
 
-    def add(self, metrics: Mapping[str, Sums]) -> None:
-        for name, (total, count) in metrics.items():
-            pair = torch.stack(
-                [torch.as_tensor(value, device=total.device).detach().double() for value in (total, count)]
-            )
-            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
+    def add(self, metrics: Mapping[str, Sums | Peak]) -> None:
+        for name, metric in metrics.items():
+            device = metric[0].device
+            values = torch.stack([torch.as_tensor(value, device=device).detach().double() for value in metric])
+            if isinstance(metric, Peak):
+                self._peaks[name] = torch.maximum(self._peaks.get(name, values), values)
+            else:
+                self._sums[name] = self._sums[name] + values if name in self._sums else values
 
     def means(self) -> dict[str, float | None]:
-        """Total over count of each metric, over all ranks; None where nothing was counted. Empties the sums."""
-        means = reduce_sums({name: Sums(pair[0], pair[1]) for name, pair in self._sums.items()})
-        self._sums = {}
-        return means
+        """Total over count, or the largest value, of each metric over all ranks; None where there is none.
+
+        A collective; what was kept is then forgotten.
+        """
+        sums, peaks = reduce(self._sums, dist.ReduceOp.SUM), reduce(self._peaks, dist.ReduceOp.MAX)
+        self._sums, self._peaks = {}, {}
+        means = {name: total / count if count else None for name, (total, count) in sums.items()}
+        return means | {name: None if value == -math.inf else value for name, (value,) in peaks.items()}
 
 
-def reduce_sums(metrics: Mapping[str, Sums]) -> dict[str, float | None]:
-    """Sums over all ranks to means; a collective, and one wait for the device. None where the count is 0."""
-    if not metrics:
+def reduce(tensors: Mapping[str, Tensor], operation: Any) -> dict[str, list[float]]:
+    """Tensors `(N,)` by name, reduced over all ranks in the order of their names: one wait for the device."""
+    if not tensors:
         return {}
-    names = sorted(metrics)  # (M, 2)
-    table = torch.stack([torch.stack([value.double() for value in metrics[name]]) for name in names])
+    names = sorted(tensors)
+    table = torch.stack([tensors[name] for name in names])
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(table)
-    return {name: total / count if count else None for name, (total, count) in zip(names, table.tolist(), strict=True)}
+        dist.all_reduce(table, operation)
+    return dict(zip(names, table.tolist(), strict=True))
 
 
 class MetricsLog:
@@ -94,6 +110,12 @@ class MetricsLog:
             if self._writer and name != "step" and isinstance(value, (int, float)):
                 self._writer.add_scalar(name, value, step)
         self._show(step, record)
+
+    def write_picture(self, name: str, picture: Picture, step: int) -> None:
+        """A picture for TensorBoard."""
+        if self._writer:
+            pixels = np.asarray(picture.convert("RGB"))
+            self._writer.add_image(name, pixels, step, dataformats="HWC")
 
     def say(self, message: str) -> None:
         """A line for the person who waits."""

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-Schedule = Literal["constant", "linear", "cosine", "exponential"]
+Schedule = Literal["constant", "linear", "cosine", "polynomial", "exponential"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,14 @@ class OptimizerConfig:
         eps: added to the root of the second moment.
         weight_decay: decoupled decay of matrices; norms, biases and embeddings are not decayed.
         warmup_steps: optimizer steps of linear warm-up from 0; its last step has the peak rate.
-        schedule: how the rate falls from the end of the warm-up to `min_lr_ratio * lr` at `trainer.max_steps`.
-        min_lr_ratio: the last rate over the peak; must be above 0 for `exponential`.
+        schedule: how the rate falls from the end of the warm-up to `min_lr_ratio * lr` at `trainer.max_steps`;
+            `constant` does not fall.
+        min_lr_ratio: the last rate over the peak.
+        polynomial_power: of `polynomial`: the part above the last rate is `(1 - progress)^power` of what it was (the
+            schedule of arXiv 2301.03728, which CM3Leon follows; 1 is `linear`).
+        exponential_rate: of `exponential`: the rate falls as `exp(-exponential_rate * progress)`, lowered and
+            stretched so that it ends at `min_lr_ratio * lr` exactly, which may be 0 (Chameleon). At 0 it is the plain
+            exponential from the peak to the last rate, which needs a `min_lr_ratio` above 0.
     """
 
     lr: float = 1e-4
@@ -33,6 +39,8 @@ class OptimizerConfig:
     warmup_steps: int = 100
     schedule: Schedule = "cosine"
     min_lr_ratio: float = 0.1
+    polynomial_power: float = 1.0
+    exponential_rate: float = 0.0
 
     def __post_init__(self) -> None:
         problems = []
@@ -44,8 +52,22 @@ class OptimizerConfig:
             problems.append(f"optimizer.warmup_steps is {self.warmup_steps}; it must not be negative")
         if not 0 <= self.min_lr_ratio <= 1:
             problems.append(f"optimizer.min_lr_ratio is {self.min_lr_ratio}; it must lie in [0, 1]")
-        if self.schedule == "exponential" and self.min_lr_ratio == 0:
-            problems.append("optimizer.schedule exponential never reaches 0; set optimizer.min_lr_ratio, say to 0.01")
+        if self.polynomial_power <= 0:
+            problems.append(f"optimizer.polynomial_power is {self.polynomial_power}; it must be above 0")
+        if self.exponential_rate < 0:
+            problems.append(f"optimizer.exponential_rate is {self.exponential_rate}; it must not be negative")
+        if self.schedule == "exponential" and self.min_lr_ratio == 0 and self.exponential_rate == 0:
+            problems.append(
+                "optimizer.schedule exponential never reaches 0 by itself; set optimizer.min_lr_ratio, say to 0.01, "
+                "or optimizer.exponential_rate, say to 4.6"
+            )
+        idle = {"polynomial_power": self.schedule != "polynomial", "exponential_rate": self.schedule != "exponential"}
+        idle["min_lr_ratio"] = self.schedule == "constant"
+        for name, is_idle in idle.items():
+            if is_idle and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                problems.append(
+                    f"optimizer.{name} can not act where optimizer.schedule is {self.schedule}; leave it out"
+                )
         if problems:
             raise ValueError("; ".join(problems))
 
@@ -56,13 +78,19 @@ def lr_at(step: int, config: OptimizerConfig, max_steps: int) -> float:
         return config.lr * (step + 1) / config.warmup_steps
     progress = min(1.0, (step - config.warmup_steps) / max(1, max_steps - config.warmup_steps))
     floor = config.min_lr_ratio
-    ratio = {
+    left = {  # of the way from the peak to the floor: 1 at first, 0 at the end
         "constant": lambda: 1.0,
-        "linear": lambda: 1.0 - (1.0 - floor) * progress,
-        "cosine": lambda: floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress)),
-        "exponential": lambda: floor**progress,
+        "linear": lambda: 1.0 - progress,
+        "cosine": lambda: 0.5 * (1.0 + math.cos(math.pi * progress)),
+        "polynomial": lambda: (1.0 - progress) ** config.polynomial_power,
+        "exponential": lambda: _exponential_left(progress, config.exponential_rate or -math.log(floor)),
     }[config.schedule]()
-    return config.lr * ratio
+    return config.lr * (floor + (1.0 - floor) * left)
+
+
+def _exponential_left(progress: float, rate: float) -> float:
+    """`exp(-rate * progress)`, lowered and stretched so that it falls from 1 to 0; a straight line for a rate of 0."""
+    return 1.0 - progress if rate == 0 else 1.0 - math.expm1(-rate * progress) / math.expm1(-rate)
 
 
 def is_decayed(name: str, parameter: nn.Parameter, module: nn.Module) -> bool:

@@ -7,8 +7,10 @@ nobody holds it, so that the temporaries of backward, and weights cast by autoca
 is what stands at the peak; gradients that come into being during backward take the place of activations.
 
 Not counted: what kernels take inside (workspaces of cuDNN and cuBLAS, buffers of NCCL), what the allocator loses to
-fragments, evaluation, and checkpoints being written. `CUDA_CONTEXT` is an assumption: a process has 0.5 to 1 GB of
-context and libraries on the device. Attention is that of the CPU, which keeps what the fused ones of CUDA do.
+fragments, evaluation, and checkpoints being written. `fitting.CUDA_CONTEXT` is an assumption: a process has 0.5 to
+1 GB of context and libraries on the device. Attention is that of the CPU, which keeps what the fused ones of CUDA do,
+under the mask `(B, 1, T, T)` that `attention` makes on CUDA: none with `documents` and `flex`, as long as a row is one
+document.
 
 Measured: on a CPU, trainings of 0.6 to 0.8 GB made the resident set grow by 0.93 to 1.02 times the plan, at every ZeRO
 stage on one process (`tests/training/test_plan.py`). Nobody has compared a plan with a GPU yet.
@@ -25,18 +27,16 @@ from typing import Literal, NamedTuple
 
 from mixmodal.config import UsageError, parse
 from mixmodal.files import write_whole
-from mixmodal.training.engine import read_zero_file
+from mixmodal.training.budget import Budget, build_budget, describe
+from mixmodal.training.deepspeed_config import read_zero_file
+from mixmodal.training.fitting import Stages, find_change
 from mixmodal.training.image_tokenizer import ImageTokenizerTrainingConfig
 from mixmodal.training.pretrain import PretrainConfig
-from mixmodal.training.rehearsal import Rehearsal, TrainingConfig, largest_size
-from mixmodal.training.states import module_bytes, state_bytes, trained
+from mixmodal.training.rehearsal import TrainingConfig, largest_size
+from mixmodal.training.states import trained
 from mixmodal.training.task import MODEL
 
-CUDA_CONTEXT = 10**9
-"""Bytes that a process takes on the device before it has a tensor there: an assumption, not a measurement."""
 UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-ALL_REDUCE_ELEMENTS = 500_000_000
-"""Gradients that DeepSpeed copies side by side to sum them over ranks at ZeRO stage 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class PlanConfig:
     """Predicts the memory of a training on each GPU, without data, weights or a GPU.
 
     `--config FILE` is the config of the training, that of train-image-tokenizer or pretrain, and options with a dot
-    change its keys: `--trainer.micro_batch_size 8`.
+    change its keys: `--trainer.micro_batch_size 8`. So does `--deepspeed FILE`.
 
     Args:
         training: what `--config` gives.
@@ -52,6 +52,8 @@ class PlanConfig:
         gpus: processes, each with a GPU of its own.
         gpu_memory: of one GPU, with its unit: MB, GB, TB are powers of 1000, and MiB, GiB, TiB of 1024.
         device: what it will train on; `cpu` casts and reserves as the CPU does.
+        mfu: share of `trainer.peak_flops` that a GPU reaches, 0 .. 1: with it tokens and time are told, too.
+        gpu_hours: to spend, all GPUs together: with it and `mfu`, the steps that they are enough for.
         out: JSON file for the figures, bytes; nothing is written by default.
     """
 
@@ -60,12 +62,18 @@ class PlanConfig:
     gpus: int = 1
     gpu_memory: str = "80GB"
     device: Literal["cuda", "cpu"] = "cuda"
+    mfu: float | None = None
+    gpu_hours: float | None = None
     out: Path | None = None
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
             raise ValueError(f"gpus is {self.gpus}; it must be at least 1")
         parse_bytes(self.gpu_memory, "gpu_memory")
+        if self.mfu is not None and not 0 < self.mfu <= 1:
+            raise ValueError(f"mfu is {self.mfu}; it must lie above 0 and up to 1")
+        if self.gpu_hours is not None and (self.gpu_hours <= 0 or self.mfu is None):
+            raise ValueError(f"gpu_hours is {self.gpu_hours}; it must be above 0, and needs mfu")
 
     @staticmethod
     def read_arguments(argv: Sequence[str]) -> list[str]:
@@ -79,7 +87,7 @@ class PlanConfig:
         while waiting:
             argument = waiting.pop(0)
             name, has_value, value = argument.partition("=")
-            if name != "--config" and not (name.startswith("--") and "." in name):
+            if name not in ("--config", "--deepspeed") and not (name.startswith("--") and "." in name):
                 rest.append(argument)
                 continue
             if not has_value and waiting and not waiting[0].startswith("--"):
@@ -108,6 +116,10 @@ class Plan(NamedTuple):
         gpu_memory_bytes: of a GPU.
         fits: whether the total does.
         largest_micro_batch_size: that fits, 0 for none; image tokenizers only.
+        stages: the same rows at every ZeRO stage that this training can use, with `total`, and with `host`, what each
+            process keeps in the host's memory.
+        change: the smallest change of the config that makes it fit; None where it does, or where none is known.
+        budget: tokens and time, where `mfu` is given.
     """
 
     parameters: int
@@ -119,6 +131,9 @@ class Plan(NamedTuple):
     gpu_memory_bytes: int
     fits: bool
     largest_micro_batch_size: int | None
+    stages: dict[int, dict[str, int]]
+    change: str | None
+    budget: Budget | None
 
 
 def plan(config: PlanConfig) -> Plan:
@@ -127,11 +142,13 @@ def plan(config: PlanConfig) -> Plan:
     Raises:
         ValueError: naming the key or the file that can not work.
     """
-    found = build_plan(load_training(config.training, config.overrides), config)
-    _print(found, config)
+    training = load_training(config.training, config.overrides)
+    found = build_plan(training, config)
+    _print(found, training, config)
     if config.out:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         figures = {"config": str(config.training), "gpus": config.gpus, "device": config.device, **found._asdict()}
+        figures["budget"] = found.budget and found.budget._asdict()
         write_whole(config.out, json.dumps(figures, indent=2).encode() + b"\n")
     return found
 
@@ -181,41 +198,41 @@ def build_plan(training: TrainingConfig, config: PlanConfig) -> Plan:
     trainer = training.trainer
     zero = read_zero_file(trainer.deepspeed, trainer.precision)["zero_optimization"]
     stage, size = zero.get("stage", 0), trainer.micro_batch_size
-    half = trainer.precision == "bfloat16"
-    # a parameter's own gradient stands from backward to step, unless ZeRO takes it into a sum at once (counted below)
-    keeps = trainer.grad_accum_steps > 1 or stage > (1 if half else 0)
-    rehearsal = Rehearsal(training, casts_as_on_cuda=config.device == "cuda", keeps_gradients=keeps)
-    networks = rehearsal.networks
-    states = {name: state_bytes(network, trainer.precision, zero, config.gpus) for name, network in networks.items()}
-    num_trained = sum(parameter.numel() for parameter in trained(networks[MODEL]))
-    model = states[MODEL]
-    others = [state for name, state in states.items() if name != MODEL]
-    rows = {
-        "weights": model.weights,
-        "gradients": model.gradients,
-        "optimizer": model.optimizer,
-        "averaged weights": 4 * num_trained if trainer.ema_decay else 0,
-        "other networks": sum(sum(state[:3]) for state in others) + sum(map(module_bytes, rehearsal.frozen)),
-        "communication": sum(state.communication for state in states.values()),
-        "CUDA context (assumed)": CUDA_CONTEXT if config.device == "cuda" else 0,
-    }
-    standing = sum(rows.values())
-    counts = [sum(parameter.numel() for parameter in trained(network)) for network in networks.values()]
-    coming = 0 if keeps else (2 if half else 4) * sum(counts)  # counted above, though not there before backward
-    # gradients side by side to be summed over ranks; DeepSpeed rounds bfloat16's float32 sums to a further copy
-    flat = min(max(counts), ALL_REDUCE_ELEMENTS) * (6 if half and stage == 1 else 4 * (stage == 0 and config.gpus > 1))
-    passes = rehearsal.passes(size)
-    rows["activations"] = max(0, flat, passes.peak - coming)
-    limit, total = parse_bytes(config.gpu_memory, "gpu_memory"), standing + rows["activations"]
+    limit = parse_bytes(config.gpu_memory, "gpu_memory")
+    stages = Stages(training, config.gpus, config.device)
+    table = stages.table(zero)
+    memory = table[stage]
+    rehearsal = stages.rehearsal(stage)
+    num_trained = sum(parameter.numel() for parameter in trained(rehearsal.networks[MODEL]))
     largest = None
     if isinstance(training, ImageTokenizerTrainingConfig):
-        room = limit - standing
-        peaks = {size: passes.peak}
-        largest = largest_size(lambda size: rehearsal.passes(size).peak, peaks, room + coming) if flat <= room else 0
-    return Plan(num_trained, stage, size, rows, total, passes.saved, limit, total <= limit, largest)
+        room = limit - memory.standing
+        peaks = {size: memory.passes.peak}
+        fits = memory.flat <= room
+        largest = largest_size(lambda size: rehearsal.passes(size).peak, peaks, room + memory.coming) if fits else 0
+    change = None if memory.total <= limit else find_change(stages, zero, table, limit)
+    budget = None
+    if config.mfu:
+        if isinstance(training, ImageTokenizerTrainingConfig):
+            raise ValueError("mfu: operations are known of pretraining only; leave it out")
+        budget = build_budget(training, rehearsal.task.flops_per_token(), config.gpus, config.mfu, config.gpu_hours)
+    return Plan(
+        num_trained,
+        stage,
+        size,
+        memory.rows,
+        memory.total,
+        memory.passes.saved,
+        limit,
+        memory.total <= limit,
+        largest,
+        {stage: {**found.rows, "total": found.total, "host": found.host} for stage, found in table.items()},
+        change,
+        budget,
+    )
 
 
-def _print(found: Plan, config: PlanConfig) -> None:
+def _print(found: Plan, training: TrainingConfig, config: PlanConfig) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -227,14 +244,25 @@ def _print(found: Plan, config: PlanConfig) -> None:
     heading += f"ZeRO stage {found.zero_stage}, {gpus}"
     console.print(f"{config.training}: {heading}", soft_wrap=plain, markup=False)
     table = Table(box=None if plain else box.ROUNDED)
-    table.add_column("on each GPU, at the peak")
-    table.add_column("GB", justify="right")
-    for name, size in found.rows.items():
-        if size:
-            table.add_row(name, f"{size / 1e9:,.2f}")
-    table.add_section()
-    table.add_row("total", f"{found.total_bytes / 1e9:,.2f}")
+    table.add_column("GB on each GPU, at the peak")
+    for stage in found.stages:
+        table.add_column(f"ZeRO {stage}{' (config)' * (stage == found.zero_stage)}", justify="right")
+    names = [name for name in found.rows if any(rows[name] for rows in found.stages.values())]
+    for name in [*names, "total", *(["host"] if any(rows["host"] for rows in found.stages.values()) else [])]:
+        shown = {"host": "on the host, each process"}.get(name, name)
+        if name == "total":
+            table.add_section()
+        table.add_row(shown, *(f"{rows[name] / 1e9:,.2f}" for rows in found.stages.values()))
+    limit = found.gpu_memory_bytes
+    table.add_row(f"fits {config.gpu_memory}", *("yes" if r["total"] <= limit else "no" for r in found.stages.values()))
     console.print(table)
-    console.print(f"{'fits' if found.fits else 'does not fit'} a GPU of {config.gpu_memory}", soft_wrap=plain)
+    verdict = f"{'fits' if found.fits else 'does not fit'} a GPU of {config.gpu_memory}"
+    if not found.fits:
+        unknown = "; no change known here makes it fit on so many GPUs"
+        verdict += f"; it does with {found.change}" if found.change else unknown
+    console.print(verdict, soft_wrap=plain, markup=False)
     if found.largest_micro_batch_size is not None:
         console.print(f"largest micro_batch_size that fits: {found.largest_micro_batch_size}", soft_wrap=plain)
+    if found.budget and isinstance(training, PretrainConfig):
+        for line in describe(found.budget, training, config.gpus, config.gpu_hours):
+            console.print(line, soft_wrap=plain, markup=False)

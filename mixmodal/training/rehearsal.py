@@ -13,10 +13,14 @@ from mixmodal.data.augment import NUM_DRAWS
 from mixmodal.data.packing import Batch
 from mixmodal.data.pictures import PictureBatch
 from mixmodal.data.token_shards import TokenShards
+from mixmodal.models.packed_rows import resolve_kind
+from mixmodal.models.transformer import Transformer
+from mixmodal.objectives.output_loss import DEFAULT_CHUNK_ELEMENTS
 from mixmodal.tokenization.vector_quantizers import MovingAverageQuantizer
 from mixmodal.training.image_tokenizer import ImageTokenizerTask, ImageTokenizerTrainingConfig
 from mixmodal.training.live_bytes import CastAsOnCuda, LiveBytes
 from mixmodal.training.pretrain import PretrainConfig, PretrainTask, fit_to_data
+from mixmodal.training.recomputing import recompute
 from mixmodal.training.task import MODEL, Losses, Task
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
@@ -35,7 +39,7 @@ class Rehearsal:
 
     Args:
         training: of which command.
-        casts_as_on_cuda: see `CastAsOnCuda`.
+        as_on_cuda: it casts (`CastAsOnCuda`), masks and holds as many logits at a time as CUDA does.
         keeps_gradients: whether gradients stand during forward as well; they are then not counted here.
         fake: without data. Real ones tell, in tests, whether the fake ones are right.
 
@@ -43,20 +47,20 @@ class Rehearsal:
         ValueError: where the perceptual network or the vocabulary can not be found.
     """
 
-    def __init__(
-        self, training: TrainingConfig, *, casts_as_on_cuda: bool, keeps_gradients: bool, fake: bool = True
-    ) -> None:
+    def __init__(self, training: TrainingConfig, *, as_on_cuda: bool, keeps_gradients: bool, fake: bool = True) -> None:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         self.training, self.keeps_gradients = training, keeps_gradients
-        self._casts = CastAsOnCuda if casts_as_on_cuda else contextlib.nullcontext
+        self._casts = CastAsOnCuda if as_on_cuda else contextlib.nullcontext
         self._tensors = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
         # Image tokenizers are small, and libraries of quantizers and files of weights need real tensors to be built.
         pictures = isinstance(training, ImageTokenizerTrainingConfig)
         self.task: Task = ImageTokenizerTask(training) if pictures else DatalessPretrainTask(training)
         with torch.device("cpu" if pictures or not fake else "meta"):
-            self.networks = {MODEL: self.task.build_model()}
+            self.networks = {MODEL: self._build_model(as_on_cuda)}
             self.networks |= {name: opponent.model for name, opponent in self.task.build_opponents().items()}
+        if training.trainer.activation_checkpointing:
+            recompute(self.task.recomputed(self.networks[MODEL]))
         held = [module for module in vars(self.task).values() if isinstance(module, nn.Module)]
         self.frozen = [module for module in held if all(module is not network for network in self.networks.values())]
         """What the task keeps beside the networks that it trains."""
@@ -70,10 +74,17 @@ class Rehearsal:
                 if parameter.requires_grad and keeps_gradients:
                     parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
+    def _build_model(self, as_on_cuda: bool) -> nn.Module:
+        model = self.task.build_model()
+        if isinstance(model, Transformer) and isinstance(self.task, PretrainTask) and as_on_cuda:
+            self.task.chunk_elements = DEFAULT_CHUNK_ELEMENTS
+            model.attention_kind = resolve_kind(model.attention_kind, "cuda", self.training.trainer.compile)
+        return model
+
     def _prepare(self, network: nn.Module) -> None:
         network.train()
-        if self.training.trainer.precision == "bfloat16":
-            network.bfloat16()
+        kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+        network.to(kinds.get(self.training.trainer.precision))
         for module in network.modules():
             if isinstance(module, MovingAverageQuantizer):
                 # its library asks for values, which fake tensors have not; what it takes stands in for it
@@ -115,12 +126,12 @@ class DatalessPretrainTask(PretrainTask):
     def __init__(self, config: PretrainConfig) -> None:  # without the parent's, which opens the data
         self.config = config
         size = config.model.vocab_size
-        if (config.data.tokens / "manifest.json").exists():
-            self.vocabulary = TokenShards.open(config.data.tokens).vocabulary
+        tokens = next(iter(config.data.mixture.values())).tokens  # all sources have one vocabulary
+        if (tokens / "manifest.json").exists():
+            self.vocabulary = TokenShards.open(tokens).vocabulary
         elif size < 1:
             raise ValueError(
-                f"model.vocab_size is 0, and data.tokens {config.data.tokens} holds no token shards that tell it; "
-                "give --model.vocab_size"
+                f"model.vocab_size is 0, and {tokens} holds no token shards that tell it; give --model.vocab_size"
             )
         else:
             sizes = VocabularyConfig(codebook_sizes={"image": 1}, num_text_pieces=max(1, size - 9), num_sentinels=1)
@@ -190,8 +201,9 @@ def build_batch(training: TrainingConfig, micro_batch_size: int) -> PictureBatch
         pixels = torch.zeros(micro_batch_size, 3, side, side, dtype=torch.uint8)
         return PictureBatch(pixels, torch.zeros(micro_batch_size, NUM_DRAWS), [""] * micro_batch_size)
     shape = (micro_batch_size, training.data.seq_len)
-    tokens, positions, segments = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
-    return Batch(tokens, positions, segments, torch.zeros(shape), [[] for _ in range(micro_batch_size)])
+    tokens, positions = (torch.zeros(shape, dtype=torch.int64) for _ in range(2))
+    segments = torch.ones(shape, dtype=torch.int64)  # a document a row, of which all is learned: the most there can be
+    return Batch(tokens, positions, segments, torch.ones(shape), [[] for _ in range(micro_batch_size)])
 
 
 def planned_step(training: TrainingConfig) -> int:

@@ -7,14 +7,25 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from mixmodal.training.config import HALF
+
 
 class States(NamedTuple):
-    """Bytes that a network takes on each GPU besides activations; `communication` is for what goes between ranks."""
+    """Bytes that a network takes on each GPU besides activations.
+
+    Args:
+        weights: of the network and its buffers.
+        gradients: sums of them.
+        optimizer: moments, and float32 masters where there are any.
+        communication: for what goes between ranks.
+        host: bytes that each process keeps in the host's memory instead (offload).
+    """
 
     weights: int
     gradients: int
     optimizer: int
     communication: int
+    host: int = 0
 
 
 def state_bytes(network: nn.Module, precision: str, zero: Mapping[str, Any], gpus: int) -> States:
@@ -25,15 +36,18 @@ def state_bytes(network: nn.Module, precision: str, zero: Mapping[str, Any], gpu
     | stage | weights | gradients | optimizer | communication |
     |---|---|---|---|---|
     | 0 | w N | 4 N | 8 N | - |
-    | 1 | w N | 4 N, and 2 N for `bfloat16` | 12 N / G, with float32 masters | buckets; none for `bfloat16` |
+    | 1 | w N | 4 N, and 2 N for 16 bits | 12 N / G, with float32 masters | buckets; none for `bfloat16` |
     | 2 | w N | 4 N / G | 12 N / G | buckets |
     | 3 | w N / G + w min(N, stage3_max_live_parameters) | 4 N / G | 12 N / G | buckets |
 
     A bucket is `reduce_bucket_size` weights, two of them with `overlap_comm` at stages 1 and 2. At stage 3 whole
     weights are gathered for a while, on one GPU too. Without buckets (stage 0, and 1 for `bfloat16`), up to 5e8
-    gradients are copied side by side when activations are gone: `build_plan` counts them in the place of these.
+    gradients are copied side by side when activations are gone: `Stages` counts them in the place of these.
+
+    `offload_optimizer` takes the optimizer to the host, from stage 2 on with the gradients; `offload_param` the shares
+    of weights at stage 3. Nobody has measured offload on a GPU yet.
     """
-    stage, width = zero.get("stage", 0), 2 if precision == "bfloat16" else 4
+    stage, width = zero.get("stage", 0), 2 if precision in HALF else 4
     parameters = list(trained(network))
     count = sum(parameter.numel() for parameter in parameters)
     constant = module_bytes(network) - sum(parameter.nbytes for parameter in parameters)
@@ -48,7 +62,19 @@ def state_bytes(network: nn.Module, precision: str, zero: Mapping[str, Any], gpu
         buckets = 0
     bucket = width * int(zero.get("reduce_bucket_size", 5e8))
     gradients = 4 * share if stage > 1 else (6 if width == 2 else 4) * count
-    return States(weights + constant, gradients, 12 * share, buckets * bucket)
+    optimizer, host = 12 * share, 0
+    if offloads(zero, "offload_optimizer"):
+        host, optimizer = optimizer, 0
+        if stage > 1:
+            host, gradients = host + gradients, 0
+    if offloads(zero, "offload_param"):
+        host, weights = host + width * share, weights - width * share
+    return States(weights + constant, gradients, optimizer, buckets * bucket, host)
+
+
+def offloads(zero: Mapping[str, Any], name: str) -> bool:
+    """Whether a ZeRO section keeps states of the kind `name` on the host."""
+    return (zero.get(name) or {}).get("device", "none") != "none"
 
 
 def trained(network: nn.Module) -> Iterator[Tensor]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from PIL.Image import Image as Picture
 from torch import Tensor, nn
 
 from mixmodal.objectives.loss import Sums
+from mixmodal.training.metrics import Peak
 from mixmodal.training.optimizer import OptimizerConfig
 
 Batch = Any
@@ -23,11 +25,14 @@ class Losses(Protocol):
     def objective(self) -> Tensor: ...  # scalar with gradient: a SUM, to be divided by the weight of the whole step
 
     @property
-    def metrics(self) -> Mapping[str, Sums]: ...  # the same names every time; `loss` among them
+    def metrics(self) -> Mapping[str, Sums | Peak]: ...  # the same names on every rank; `loss` among them
 
 
 class Loader(Protocol):
-    """Micro-batches of this rank without end; its state is numbers, strings, tensors, lists and dicts."""
+    """Micro-batches of this rank; its state is numbers, strings, tensors, lists and dicts.
+
+    It goes on without end, or ends training on all ranks before the same step with a `StopIteration` that says why.
+    """
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -63,6 +68,14 @@ class Task(Protocol):
         """The model on the CPU in float32; the global generator is seeded, the same on every rank."""
         ...
 
+    def compile_model(self, model: nn.Module) -> None:
+        """Lets torch.compile have the parts of `model` that are worth it; `trainer.compile` asks for it.
+
+        Raises:
+            ValueError: where there is none.
+        """
+        raise ValueError("trainer.compile can not act here: only transformers have blocks to compile; leave it out")
+
     def build_opponents(self) -> dict[str, Opponent]:
         """Further networks by name, built after the model; like it on the CPU in float32, the same on every rank."""
         return {}
@@ -86,20 +99,38 @@ class Task(Protocol):
         """
         yield MODEL, self.losses(networks[MODEL], batch, step)
 
+    def recomputed(self, model: nn.Module) -> Iterable[nn.Module]:
+        """Parts of the model that `trainer.activation_checkpointing` computes again in backward; none by default."""
+        return ()
+
     def batch_keys(self, batch: Batch) -> list[str]:
         """Names of the samples, for messages."""
         ...
 
     def batch_tokens(self, batch: Batch) -> int:
-        """Positions that the model computes, padding included: the unit of throughput. 0 leaves it out."""
+        """Tokens of a batch that is on the CPU, padding not among them: the unit of throughput. 0 leaves it out."""
         return 0
 
+    def counters(self, state: Mapping[str, Any]) -> Mapping[str, float]:
+        """What the log tells of the data up to a state of the loader: numbers that are the same on every rank."""
+        return {}
+
     def flops_per_token(self) -> float:
-        """Floating-point operations of a training step for each of those positions; 0 where it is not known."""
+        """Floating-point operations of a training step for each of those tokens; 0 where it is not known."""
         return 0.0
 
     def evaluate(self, model: nn.Module) -> dict[str, float | None]:
-        """Held-out metrics, the same on every rank (see `metrics.reduce_sums`); called without gradient."""
+        """Held-out metrics, the same on every rank (see `MetricSums`); called without gradient."""
+        return {}
+
+    draws_pictures: bool = False
+    """Whether `draw` gives any. It needs whole weights, which ZeRO stage 3 does not keep."""
+
+    def draw(self, model: nn.Module, step: int, last: bool) -> dict[str, Picture]:
+        """Pictures by name for TensorBoard, after `step` steps and `evaluate`; called without gradient, on rank 0.
+
+        `last` says that training has ended.
+        """
         return {}
 
     def export(self, model: nn.Module, folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,18 +14,23 @@ from torch import Tensor, nn
 
 from mixmodal.config import save_config
 from mixmodal.training import checkpoint
+from mixmodal.training.alarms import Alarms
+from mixmodal.training.checks import Check
 from mixmodal.training.config import TrainerConfig
+from mixmodal.training.deepspeed_config import deepspeed_config
 from mixmodal.training.ema import AveragedWeights
-from mixmodal.training.engine import Engine, Place, deepspeed_config, init_distributed
+from mixmodal.training.engine import Engine, Place, init_distributed
+from mixmodal.training.fragments import check_savable
 from mixmodal.training.interrupt import StopSignal
-from mixmodal.training.metrics import MetricsLog, MetricSums, Record
+from mixmodal.training.metrics import METRICS_FILE, MetricsLog, MetricSums, Record
 from mixmodal.training.optimizer import OptimizerConfig, build_optimizer, lr_at, set_lr
 from mixmodal.training.randomness import random_state, set_random_state, set_seeds
+from mixmodal.training.ranks import RankWatch
+from mixmodal.training.read_ahead import ReadAhead
+from mixmodal.training.recomputing import recompute
+from mixmodal.training.restoring import restore, save
+from mixmodal.training.saving import Saver
 from mixmodal.training.task import MODEL, Batch, Task, to_device
-
-
-class NonFiniteError(ValueError):
-    """A loss or gradient norm is not a number; the weights are as before the step."""
 
 
 class FitResult(NamedTuple):
@@ -58,11 +62,13 @@ class Trainer:
         self.resolved = {"trainer": config, "optimizer": optimizer} if resolved is None else resolved
 
     def fit(self, task: Task) -> FitResult:
-        """Trains to `max_steps`, evaluates, saves and exports; or, on SIGTERM or SIGINT, saves and returns.
+        """Trains to `max_steps` or to where the data end, evaluates, saves and exports; or, on SIGTERM or SIGINT, saves
+        and returns.
 
         Raises:
             NonFiniteError: before the step that would have spoilt the weights.
             CheckpointError: where a checkpoint can not be written or read.
+            RankError: where another process has died or failed.
             ValueError: where the run folder or the DeepSpeed file does not fit the config.
         """
         settings = deepspeed_config(
@@ -74,25 +80,30 @@ class Trainer:
         )
         if self.config.ema_decay and settings["zero_optimization"].get("stage") == 3:
             raise ValueError("trainer.ema_decay needs whole weights, which ZeRO stage 3 does not keep: set it to 0")
-        start = self._find_start()
+        self._check_folder()
+        if task.draws_pictures and settings["zero_optimization"].get("stage") == 3:
+            raise ValueError(
+                "sample sheets need whole weights, which ZeRO stage 3 does not keep: set sample_every to 0"
+            )
+        if self.config.compile and settings["zero_optimization"].get("stage") == 3:
+            raise ValueError("trainer.compile needs whole weights, which ZeRO stage 3 does not keep: set it to false")
         place = init_distributed()
-        run = Run(self, task, settings, place)
-        try:
-            run.restore(start)
-            if place.rank == 0:
-                save_config(self.resolved, self.config.run_dir / "config.yaml")
-            return run.train()
-        finally:
-            for engine in run.engines.values():
-                engine.close()
+        with RankWatch(place.rank, place.world_size):
+            run = Run(self, task, settings, place)
+            try:
+                restore(run)
+                if place.rank == 0:
+                    save_config(self.resolved, self.config.run_dir / "config.yaml")
+                return run.train()
+            finally:
+                run.close()
 
-    def _find_start(self) -> Path | None:
+    def _check_folder(self) -> None:
         start = checkpoint.latest_checkpoint(self.config.run_dir / "checkpoints")
         if start and not self.config.resume:
             raise ValueError(
                 f"trainer.run_dir {self.config.run_dir} holds {start.name}; set trainer.resume or choose another folder"
             )
-        return start
 
 
 class Run:
@@ -104,6 +115,10 @@ class Run:
         self.place = place
         set_seeds(self.config.seed)
         model = task.build_model()
+        if self.config.activation_checkpointing:
+            recompute(task.recomputed(model))
+        if self.config.compile:
+            task.compile_model(model)
         self.ema = AveragedWeights(model, self.config.ema_decay) if self.config.ema_decay else None
         opponents = task.build_opponents()
         if opponents and settings["zero_optimization"].get("stage") == 3:
@@ -118,8 +133,17 @@ class Run:
         if self.ema:
             self.ema.to(place.device)
         set_seeds(self.config.seed, place.rank + 1)
-        self.loader = task.build_loader(
-            self.config.micro_batch_size, self.config.grad_accum_steps, place.rank, place.world_size
+        accum = self.config.grad_accum_steps
+        loader = task.build_loader(self.config.micro_batch_size, accum, place.rank, place.world_size)
+        self.loader = ReadAhead(loader, accum if self.config.read_ahead else 0)
+        for engine in self.engines.values():
+            check_savable(engine)
+        self.saver = Saver(
+            self.config.run_dir / "checkpoints",
+            rank=place.rank,
+            keep=self.config.keep_checkpoints,
+            keep_every=self.config.keep_every,
+            background=self.config.async_save,
         )
         self.flops_per_token = task.flops_per_token()
         self.rank_state: dict[str, Any] = {}
@@ -127,7 +151,15 @@ class Run:
         self.saved_step = -1
         self.seconds = 0.0
         self.last_eval: dict[str, float | None] = {}
+        self.end_of_data = ""
         self.sums = MetricSums()
+        self.alarms = Alarms(self.config.alarm_growth, self.optimizer_config.warmup_steps)
+
+    def close(self) -> None:
+        self.loader.close()
+        self.saver.close()
+        for engine in self.engines.values():
+            engine.close()
 
     # from start to end
 
@@ -142,25 +174,27 @@ class Run:
             active=self.place.rank == 0,
         )
         with log, StopSignal() as stop:
+            if self.place.rank == 0:
+                self.alarms.replay(config.run_dir / METRICS_FILE)
             if self.step:
                 log.say(f"going on from step {self.step} of {config.max_steps}")
             finished = self._steps(log, stop)
             if finished:
-                self._evaluate(log)
+                self._evaluate(log, last=True)
                 self._export()
             return FitResult(self.step, finished, self.last_eval)
 
     def _steps(self, log: MetricsLog, stop: StopSignal) -> bool:
         config = self.config
         clock, tokens, batches = time.perf_counter(), 0, self._next_batches()
-        while self.step < config.max_steps:
+        while batches:
             rates = {name: self._rate(name) for name in self.engines}
             for name, engine in self.engines.items():
                 set_lr(engine.optimizer, rates[name])
             tokens += sum(self.task.batch_tokens(batch) for batch in batches)
             norms, stopping, batches = self._optimize(batches, stop)
             log.advance(self.step)
-            due = stopping or self.step == config.max_steps
+            due = stopping or not batches
             if due or self.step % config.log_every == 0:
                 seconds = time.perf_counter() - clock
                 self._log(log, norms, rates, tokens, seconds)
@@ -169,12 +203,14 @@ class Run:
             if self._is_due(config.eval_every) and not due:
                 self._evaluate(log)
             if due or self._is_due(config.save_every):
-                self._save()
+                save(self, wait=due)
             clock += time.perf_counter() - pause
-            if stopping and self.step < config.max_steps:
+            if stopping and batches:
                 name = stop.name or "a signal to another rank"
                 log.say(f"stopped by {name} at step {self.step}; the same command goes on from here")
                 return False
+        if self.end_of_data:
+            log.say(f"step {self.step} of {config.max_steps} is the last: {self.end_of_data}")
         return True
 
     def _rate(self, name: str) -> float:
@@ -188,10 +224,20 @@ class Run:
     # one step
 
     def _next_batches(self) -> list[Batch]:
-        """Micro-batches of the next step, none after the last; what is saved is the state before them."""
+        """Micro-batches of the next step, none after the last or where the data end; the state saved is that before.
+
+        Raises:
+            ValueError: where there are no data for the first step.
+        """
         self.rank_state = {"loader": self.loader.state_dict(), "random": random_state()}
         goes_on = self.step < self.config.max_steps
-        return [next(self.loader) for _ in range(self.config.grad_accum_steps if goes_on else 0)]
+        try:
+            return [next(self.loader) for _ in range(self.config.grad_accum_steps if goes_on else 0)]
+        except StopIteration as end:
+            self.end_of_data = str(end)
+        if not self.step:
+            raise ValueError(f"there are no data for the first step: {self.end_of_data}")
+        return []
 
     def _optimize(self, batches: list[Batch], stop: StopSignal) -> tuple[dict[str, float], bool, list[Batch]]:
         """One optimizer step: gradient norms, whether to stop, and the batches of the next step.
@@ -218,7 +264,7 @@ class Run:
         totals, found, total_weight, stopping = self._read(objectives, norms, weight)
         owners = {name: "" if name == MODEL else f" of the {name}" for name in objectives}
         for name, values in objectives.items():
-            check, of = _Check(self, batches, values), owners[name]
+            check, of = Check(self, batches, values), owners[name]
             check(total_weight > 0, "weight of the loss is 0: no token of the step counts")
             check(np.isfinite(totals[name]), f"loss{of} is {totals[name]}")
             check(np.isfinite(found[name]), f"gradient norm{of} is {found[name]}")
@@ -226,8 +272,9 @@ class Run:
             self.engines[name].end_micro_batch()
             if norms[name] is None:
                 found[name] = self.engines[name].step_norm()
-                check, of = _Check(self, batches, values), owners[name]
-                check(np.isfinite(found[name]), f"gradient norm{of} is {found[name]}")
+                check, of = Check(self, batches, values), owners[name]
+                fine = np.isfinite(found[name]) or self.engines[name].skipped
+                check(fine, f"gradient norm{of} is {found[name]}")
         if self.ema:
             self.ema.update(self.engine.module, self.step)
         return found, bool(stopping), following
@@ -264,14 +311,24 @@ class Run:
         record: Record = {"step": self.step, "wall_time_s": round(self.seconds, 3), **self.sums.means()}
         record["tokens_per_second"] = rate * self.place.world_size if rate else None
         record["mfu"] = rate * flops / peak if rate and flops and peak else None
-        for name in self.engines:
+        record |= self.task.counters(self.rank_state["loader"])
+        for name, engine in self.engines.items():
             suffix = "" if name == MODEL else f"_{name}"
-            record |= {f"grad_norm{suffix}": norms.get(name), f"lr{suffix}": rates[name]}
-        log.write(record)
+            norm = None if engine.skipped else norms.get(name)
+            record |= {f"grad_norm{suffix}": norm, f"lr{suffix}": rates[name]}
+            if engine.loss_scale is not None:
+                record |= {f"loss_scale{suffix}": engine.loss_scale, f"skipped_steps{suffix}": engine.skipped_steps}
+        warnings = self.alarms.watch(record)
+        log.write({**record, "alarm": ", ".join(warnings)} if warnings else record)
+        for warning in warnings.values():
+            log.say(warning)
 
-    def _evaluate(self, log: MetricsLog) -> None:
+    def _evaluate(self, log: MetricsLog, last: bool = False) -> None:
         with self._evaluated_weights() as model:
             self.last_eval = self.task.evaluate(model)
+            pictures = self.task.draw(model, self.step, last) if self.place.rank == 0 else {}
+        for name, picture in pictures.items():
+            log.write_picture(name, picture, self.step)
         if self.last_eval:
             log.write({"step": self.step, **{f"eval_{name}": value for name, value in self.last_eval.items()}})
 
@@ -296,84 +353,3 @@ class Run:
             yield model
         model.train()
         set_random_state(before)  # so that training does not depend on when it is evaluated
-
-    # checkpoints
-
-    def _save(self) -> None:
-        if self.saved_step == self.step:
-            return
-        state = {"step": self.step, "seconds": self.seconds, **self._must_match()}
-        checkpoint.save_checkpoint(
-            self.config.run_dir / "checkpoints",
-            state,
-            self._save_engines,
-            self.rank_state,
-            {"ema.pt": self.ema.state_dict()} if self.ema else {},
-            rank=self.place.rank,
-            keep=self.config.keep_checkpoints,
-        )
-        self.saved_step = self.step
-
-    def _save_engines(self, folder: Path) -> None:
-        for name, engine in self.engines.items():
-            engine.save(folder if name == MODEL else folder / name)
-
-    def restore(self, folder: Path | None) -> None:
-        """Goes on where a checkpoint stands.
-
-        Raises:
-            CheckpointError: where it is damaged, or was written under a config that can not go on from it.
-        """
-        if folder is None:
-            return
-        state = checkpoint.read_state(folder)
-        state.setdefault("networks", [MODEL])  # what checkpoints held before there were opponents
-        for name, own in self._must_match().items():
-            if state[name] != own:
-                raise checkpoint.CheckpointError(
-                    f"checkpoint {folder} was written with {name} {state[name]}, not {own}; "
-                    "go on with what it was written with, or start a new run folder"
-                )
-        for name, engine in self.engines.items():
-            engine.load(folder if name == MODEL else folder / name)
-        ranked = folder / f"rank_{self.place.rank:05d}.pt"
-        if not ranked.exists():  # more ranks than before: the data's place is the same on all, dropout's is not
-            ranked = folder / "rank_00000.pt"
-        rank_state = checkpoint.load_tensors(ranked)
-        self.loader.load_state_dict(rank_state["loader"])
-        set_random_state(rank_state["random"])
-        if self.ema:
-            self.ema.load_state_dict(checkpoint.load_tensors(folder / "ema.pt", self.place.device))
-        self.step = self.saved_step = int(state["step"])
-        self.seconds = state["seconds"]
-
-    def _must_match(self) -> dict[str, Any]:
-        """What can not change within a run. ZeRO spreads the optimizer over ranks, so their number can not either."""
-        stage = self.engine.zero_stage
-        world = {"world_size": self.place.world_size} if stage else {}
-        networks = sorted(self.engines)
-        own = {"precision": self.config.precision, "ema": self.ema is not None, "networks": networks}
-        return {"zero_stage": stage, **own, **world}
-
-
-class _Check:
-    """Raises, on all ranks alike, before a step that would spoil the weights."""
-
-    def __init__(self, run: Run, batches: list[Batch], objectives: list[Tensor]) -> None:
-        self.run, self.batches, self.objectives = run, batches, objectives
-
-    def __call__(self, holds: bool, problem: str) -> None:
-        if holds:
-            return
-        keys = [self.run.task.batch_keys(batch) for batch in self.batches]
-        bad = [key for key, value in zip(keys, self.objectives, strict=True) if not torch.isfinite(value)]
-        named = sorted({key for batch in bad or keys for key in batch})
-        if self.run.place.world_size > 1:
-            everyone: list[Any] = [None] * self.run.place.world_size
-            dist.all_gather_object(everyone, (bool(bad), named))
-            worst = any(is_bad for is_bad, _ in everyone)
-            named = sorted({key for is_bad, keys in everyone if is_bad == worst for key in keys})
-        shown = ", ".join(named[:20]) + (f" and {len(named) - 20} more" if len(named) > 20 else "")
-        raise NonFiniteError(
-            f"step {self.run.step}: {problem}; the weights are those of step {self.run.step - 1}. Rows: {shown}"
-        )

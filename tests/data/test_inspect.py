@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mixmodal.data.inspect import InspectConfig, inspect, stretches_of
+from mixmodal.data.source import SourceConfig
 from mixmodal.data.token_shards import build_manifest, write_manifest, write_token_shard
 from mixmodal.document import Run, build_format
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
@@ -43,6 +44,7 @@ def shards(folder: Path, texts: Sequence[str], text_sha256: str = "a" * 64) -> I
         FORMAT.join([Run("text", VOCABULARY.to_ids("text", np.array(list(text.encode())))), image]) for text in texts
     ]
     keys = [f"key{i}" for i in range(len(texts))]
+    folder.mkdir(exist_ok=True)
     entry = write_token_shard(folder, "shard_00000", documents, keys, VOCABULARY.size)
     counts = {"documents": len(texts), "skipped": {}}
     write_manifest(
@@ -125,6 +127,25 @@ def test_another_text_tokenizer_is_refused(tmp_path: Path, byte_tokenizer: Path)
     config = replace(shards(tmp_path, ["hello"], text_sha256="c" * 64), text_tokenizer=byte_tokenizer)
     with pytest.raises(ValueError, match="text_tokenizer_sha256"):
         inspect(config)
+
+
+def test_the_source_of_each_document_and_its_share_are_shown(
+    tmp_path: Path, byte_tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = shards(tmp_path / "web", ["0123456789"] * 4)
+    shards(tmp_path / "books", ["abcdefghij"] * 4)
+    sources = {
+        "web": SourceConfig(tokens=tmp_path / "web", weight=2),
+        "books": SourceConfig(tokens=tmp_path / "books"),
+    }
+    inspect(replace(config, data=None, sources=sources, num_rows=6))
+    printed = capsys.readouterr().out
+    assert printed.count("web:key") == 2 * printed.count("books:key") == 12
+    rows = [line.replace("│", " ").split() for line in printed.splitlines()]
+    assert ["web", "12", "228", "66.7%", "66.7%", "3.000"] in rows
+    assert ["books", "6", "114", "33.3%", "33.3%", "1.750"] in rows  # one is drawn already
+    with pytest.raises(ValueError, match=r"either data, .* or sources"):
+        replace(config, sources=sources)
 
 
 def test_text_can_not_steer_the_terminal(

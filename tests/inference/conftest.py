@@ -59,23 +59,6 @@ def prompts(form: SequenceFormat, image: Image) -> list[np.ndarray]:
     return [form.spell_prompt(Document(parts), "image") for parts in documents]
 
 
-@pytest.fixture(scope="session")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a small text tokenizer and an untrained image tokenizer of 16 px and 4 x 4 codes."""
-    from mixmodal.tokenization.autoencoder import AutoencoderConfig
-    from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
-    from mixmodal.tokenization.quantizer_base import QuantizerConfig
-    from mixmodal.tokenization.text import train_text_tokenizer
-
-    folder = tmp_path_factory.mktemp("tokenizers")
-    train_text_tokenizer(["a red apple", "a green apple", "a blue pear, flat style"] * 5, folder / "text.model", 300)
-    autoencoder = AutoencoderConfig(channels=8, channel_multipliers=(1, 1, 1), num_res_blocks=1, norm_groups=4)
-    config = ImageTokenizerConfig(image_size=16, autoencoder=autoencoder, quantizer=QuantizerConfig(levels=(5, 5, 3)))
-    torch.manual_seed(0)
-    ImageTokenizer(config).save(folder / "image")
-    return folder
-
-
 @pytest.fixture(scope="session", params=["cm3leon", "chameleon"])
 def exported(request: pytest.FixtureRequest, tokenizers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an exported random model."""

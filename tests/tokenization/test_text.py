@@ -32,6 +32,12 @@ def test_every_string_of_awkward_characters_survives(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@settings(max_examples=200, deadline=None)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])) | st.text(st.sampled_from("red apple, \u2581\u00e9\t")))
+def test_the_bytes_of_its_pieces_add_up_to_those_of_a_text(tokenizer, text):
+    assert sum(tokenizer.piece_bytes[piece] for piece in tokenizer.encode(text)) == len(text.encode())
+
+
 def test_unknown_piece_is_never_produced(tokenizer):
     pieces = tokenizer.encode("".join(chr(point) for point in range(0x3000)) + "<unk>")
     assert 0 not in pieces

@@ -79,12 +79,13 @@ def build_config(name: str, folder: Path, large: bool) -> Any:
         precision = "autocast_bfloat16" if name == "image_autocast" else "float32"
         width, size = (96, 8) if large else (32, 1)
         return build_image(folder, width, size, name != "image_alone", precision=precision)
-    precision = "bfloat16" if "bfloat16" in name else "float32"
+    precision = next((part for part in name.split("_") if part in ("bfloat16", "float16")), "float32")
     accumulation = 2 if name == "text_accumulated" else 1
     width, size = (768, 4) if large else (64, 1)
     stage = int(name[-1]) if "zero" in name else None
     zero = write_zero_file(folder, stage) if stage else None
-    return build_text(folder, width, size, precision=precision, grad_accum_steps=accumulation, deepspeed=zero)
+    options = {"grad_accum_steps": accumulation, "activation_checkpointing": name == "text_recomputed"}
+    return build_text(folder, width, size, precision=precision, deepspeed=zero, **options)
 
 
 def write_zero_file(folder: Path, stage: int) -> Path:

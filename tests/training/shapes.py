@@ -59,5 +59,5 @@ def tiny_config(root: Path, max_steps: int, **trainer: object) -> PretrainConfig
         data=DataConfig(tokens=root / "tokens", seq_len=128),
         objective=CausalMaskedConfig(min_masks=0, max_masks=4),
         optimizer=OptimizerConfig(lr=3e-3, warmup_steps=5, min_lr_ratio=0.1),
-        trainer=TrainerConfig(run_dir=root / "run", max_steps=max_steps, **{**defaults, **trainer}),  # type: ignore[arg-type]
+        trainer=TrainerConfig(max_steps=max_steps, **{"run_dir": root / "run", **defaults, **trainer}),  # type: ignore[arg-type]
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,26 +17,31 @@ import pytest
 import torch
 
 from mixmodal.training import checkpoint
-from mixmodal.training.checkpoint import CheckpointError, latest_checkpoint, load_tensors, read_state, save_tensors
+from mixmodal.training.checkpoint import (
+    CheckpointError,
+    choose_checkpoint,
+    find_damage,
+    load_tensors,
+    read_json,
+    save_tensors,
+)
 from mixmodal.training.randomness import random_state, set_random_state, set_seeds
+from mixmodal.training.saving import save_checkpoint
 
 
-def save(folder: Path, step: int, keep: int = 2) -> Path:
-    return checkpoint.save_checkpoint(
-        folder,
-        {"step": step},
-        lambda partial: save_tensors({"weights": torch.full((4,), float(step))}, partial / "weights.pt"),
-        {"loader": {"count": step}},
-        {"ema.pt": {"w": torch.zeros(2)}},
-        rank=0,
-        keep=keep,
-    )
+def save(folder: Path, step: int, keep: int = 2, keep_every: int = 0) -> Path:
+    files = {
+        "weights.pt": {"weights": torch.full((4,), float(step))},
+        "rank_00000.pt": {"loader": {"count": step}},
+        "ema.pt": {"w": torch.zeros(2)},
+    }
+    return save_checkpoint(folder, {"step": step}, files, rank=0, keep=keep, keep_every=keep_every)
 
 
 def assert_whole(folder: Path, step: int) -> None:
-    found = latest_checkpoint(folder)
-    assert found is not None
-    assert read_state(found)["step"] == step
+    found = choose_checkpoint(folder)
+    assert found == folder / f"step_{step:08d}"
+    assert read_json(found / "state.json")["step"] == step
     assert load_tensors(found / "weights.pt")["weights"].tolist() == [step] * 4
     assert load_tensors(found / "rank_00000.pt")["loader"] == {"count": step}
     assert load_tensors(found / "ema.pt")["w"].tolist() == [0, 0]
@@ -141,7 +147,7 @@ def test_a_trainer_on_a_full_disk_keeps_the_checkpoint_in_force(
     def full(state: Any, path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr("mixmodal.training.engine.save_tensors", full)
+    monkeypatch.setattr("mixmodal.training.checkpoint.save_tensors", full)
     with pytest.raises(CheckpointError, match=r"No space left .*; step_00000001 stays in force"):
         fit(max_steps=2)
     assert [path.name for path in (tmp_path / "run/checkpoints").glob("step_*")] == ["step_00000001"]
@@ -157,14 +163,15 @@ def test_a_training_process_killed_while_saving_goes_on_from_the_last_checkpoint
     script = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
-        "import mixmodal.training.engine as engine\n"
-        "real = engine.save_tensors\n"
+        "import mixmodal.training.checkpoint as checkpoint\n"
+        "real = checkpoint.save_tensors\n"
         "def killed(state, path):\n"
-        "    real(state, path)\n"
+        "    digest = real(state, path)\n"
         "    if '00000004' in str(path):\n"
         "        os.truncate(path, os.path.getsize(path) // 2)\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "engine.save_tensors = killed\n"
+        "    return digest\n"
+        "checkpoint.save_tensors = killed\n"
         "sys.argv = ['launched.py', sys.argv[1], '{\"save_every\": 2}']\n"
         f"exec(compile(Path({str(here / 'launched.py')!r}).read_text(), 'launched.py', 'exec'))\n"
     )
@@ -190,18 +197,64 @@ def test_only_data_is_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("length", [0, 10, 300])
-def test_a_damaged_file_is_named(tmp_path: Path, length: int) -> None:
+def test_a_file_that_is_cut_short_is_named(tmp_path: Path, length: int) -> None:
     save_tensors({"weights": torch.zeros(100)}, tmp_path / "cut.pt")
     os.truncate(tmp_path / "cut.pt", length)
     with pytest.raises(CheckpointError, match=r"cut\.pt can not be loaded"):
         load_tensors(tmp_path / "cut.pt")
 
 
-def test_a_pointer_to_nothing_is_named(tmp_path: Path) -> None:
-    save(tmp_path, 1)
-    (tmp_path / "latest").write_text("step_00000007\n")
-    with pytest.raises(CheckpointError, match="latest names step_00000007"):
-        latest_checkpoint(tmp_path)
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], Any]] = {
+    "weights.pt is not what was written": lambda folder: flip(folder / "weights.pt"),
+    "state.json is not what was written": lambda folder: flip(folder / "state.json"),
+    "ema.pt can not be read": lambda folder: (folder / "ema.pt").unlink(),
+    "checksums.json is missing or can not be read": lambda folder: (folder / "checksums.json").unlink(),
+    "checksums.json does not name state.json": lambda folder: (folder / "checksums.json").write_text("{}"),
+    "step_00000003 is damaged": shutil.rmtree,
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_of_damaged_checkpoints_the_one_before_is_taken_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, message: str
+) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3)
+    DAMAGES[message](tmp_path / "step_00000003")
+    assert choose_checkpoint(tmp_path) == tmp_path / "step_00000002"
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert message in line
+    assert "step_00000003 is damaged" in line
+    assert "going on from step_00000002 instead" in line
+    flip(tmp_path / "step_00000002" / "weights.pt")
+    assert choose_checkpoint(tmp_path) == tmp_path / "step_00000001"
+
+
+def test_where_no_checkpoint_is_whole_all_are_named(tmp_path: Path) -> None:
+    for step in (1, 2):
+        flip(save(tmp_path, step) / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"step_00000002 is damaged: weights\.pt .*step_00000001 is damaged"):
+        choose_checkpoint(tmp_path)
+
+
+def test_a_pointer_that_was_set_back_is_followed(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3)
+    (tmp_path / "latest").write_text("step_00000002\n")
+    assert choose_checkpoint(tmp_path) == tmp_path / "step_00000002"
+
+
+def test_every_rank_checks_a_part_of_the_files(tmp_path: Path) -> None:
+    flip(save(tmp_path, 1) / "weights.pt")
+    checksums = read_json(tmp_path / "step_00000001/checksums.json")
+    found = [find_damage(tmp_path / "step_00000001", rank, lambda _: [(checksums, "")] * 3) for rank in range(3)]
+    assert sorted(found) == [[], [], ["weights.pt is not what was written"]]
 
 
 def test_pruning_keeps_the_newest_and_the_one_in_force(tmp_path: Path) -> None:
@@ -210,6 +263,21 @@ def test_pruning_keeps_the_newest_and_the_one_in_force(tmp_path: Path) -> None:
     (tmp_path / "latest").write_text("step_00000002\n")
     checkpoint.prune(tmp_path, keep=1)
     assert sorted(path.name for path in tmp_path.glob("step_*")) == ["step_00000002", "step_00000004"]
+
+
+def test_every_mth_checkpoint_stays(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        save(tmp_path, step, keep=2, keep_every=3)
+    assert [path.name[-1] for path in sorted(tmp_path.glob("step_*"))] == ["3", "6", "7"]
+
+
+def test_checkpoints_from_before_one_went_back_do_not_push_out_the_new_ones(tmp_path: Path) -> None:
+    for step in (1, 2, 8, 9):
+        save(tmp_path, step, keep=4)
+    (tmp_path / "latest").write_text("step_00000002\n")
+    for step in (3, 4):
+        save(tmp_path, step, keep=2)
+    assert [path.name[-1] for path in sorted(tmp_path.glob("step_*"))] == ["3", "4", "8", "9"]
 
 
 def test_random_state_goes_to_disk_and_back(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mixmodal.training.engine import OWNED_KEYS, deepspeed_config
+from mixmodal.training.deepspeed_config import OWNED_KEYS, deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 ZERO_FILES = sorted((ROOT / "configs/deepspeed").glob("*.json"))
@@ -49,8 +49,33 @@ def test_bfloat16_keeps_float32_sums(tmp_path: Path) -> None:
     config = derived(precision="bfloat16")
     assert config["zero_optimization"]["stage"] == 1
     assert config["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert config["communication_data_type"] == "fp32"  # over ranks, too
+    file = {"zero_optimization": {"stage": 2}, "communication_data_type": "bf16"}
+    assert derived(tmp_path, file, precision="bfloat16")["communication_data_type"] == "bf16"  # unless they ask for it
     with pytest.raises(ValueError, match=r"zero\.json: zero_optimization\.stage is 0"):
         derived(tmp_path, {"zero_optimization": {"stage": 0}}, precision="bfloat16")
+
+
+OFFLOAD = {"device": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "said"),
+    [
+        ({"stage": 4}, "float32", "stage is 4"),
+        ({"stage": 3, "mics_shard_size": 2}, "float32", "mics_shard_size keeps each weight several times"),
+        ({"stage": 0}, "float16", "would sum gradients in float16"),
+        ({"stage": 0, "offload_optimizer": OFFLOAD}, "float32", "offload_optimizer can not act at stage 0"),
+        ({"stage": 2, "offload_param": OFFLOAD}, "float32", "offload_param can not act at stage 2, only at 3"),
+        ({"stage": 2, "offload_optimizer": OFFLOAD}, "float16", "choose stage 3 or trainer.precision bfloat16"),
+        ({"stage": 3, "offload_optimizer": {**OFFLOAD, "ratio": 0.5}}, "float32", r"offload_optimizer\.ratio"),
+    ],
+)
+def test_what_deepspeed_would_ignore_or_not_survive_is_refused(
+    tmp_path: Path, zero: dict[str, Any], precision: str, said: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"zero\.json: zero_optimization.*{said}"):
+        derived(tmp_path, {"zero_optimization": zero}, precision=precision)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{"])
@@ -70,7 +95,7 @@ def test_a_file_that_is_no_json_object_is_named(tmp_path: Path, text: str) -> No
 def test_our_zero_files_hold_zero_sections_only(path: Path) -> None:
     data = json.loads(path.read_text())
     assert list(data) == ["zero_optimization"]
-    assert data["zero_optimization"]["stage"] == int(path.stem[-1])
+    assert data["zero_optimization"]["stage"] == int(path.stem.removeprefix("zero")[0])
 
 
 def test_deepspeed_is_imported_late() -> None:

@@ -1,4 +1,4 @@
-"""The trainer under deepspeed's launcher: two processes on the CPU."""
+"""The trainer under deepspeed's launcher: processes on the CPU."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def environment(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def launch(tmp_path: Path, num_processes: int, run_dir: Path, **options: Any) -> str:
+def launch(tmp_path: Path, num_processes: int, run_dir: Path, runs: Any = None, **options: Any) -> str:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_processes)]
-    command += ["--master_port", str(free_port()), str(HERE / "launched.py"), str(run_dir), json.dumps(options)]
+    command += ["--master_port", str(free_port()), str(HERE / "launched.py"), str(run_dir), json.dumps(runs or options)]
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def curve(folder: Path) -> list[float]:
-    """Losses and gradient norms: AdamW and clipping would hide a factor on the gradient, the norm does not."""
+    """Losses, largest errors, gradient norms: AdamW and clipping would hide a factor on the gradient, the norm not."""
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [record[name] for record in records if "loss" in record for name in ("loss", "grad_norm")]
+    return [record[name] for record in records if "loss" in record for name in ("loss", "error_max", "grad_norm")]
 
 
 def assert_same(exported: Callable[..., dict[str, Tensor]], run: str, other: str, atol: float) -> None:
@@ -81,3 +81,35 @@ def test_zero_stages_on_two_processes_resume_and_train_as_one(
     (tmp_path / "two/checkpoints/latest").write_text("step_00000002\n")
     launch(tmp_path, 2, tmp_path / "two", max_steps=4, **options)
     assert all(torch.equal(exported("two")[name], value) for name, value in whole.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [1, 2, 4])
+def test_any_number_of_processes_at_any_stage_trains_alike(
+    fit: Callable[..., Any], exported: Callable[..., dict[str, Tensor]], tmp_path: Path, num_processes: int
+) -> None:
+    fit("one", max_steps=20)
+    split = {"max_steps": 20, "micro_batch_size": 2, "grad_accum_steps": 4 // num_processes}
+    zero = ROOT / "configs/deepspeed"
+    runs = [{"name": f"zero{stage}", "deepspeed": str(zero / f"zero{stage}.json"), **split} for stage in range(4)]
+    launch(tmp_path, num_processes, tmp_path, runs)
+    for stage in range(4):
+        assert curve(tmp_path / f"zero{stage}") == pytest.approx(curve(tmp_path / "one"), rel=1e-5)
+        assert_same(exported, f"zero{stage}", "one", atol=1e-5)
+
+
+@pytest.mark.slow
+def test_bfloat16_gradients_are_summed_over_ranks_in_float32(
+    fit: Callable[..., Any], exported: Callable[..., dict[str, Tensor]], tmp_path: Path
+) -> None:
+    options = {"max_steps": 6, "micro_batch_size": 2, "precision": "bfloat16"}
+    runs = []
+    for stage in (1, 2, 3):
+        options["deepspeed"] = str(ROOT / f"configs/deepspeed/zero{stage}.json")
+        fit(f"one{stage}", **{**options, "deepspeed": Path(options["deepspeed"]), "grad_accum_steps": 2})
+        runs.append({"name": f"two{stage}", **options})
+    launch(tmp_path, 2, tmp_path, runs)
+    for stage in (1, 2, 3):
+        print(max(abs(a / b - 1) for a, b in zip(curve(tmp_path / f"two{stage}"), curve(tmp_path / f"one{stage}"))))
+        assert curve(tmp_path / f"two{stage}") == pytest.approx(curve(tmp_path / f"one{stage}"), rel=1e-6)
+        assert_same(exported, f"two{stage}", f"one{stage}", atol=1e-6)

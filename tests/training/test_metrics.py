@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from mixmodal.objectives.loss import Sums
-from mixmodal.training.metrics import MetricsLog, MetricSums
+from mixmodal.training.metrics import MetricsLog, MetricSums, Peak
 
 
 def sums(total: float, count: float) -> Sums:
@@ -33,6 +34,15 @@ def test_sums_do_not_lose_small_addends() -> None:
     for _ in range(100):
         metrics.add({"loss": sums(1e8 + 8, 1.0)})
     assert metrics.means() == {"loss": 1e8 + 8}
+
+
+def test_of_peaks_the_largest_counts() -> None:
+    metrics = MetricSums()
+    for value in (2.0, 5.0, 3.0):
+        metrics.add({"logit": Peak(torch.tensor(value)), "none": Peak(torch.tensor(-math.inf)), "loss": sums(1.0, 4.0)})
+    assert metrics.means() == {"logit": 5.0, "none": None, "loss": 0.25}
+    metrics.add({"logit": Peak(torch.tensor(1.0))})
+    assert metrics.means() == {"logit": 1.0}
 
 
 def test_a_line_is_a_json_object_and_the_terminal_gets_a_plain_line(

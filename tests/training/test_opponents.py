@@ -15,9 +15,9 @@ from torch import Tensor
 from toy_task import Contest, ToyLoader
 
 from mixmodal.training.checkpoint import CheckpointError
+from mixmodal.training.checks import NonFiniteError
 from mixmodal.training.randomness import set_seeds
 from mixmodal.training.task import MODEL
-from mixmodal.training.trainer import NonFiniteError
 
 ROOT = Path(__file__).parents[2]
 Fit = Callable[..., Any]
@@ -104,15 +104,6 @@ def test_the_schedule_of_an_opponent_begins_with_its_first_round(fit: Fit, tmp_p
 def test_stage_3_is_refused(fit: Fit) -> None:
     with pytest.raises(ValueError, match=r"stage 3 can not train a second network \(critic\)"):
         fit(task=Contest(), **MODES["zero3"])
-
-
-def test_a_checkpoint_from_before_there_were_opponents_goes_on(fit: Fit, tmp_path: Path) -> None:
-    fit(max_steps=4)
-    state = tmp_path / "run" / "checkpoints" / "step_00000004" / "state.json"
-    content = json.loads(state.read_text())
-    del content["networks"]
-    state.write_text(json.dumps(content))
-    assert fit(max_steps=5).finished
 
 
 def test_a_bad_loss_of_the_opponent_stops_both(fit: Fit) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
+from typing import get_args
 
 import pytest
 import torch
@@ -12,11 +14,11 @@ from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.training.optimizer import OptimizerConfig, Schedule, build_optimizer, lr_at, parameter_groups
 
 
-def config(schedule: Schedule, min_lr_ratio: float = 0.1) -> OptimizerConfig:
-    return OptimizerConfig(lr=2.0, warmup_steps=4, schedule=schedule, min_lr_ratio=min_lr_ratio)
+def config(schedule: Schedule, min_lr_ratio: float = 0.1, **options: float) -> OptimizerConfig:
+    return OptimizerConfig(lr=2.0, warmup_steps=4, schedule=schedule, min_lr_ratio=min_lr_ratio, **options)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "exponential"])
+@pytest.mark.parametrize("schedule", get_args(Schedule))
 def test_warm_up_is_linear_and_ends_at_the_peak(schedule: Schedule) -> None:
     assert [lr_at(step, config(schedule), 20) for step in range(5)] == [0.5, 1.0, 1.5, 2.0, 2.0]
 
@@ -27,6 +29,7 @@ def test_warm_up_is_linear_and_ends_at_the_peak(schedule: Schedule) -> None:
         ("constant", 2.0, 2.0),
         ("linear", 2.0 * 0.55, 0.2),
         ("cosine", 2.0 * 0.55, 0.2),
+        ("polynomial", 2.0 * 0.55, 0.2),
         ("exponential", 2.0 * math.sqrt(0.1), 0.2),
     ],
 )
@@ -40,9 +43,53 @@ def test_without_warm_up_the_first_step_has_the_peak_rate() -> None:
     assert lr_at(0, OptimizerConfig(lr=2.0, warmup_steps=0), 10) == 2.0
 
 
-def test_an_exponential_schedule_needs_a_floor() -> None:
-    with pytest.raises(ValueError, match=r"optimizer\.min_lr_ratio"):
+@pytest.mark.parametrize("power", [0.5, 1.0, 3.0])
+def test_a_polynomial_falls_with_its_power(power: float) -> None:
+    for step in range(4, 21):
+        left = (1 - (step - 4) / 16) ** power
+        found = lr_at(step, config("polynomial", polynomial_power=power), 20)
+        assert found == pytest.approx(0.2 + 1.8 * left, rel=1e-12)  # worst seen: 2e-16
+
+
+def test_an_exponential_with_a_rate_reaches_0() -> None:
+    rates = [lr_at(step, config("exponential", 0.0, exponential_rate=3.0), 20) for step in range(4, 21)]
+    last = math.exp(-3)
+    expected = [2.0 * (math.exp(-3 * place / 16) - last) / (1 - last) for place in range(17)]
+    assert rates == pytest.approx(expected, rel=1e-12, abs=1e-15)  # worst seen: 2e-16
+    assert (rates[0], rates[-1]) == (2.0, 0.0)
+    # so what falls from step to step shrinks by the same factor every time, as it does for the plain exponential
+    falls = [first - second for first, second in pairwise(rates)]
+    assert [second / first for first, second in pairwise(falls)] == pytest.approx([math.exp(-3 / 16)] * 15)
+
+
+def test_the_plain_exponential_is_a_power_of_its_floor() -> None:
+    for step in range(4, 21):
+        assert lr_at(step, config("exponential", 0.01), 20) == pytest.approx(2.0 * 0.01 ** ((step - 4) / 16), rel=1e-12)
+    assert lr_at(12, config("exponential", 1.0), 20) == 2.0
+
+
+def test_an_exponential_schedule_needs_a_floor_or_a_rate() -> None:
+    with pytest.raises(ValueError, match=r"optimizer\.min_lr_ratio.*optimizer\.exponential_rate"):
         config("exponential", 0.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "option"),
+    [
+        ("cosine", {"polynomial_power": 2.0}),
+        ("linear", {"exponential_rate": 3.0}),
+        ("constant", {"min_lr_ratio": 0.5}),
+    ],
+)
+def test_an_option_of_another_schedule_is_refused(schedule: Schedule, option: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=rf"optimizer\.{next(iter(option))} can not act where .* is {schedule}"):
+        config(schedule, **option)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("option", [{"polynomial_power": 0.0}, {"exponential_rate": -1.0}])
+def test_impossible_shapes_of_a_schedule_are_named(option: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=rf"optimizer\.{next(iter(option))} is"):
+        OptimizerConfig(**option)
 
 
 def test_norms_biases_and_embeddings_do_not_decay() -> None:
@@ -54,10 +101,19 @@ def test_norms_biases_and_embeddings_do_not_decay() -> None:
     spared = {names[id(parameter)] for parameter in plain["params"]}
     assert {"embedding.weight", "positions.weight", "norm.weight"} <= spared
     assert all("norm" in name or name.split(".")[0] in ("embedding", "positions") for name in spared)
-    assert any("query_norm" in name or "q_norm" in name for name in spared)  # two dimensions, still a norm
+    heads = {f"blocks.0.attention.{norm}.{name}" for norm in ("q_norm", "k_norm") for name in ("weight", "bias")}
+    assert heads <= spared  # two dimensions, still a norm
     kept = {names[id(parameter)] for parameter in decayed["params"]}
     assert "output.weight" in kept
     assert kept | spared == set(names.values())
+
+
+def test_an_embedding_that_is_the_output_matrix_too_does_not_decay() -> None:
+    shape = TransformerConfig(vocab_size=11, dim=8, num_layers=1, num_heads=2, ffn_dim=16, tie_embeddings=True)
+    model = Transformer(shape)
+    decayed, plain = parameter_groups(model, 0.1)
+    assert sum(parameter is model.embedding.weight for parameter in plain["params"]) == 1
+    assert len(decayed["params"]) == 4  # qkv, out, up, out
 
 
 def test_biases_do_not_decay_and_shared_weights_count_once() -> None:

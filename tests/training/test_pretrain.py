@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ import pytest
 import torch
 from shapes import tiny_config, write_shapes
 
+from mixmodal.data.mixture import StageConfig
+from mixmodal.data.source import SourceConfig
 from mixmodal.interop.export import load_transformer
 from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
+from mixmodal.objectives.loss import target_weights
 from mixmodal.training.pretrain import PretrainConfig, PretrainTask, fit_to_data, mean_norm, pretrain
 
 ROOT = Path(__file__).parents[2]
@@ -104,6 +108,101 @@ def test_splitting_a_step_changes_nothing(shapes: Path) -> None:
         expected = [line[name] for line in records(shapes)]
         found = [line[name] for line in records(shapes / "split")]
         assert found == pytest.approx(expected, rel=1e-6), name  # worst seen: 1e-7
+
+
+def test_a_mixture_in_stages_ends_with_a_source_and_resumes_exactly(shapes: Path) -> None:
+    write_shapes(shapes / "more", 30, seed=2)
+    config = with_held_out(tiny_config(shapes, max_steps=40, save_every=2, keep_checkpoints=99), shapes)
+    sources = {"old": SourceConfig(tokens=shapes / "tokens"), "new": SourceConfig(tokens=shapes / "more", weight=0)}
+    sources["old"] = replace(sources["old"], when_done="stop")
+    stages = (StageConfig(from_step=1, weights={"new": 2}),)
+    config = replace(config, data=replace(config.data, tokens=None, sources=sources, stages=stages))
+    result = pretrain(config)
+    assert result.finished
+    lines = [line for line in records(shapes) if "loss" in line]
+    assert lines[-1]["step"] == result.steps == 9
+    assert lines[0]["documents/new"] == 0 < lines[1]["documents/new"]
+    assert 0.9 < lines[-1]["epochs/old"] <= 1
+    trained = {name: lines[-1][f"tokens/{name}"] - lines[0][f"tokens/{name}"] for name in sources}
+    assert trained["new"] / trained["old"] == pytest.approx(2, abs=0.25)  # seen: 1.83; a document more is 0.1
+    (shapes / "run/checkpoints/latest").write_text("step_00000002\n")
+    pretrain(config)
+    skipped = ("wall_time_s", "tokens_per_second")
+    again = [line for line in records(shapes) if "loss" in line]
+    for line, other in zip(lines, again, strict=True):
+        assert {key: line[key] for key in line if key not in skipped} == {
+            key: other[key] for key in other if key not in skipped
+        }
+
+
+def test_a_stage_that_never_begins_is_refused(shapes: Path) -> None:
+    config = tiny_config(shapes, max_steps=5)
+    sources = {"old": SourceConfig(tokens=shapes / "tokens")}
+    stages = (StageConfig(from_step=5, weights={"old": 2}),)
+    with pytest.raises(ValueError, match=r"data\.stages: from_step 5 is not below trainer\.max_steps 5"):
+        PretrainTask(replace(config, data=replace(config.data, tokens=None, sources=sources, stages=stages)))
+
+
+def test_the_loss_is_the_mean_with_the_weights_of_the_modalities(shapes: Path) -> None:
+    config = tiny_config(shapes, max_steps=1)
+    batch = next(PretrainTask(config).build_loader(4, 1, 0, 1))
+    pretrain(config)
+    (plain,) = records(shapes)
+    factors = {"text": 0.0, "image": 3.0}
+    weighed = replace(config, trainer=replace(config.trainer, run_dir=shapes / "weighed/run"), modality_weights=factors)
+    pretrain(weighed)
+    (found,) = records(shapes / "weighed")
+    assert found["loss_text"] is None  # nothing counts
+    for name in ("loss_image", "loss_control"):
+        assert found[name] == pytest.approx(plain[name], rel=1e-6)  # worst seen: 4e-8
+    vocabulary = PretrainTask(config).vocabulary
+    predicted = target_weights(batch.segment_ids, batch.loss_weights)
+    image = (predicted * vocabulary.contains("image", batch.tokens)).sum().item()
+    control = (predicted * ~vocabulary.is_content(batch.tokens)).sum().item()
+    mean = (3 * image * plain["loss_image"] + control * plain["loss_control"]) / (3 * image + control)
+    assert found["loss"] == pytest.approx(mean, rel=1e-6)  # worst seen: 1.1e-7
+    assert PretrainTask(weighed).batch_weight(batch).item() == pytest.approx(3 * image + control)
+    with pytest.raises(ValueError, match=r"modality_weights\.audio"):
+        PretrainTask(replace(config, modality_weights={"audio": 1.0}))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_output_matrix_that_is_spread_over_ranks_learns_alike(shapes: Path, tied: bool) -> None:
+    zero3, whole = ROOT / "configs/deepspeed/zero3.json", None
+    curves = []
+    for zero_file in (zero3, whole):
+        config = tiny_config(shapes, max_steps=3, deepspeed=zero_file, run_dir=shapes / f"run_{zero_file is None}/run")
+        pretrain(with_held_out(replace(config, model=replace(config.model, tie_embeddings=tied)), shapes))
+        curves.append([line.get("loss") or line["eval_loss"] for line in records(config.trainer.run_dir.parent)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)  # worst seen: 0
+
+
+@pytest.mark.parametrize(
+    ("attention", "stage", "message"),
+    [("documents", None, "attention documents does not give"), ("auto", 3, "ZeRO stage 3 does not keep")],
+)
+def test_what_can_not_be_compiled_is_named(shapes: Path, attention: Any, stage: int | None, message: str) -> None:
+    zero_file = ROOT / f"configs/deepspeed/zero{stage}.json" if stage else None
+    config = tiny_config(shapes, max_steps=1, compile=True, deepspeed=zero_file)
+    with pytest.raises(ValueError, match=f"trainer.compile needs .*{message}"):
+        pretrain(replace(config, attention=attention))
+
+
+@pytest.mark.slow  # a minute of compiling
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler
+def test_compiled_blocks_give_the_same_losses(shapes: Path) -> None:
+    curves = []
+    for compiled in (False, True):
+        pretrain(tiny_config(shapes, max_steps=4, compile=compiled, run_dir=shapes / f"{compiled}/run"))
+        curves.append([line["loss"] for line in records(shapes / str(compiled)) if "loss" in line])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)  # worst seen 6e-8
+
+
+def test_attention_is_the_config_s_choice(shapes: Path) -> None:
+    model = PretrainTask(replace(tiny_config(shapes, max_steps=1), attention="dense")).build_model()
+    assert isinstance(model, Transformer)
+    assert model.attention_kind == "dense"
 
 
 def test_held_out_shards_of_other_tokenizers_are_refused(shapes: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from toy_task import Rows, ToyLoader, ToyLoss, ToyTask
 
-from mixmodal.training.checkpoint import CheckpointError
-from mixmodal.training.trainer import NonFiniteError
+from mixmodal.training.checkpoint import CheckpointError, sha256_of
+from mixmodal.training.checks import NonFiniteError
 
 ROOT = Path(__file__).parents[2]
 Fit = Callable[..., Any]
@@ -264,6 +264,51 @@ def test_a_finished_run_is_only_exported_again(fit: Fit, exported: Exported, tmp
     assert all(torch.equal(exported()[name], value) for name, value in before.items())
 
 
+class Ending(ToyTask):
+    """Its data end behind `last` micro-batches."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.last = last
+
+    def build_loader(self, micro_batch_size: int, grad_accum_steps: int, rank: int, world_size: int) -> ToyLoader:
+        last = self.last
+
+        class EndingLoader(ToyLoader):
+            def __next__(self) -> Rows:
+                if self.count >= last:
+                    raise StopIteration("the toys are all used up")
+                return super().__next__()
+
+        return EndingLoader(micro_batch_size, grad_accum_steps, rank, world_size)
+
+    def counters(self, state: Mapping[str, Any]) -> Mapping[str, float]:
+        return {"taken": state["step"]}
+
+
+def test_training_is_finished_where_the_data_end(
+    fit: Fit, exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = fit(task=Ending(4), max_steps=6, save_every=3)
+    assert (result.steps, result.finished) == (4, True)
+    assert "step 4 of 6 is the last: the toys are all used up" in capsys.readouterr().out
+    assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step_00000004"
+    assert [record["step"] for record in records(tmp_path / "run") if "eval_norm" in record] == [4]
+    whole = exported()
+    (tmp_path / "run/checkpoints/latest").write_text("step_00000003\n")
+    for again in (3, 4):  # what is resumed ends there too, and what is finished is exported again
+        assert fit(task=Ending(4), max_steps=6).steps == 4, again
+        assert all(torch.equal(exported()[name], value) for name, value in whole.items())
+    assert fit(task=Ending(9), max_steps=6).steps == 6  # with more data it goes on
+    with pytest.raises(ValueError, match="no data for the first step: the toys are all used up"):
+        fit("none", task=Ending(0))
+
+
+def test_counters_of_the_data_are_logged_up_to_the_step(fit: Fit, tmp_path: Path) -> None:
+    fit(task=Ending(99), max_steps=3, micro_batch_size=4, grad_accum_steps=2)
+    assert [record["taken"] for record in records(tmp_path / "run") if "loss" in record] == [1, 2, 3]
+
+
 def test_old_checkpoints_are_removed(fit: Fit, tmp_path: Path) -> None:
     fit(save_every=1, keep_checkpoints=2)
     kept = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step_*"))
@@ -280,7 +325,6 @@ def test_a_used_run_folder_is_not_trained_over(fit: Fit) -> None:
     ("options", "problem"),
     [
         ({"precision": "autocast_bfloat16"}, "precision float32, not autocast_bfloat16"),
-        (MODES["zero1"], "zero_stage 0, not 1"),
         ({"ema_decay": 0.5}, "ema False, not True"),
     ],
 )
@@ -306,11 +350,14 @@ def test_a_checkpoint_that_would_run_code_is_refused(fit: Fit, tmp_path: Path) -
             return os.mkdir, (str(tmp_path / "sprung"),)
 
     fit(max_steps=1)
-    for name in ("mp_rank_00_model_states.pt", "rank_00000.pt"):
-        path = tmp_path / "run/checkpoints/step_00000001" / name
+    checksums = tmp_path / "run/checkpoints/step_00000001/checksums.json"
+    good_sums = checksums.read_text()
+    for name in ("model_00000.pt", "rank_00000.pt"):
+        path = checksums.with_name(name)
         good = path.read_bytes()
-        torch.save({"module": Trap(), "loader": Trap()}, path)
-        with pytest.raises(CheckpointError, match=name):
+        torch.save({"fragments": Trap(), "loader": Trap()}, path)
+        checksums.write_text(json.dumps({**json.loads(good_sums), name: sha256_of(path)}))
+        with pytest.raises(CheckpointError, match=f"{name} can not be loaded"):
             fit()
         path.write_bytes(good)
     assert not (tmp_path / "sprung").exists()

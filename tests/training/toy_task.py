@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mixmodal.objectives.loss import Sums
+from mixmodal.training.metrics import Peak
 from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.task import MODEL, Opponent, Task
 
@@ -29,7 +30,7 @@ class Rows(NamedTuple):
 
 class ToyLoss(NamedTuple):
     objective: Tensor
-    metrics: dict[str, Sums]
+    metrics: dict[str, Sums | Peak]
 
 
 class ToyLoader:
@@ -59,10 +60,11 @@ class ToyLoader:
         return inputs, inputs.sin().sum(), torch.rand((), generator=generator) + 0.1 * (number % 4)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count}
+        step, micro = divmod(self.count, self.split[1])
+        return {"step": step, "micro_batch": micro}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.count = state["count"]
+        self.count = state["step"] * self.split[1] + state["micro_batch"]
 
 
 class ToyTask(Task):
@@ -101,7 +103,8 @@ class ToyTask(Task):
             total = total * float("nan")
         if step == self.bad_step and self.bad == "gradient":
             total = total + Infinite.apply(total)
-        return ToyLoss(total, {"loss": Sums(total.detach(), batch.weights.sum())})
+        metrics = {"loss": Sums(total.detach(), batch.weights.sum()), "error_max": Peak(errors.detach().max())}
+        return ToyLoss(total, metrics)
 
     def evaluate(self, model: nn.Module) -> dict[str, float | None]:
         torch.randn(3)  # must not disturb training

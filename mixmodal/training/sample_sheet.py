@@ -1,0 +1,106 @@
+"""Sample sheets: what a model draws for a few held-out captions while it is trained."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image as Pictures
+from PIL import ImageDraw, ImageFont
+from PIL.Image import Image as Picture
+from torch import nn
+
+from mixmodal.data.token_shards import TokenShards
+from mixmodal.document import Document, Image, Text
+from mixmodal.models.transformer import Transformer
+from mixmodal.sampling.generator import SequenceGenerator
+from mixmodal.sampling.guidance import TokenSampling
+from mixmodal.tokenization.codec import Codec
+from mixmodal.tokenization.image import ImageTokenizer
+from mixmodal.tokenization.text import TextTokenizer
+from mixmodal.training.uncompiled import uncompiled
+
+SAMPLING = TokenSampling(temperature=1.0, top_p=0.9)
+"""How codes are drawn; seeds are fixed, so that sheets of one run differ by the weights alone."""
+MIN_SIDE, GAP, COLUMNS = 96, 12, 8
+LINE_CHARACTERS, LINE_HEIGHT, MAX_LINES = 16, 14, 4
+
+
+class SampleSheet:
+    """Held-out pairs and the tokenizers that show them.
+
+    Args:
+        held_out: documents, of which those with one text and one picture are taken.
+        text_tokenizer: model file.
+        image_tokenizer: folder. Pictures are decoded on the CPU.
+        count: captions, spread over all pairs that fit.
+        max_len: longest document in tokens that is taken.
+
+    Raises:
+        ValueError: where there are fewer pairs.
+    """
+
+    def __init__(
+        self, held_out: TokenShards, text_tokenizer: Path, image_tokenizer: Path, count: int, max_len: int
+    ) -> None:
+        text, images = TextTokenizer.load(text_tokenizer), ImageTokenizer.load(image_tokenizer).eval()
+        self.codec = Codec(text, images, held_out.build_format(text))
+        self.pairs = self._choose(held_out, count, max_len)
+        if len(self.pairs) < count:
+            raise ValueError(
+                f"num_samples is {count}, but {held_out.folder} holds {len(self.pairs)} pairs of one text and one "
+                f"picture in at most {max_len} tokens; lower it, or set sample_every to 0"
+            )
+
+    def _choose(self, held_out: TokenShards, count: int, max_len: int) -> list[tuple[Text, Image]]:
+        order = np.random.default_rng(0).permutation(len(held_out))
+        chosen: dict[str, tuple[Text, Image]] = {}
+        for index in order:
+            if len(held_out[index]) > max_len:
+                continue
+            parts = sorted(self.codec.format.parse(held_out[index]).parts, key=lambda part: part.modality, reverse=True)
+            if len(parts) == 2 and isinstance(parts[0], Text) and isinstance(parts[1], Image):
+                chosen.setdefault(parts[0].text, (parts[0], parts[1]))
+            if len(chosen) == count:
+                break
+        return list(chosen.values())
+
+    def draw(self, model: nn.Module) -> Picture:
+        """For each caption the held-out picture, as its codes give it back, above the one that `model` draws."""
+        form = self.codec.format
+        prompts = [form.spell_prompt(Document([text]), Image.modality) for text, _ in self.pairs]
+        assert isinstance(model, Transformer)
+        with uncompiled():
+            found = SequenceGenerator(model, form).generate(
+                prompts, [(0, number) for number in range(len(prompts))], output="image", sampling={"image": SAMPLING}
+            )
+        vocabulary, grid = form.vocabulary, form.grids[Image.modality]
+        drawn = []
+        for ids in found:
+            codes = vocabulary.from_ids(Image.modality, ids[np.asarray(vocabulary.contains(Image.modality, ids))])
+            drawn.append(Image(codes.reshape(grid)))
+        pictures = self.codec.decode_images([*(image for _, image in self.pairs), *drawn])
+        return draw_pairs([text.text for text, _ in self.pairs], pictures[: len(drawn)], pictures[len(drawn) :])
+
+
+def draw_pairs(captions: Sequence[str], above: Sequence[Picture], below: Sequence[Picture]) -> Picture:
+    """A picture with columns of two pictures and their caption."""
+    factor = max(1, -(-MIN_SIDE // above[0].width))
+    width, height = factor * above[0].width, factor * above[0].height
+    columns = min(COLUMNS, len(captions))
+    band = 2 * height + 3 * GAP + MAX_LINES * LINE_HEIGHT
+    size = columns * (width + GAP) + GAP, -(-len(captions) // columns) * band + GAP
+    sheet = Pictures.new("RGB", size, "white")
+    pencil, font = ImageDraw.Draw(sheet), ImageFont.load_default(LINE_HEIGHT - 3)
+    for number, (caption, *pictures) in enumerate(zip(captions, above, below, strict=True)):
+        left, top = GAP + number % columns * (width + GAP), GAP + number // columns * band
+        for row, picture in enumerate(pictures):
+            enlarged = picture.convert("RGB").resize((width, height), Pictures.Resampling.NEAREST)
+            sheet.paste(enlarged, (left, top + row * (height + GAP // 2)))
+        characters = max(LINE_CHARACTERS, LINE_CHARACTERS * width // MIN_SIDE)
+        lines = textwrap.wrap(caption, characters, max_lines=MAX_LINES) or [""]
+        for place, line in enumerate(lines):
+            pencil.text((left, top + 2 * height + GAP + place * LINE_HEIGHT), line, fill="black", font=font)
+    return sheet
