@@ -32,7 +32,7 @@ def measure(folder: Path, shape: dict[str, Any], saves: int, background: bool) -
     """Seconds of each save but the last, for which the end of training waits, and of each step without one."""
     held_up: list[float] = []
     steps: list[float] = []
-    save, optimize = trainer.save, trainer.Run._optimize  # pyright: ignore[reportPrivateUsage]
+    save, optimize = trainer.save, trainer.Loop._optimize  # pyright: ignore[reportPrivateUsage]
     settings = TrainerConfig(
         run_dir=folder / f"run_{background}",
         max_steps=EVERY * (saves + 1),
@@ -44,11 +44,11 @@ def measure(folder: Path, shape: dict[str, Any], saves: int, background: bool) -
     )
     data = DataConfig(tokens=folder / "tokens", seq_len=shape["max_seq_len"])
     trainer.save = timed(save, held_up)
-    trainer.Run._optimize = timed(optimize, steps)  # pyright: ignore[reportPrivateUsage]
+    trainer.Loop._optimize = timed(optimize, steps)  # pyright: ignore[reportPrivateUsage]
     try:
         pretrain(PretrainConfig(model=TransformerConfig(**shape), data=data, trainer=settings))
     finally:
-        trainer.save, trainer.Run._optimize = save, optimize  # pyright: ignore[reportPrivateUsage]
+        trainer.save, trainer.Loop._optimize = save, optimize  # pyright: ignore[reportPrivateUsage]
     return held_up[:-1], steps[1:]
 
 

@@ -1,8 +1,10 @@
 """Synthetic pictures as pixels and as shards, for the tests of several rooms."""
 
+import importlib.util
 import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -57,3 +59,19 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     ImageTokenizer(config).save(folder / "image")
     return folder
+
+
+@pytest.fixture(scope="session")
+def load() -> Callable[[str], ModuleType]:
+    """A function of a name: that script of `benchmarks/`, which is no package, or another by its path from there."""
+
+    def load_script(name: str) -> ModuleType:
+        path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load_script

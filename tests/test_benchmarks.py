@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -15,24 +15,16 @@ from mixmodal import environment
 from mixmodal.quickstart.runner import write_json
 
 ROOT = Path(__file__).parents[1]
+Load = Callable[[str], ModuleType]
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_of_results_is_that_of_the_recorded_lines() -> None:
+def test_the_page_of_results_is_that_of_the_recorded_lines(load: Load) -> None:
     render = load("render")
     assert render.PAGE.read_text() == render.render(render.read_lines()), "run: python benchmarks/render.py"
 
 
 def test_a_line_says_all_that_is_needed_and_the_newest_is_shown(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record, render = load("record"), load("render")
     monkeypatch.setattr(record, "RESULTS", tmp_path)
@@ -46,7 +38,9 @@ def test_a_line_says_all_that_is_needed_and_the_newest_is_shown(
     assert "benchmarks/measure_decode.py --repeats 3" in shown or "measure_decode.py --repeats 3" in shown
 
 
-def test_arms_are_rows_and_figures_are_columns_of_a_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arms_are_rows_and_figures_are_columns_of_a_comparison(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     record, render = load("record"), load("render")
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     for arm, psnr in (("ours", [20.5, 20.25]), ("other", [19.0])):
@@ -56,7 +50,7 @@ def test_arms_are_rows_and_figures_are_columns_of_a_comparison(tmp_path: Path, m
     assert {"| | psnr | usage |", "| ours | 20.5, 20.25 | 0.5 |", "| other | 19 |  |", "GPU: not run"} <= set(page)
 
 
-def test_devices_without_a_measurement_say_not_run() -> None:
+def test_devices_without_a_measurement_say_not_run(load: Load) -> None:
     assert "| all | GPU | not run |" in load("render").render([])
 
 
@@ -72,7 +66,9 @@ def test_commit_is_unknown_outside_a_clone(tmp_path: Path, monkeypatch: pytest.M
     assert environment.commit() == "unknown"
 
 
-def test_floors_hold_for_the_better_direction_and_not_without_a_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_floors_hold_for_the_better_direction_and_not_without_a_figure(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     record = load("record_quickstart")
     summary = {
@@ -88,7 +84,7 @@ def test_floors_hold_for_the_better_direction_and_not_without_a_figure(monkeypat
     assert "none" in lines["text_to_image.concept_accuracy_heldout"]
 
 
-def test_random_documents_have_the_sizes_of_the_packaged_recipe() -> None:
+def test_random_documents_have_the_sizes_of_the_packaged_recipe(load: Load) -> None:
     documents = load("documents")
     recipe = documents.RECIPE
     assert documents.SHAPE.items() <= vars(recipe.configs["pretrain"].model).items()
@@ -96,7 +92,7 @@ def test_random_documents_have_the_sizes_of_the_packaged_recipe() -> None:
     assert len(documents.VOCABULARY.ids("image")) == documents.IMAGES.codebook_size
 
 
-def test_the_contact_sheet_shows_generated_pictures_of_both_splits(tmp_path: Path) -> None:
+def test_the_contact_sheet_shows_generated_pictures_of_both_splits(load: Load, tmp_path: Path) -> None:
     picture = load("picture")
     items, captions = [], []
     for number in range(30):
@@ -118,7 +114,7 @@ def test_the_contact_sheet_shows_generated_pictures_of_both_splits(tmp_path: Pat
 
 
 @pytest.fixture
-def compare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def compare(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module = load("compare_image_tokenizers")
     monkeypatch.setattr(module, "RUNS", tmp_path)
@@ -191,7 +187,7 @@ def test_arms_are_recorded_as_they_were_trained(compare: ModuleType, monkeypatch
         compare.record_all()
 
 
-def test_image_tokenizers_that_are_timed_hold_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_tokenizers_that_are_timed_hold_the_same_weights(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
@@ -206,18 +202,14 @@ def test_image_tokenizers_that_are_timed_hold_the_same_weights(monkeypatch: pyte
 
 
 @pytest.fixture
-def throughput(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def throughput(load: Load, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return load("train_throughput")
 
 
 @pytest.mark.slow  # imports transformers
-def test_both_loops_of_the_comparison_learn_the_same(throughput: ModuleType, tmp_path: Path) -> None:
-    spec = importlib.util.spec_from_file_location("parity", ROOT / "tests/models/test_transformer_parity.py")
-    assert spec is not None
-    assert spec.loader is not None
-    parity = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(parity)
+def test_both_loops_of_the_comparison_learn_the_same(load: Load, throughput: ModuleType, tmp_path: Path) -> None:
+    parity = load("../tests/models/test_transformer_parity")
     options = argparse.Namespace(shape="tiny", rows=0, steps=2, precision="float32", compile=False)
     config = throughput.build_config(options, tmp_path)
     task = throughput.PretrainTask(config)

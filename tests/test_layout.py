@@ -67,25 +67,13 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path, for_types: bool = True) -> Iterator[str]:
-    """Full names that a file imports from the package, those inside functions too.
-
-    Args:
-        for_types: those under `if TYPE_CHECKING` as well.
-    """
-    for node in ast.walk(tree(path)) if for_types else running(tree(path)):
+def imports(path: Path) -> Iterator[str]:
+    """Full names that a file imports from the package, those inside functions and for types alone too."""
+    for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names if name.name.split(".")[0] == "mixmodal")
         elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "mixmodal":
             yield from (f"{node.module}.{name.name}" for name in node.names)
-
-
-def running(node: ast.AST) -> Iterator[ast.AST]:
-    """All but what stands under `if TYPE_CHECKING`."""
-    for child in ast.iter_child_nodes(node):
-        if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)):
-            yield child
-            yield from running(child)
 
 
 def room(name: str) -> str | None:
@@ -114,7 +102,7 @@ def test_no_import_cycles() -> None:
     modules = {module_name(path): path for path in sources()}
     edges: dict[str, set[str]] = {}
     for name, path in modules.items():
-        found = {other if other in modules else other.rsplit(".", 1)[0] for other in imports(path, for_types=False)}
+        found = {other if other in modules else other.rsplit(".", 1)[0] for other in imports(path)}
         edges[name] = {other for other in found if other in modules and other != name}
     done: set[str] = set()
 
@@ -129,7 +117,9 @@ def test_no_import_cycles() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("path", sources(), ids=module_name)
+@pytest.mark.parametrize(
+    "path", [*sources(), *ROOT.glob("tests/**/*.py"), *ROOT.glob("benchmarks/*.py")], ids=module_name
+)
 def test_files_stay_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) < 400
 

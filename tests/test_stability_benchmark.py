@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -11,19 +11,11 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+Load = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def stability(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def stability(load: Load, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return load("stability")
 
@@ -80,7 +72,7 @@ def test_a_short_ablation_trains_records_and_draws(
 
 
 @pytest.fixture
-def colors(tmp_path: Path) -> set[tuple[int, int, int]]:
+def colors(load: Load, tmp_path: Path) -> set[tuple[int, int, int]]:
     curves = load("curves")
     rows = [(1, 5.0), (2, 3.0), (3, math.nan), (4, 1e9)]
     curves.draw_curves({"loss": {"one": [rows], "two": [[(1, 2.0), (4, 2.0)]]}, "norm": {}}, tmp_path / "c.png")
@@ -88,7 +80,7 @@ def colors(tmp_path: Path) -> set[tuple[int, int, int]]:
         return {color for _, color in picture.convert("RGB").getcolors(1 << 20) or []}  # type: ignore[misc]
 
 
-def test_every_arm_has_its_colour(colors: set[tuple[int, int, int]]) -> None:
+def test_every_arm_has_its_colour(load: Load, colors: set[tuple[int, int, int]]) -> None:
     curves = load("curves")
     for color in curves.COLORS[:2]:
         assert any(
@@ -107,7 +99,7 @@ def test_every_arm_has_its_colour(colors: set[tuple[int, int, int]]) -> None:
     ],
 )
 def test_axes_enclose_the_values_with_round_numbers(
-    low: float, high: float, logarithmic: bool, expected: list[float]
+    load: Load, low: float, high: float, logarithmic: bool, expected: list[float]
 ) -> None:
     found = load("curves").axis(low, high, logarithmic)
     assert found == pytest.approx(expected)

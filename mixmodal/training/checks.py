@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixmodal.training.run import Run
 from mixmodal.training.task import Batch
-
-if TYPE_CHECKING:
-    from mixmodal.training.trainer import Run
 
 
 class NonFiniteError(ValueError):

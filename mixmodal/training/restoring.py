@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mixmodal.training import checkpoint
 from mixmodal.training.checkpoint import CheckpointError, Gather, describe, gather_objects
+from mixmodal.training.engine import Engine
 from mixmodal.training.fragments import read_fragments, read_rest, settle, write_fragments, write_rest
 from mixmodal.training.randomness import set_random_state, set_seeds
-
-if TYPE_CHECKING:
-    from mixmodal.training.engine import Engine
-    from mixmodal.training.trainer import Run
+from mixmodal.training.run import Run
 
 EMA = "ema.pt"
 

@@ -18,18 +18,14 @@ from mixmodal.training.alarms import Alarms
 from mixmodal.training.checks import Check
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.deepspeed_config import deepspeed_config
-from mixmodal.training.ema import AveragedWeights
-from mixmodal.training.engine import Engine, Place, init_distributed
-from mixmodal.training.fragments import check_savable
+from mixmodal.training.engine import Place, init_distributed
 from mixmodal.training.interrupt import StopSignal
 from mixmodal.training.metrics import METRICS_FILE, MetricsLog, MetricSums, Record
-from mixmodal.training.optimizer import OptimizerConfig, build_optimizer, lr_at, set_lr
-from mixmodal.training.randomness import random_state, set_random_state, set_seeds
+from mixmodal.training.optimizer import OptimizerConfig, lr_at, set_lr
+from mixmodal.training.randomness import random_state, set_random_state
 from mixmodal.training.ranks import RankWatch
-from mixmodal.training.read_ahead import ReadAhead
-from mixmodal.training.recomputing import recompute
 from mixmodal.training.restoring import restore, save
-from mixmodal.training.saving import Saver
+from mixmodal.training.run import Run
 from mixmodal.training.task import MODEL, Batch, Task, to_device
 
 
@@ -89,7 +85,7 @@ class Trainer:
             raise ValueError("trainer.compile needs whole weights, which ZeRO stage 3 does not keep: set it to false")
         place = init_distributed()
         with RankWatch(place.rank, place.world_size):
-            run = Run(self, task, settings, place)
+            run = Loop(self.config, self.optimizer_config, task, settings, place)
             try:
                 restore(run)
                 if place.rank == 0:
@@ -106,60 +102,23 @@ class Trainer:
             )
 
 
-class Run:
-    """One call of `fit`: the engine, the data, and how far they are."""
+class Loop(Run):
+    """One call of `fit`: a run on its way from where it stands to its end."""
 
-    def __init__(self, trainer: Trainer, task: Task, settings: Mapping[str, Any], place: Place) -> None:
-        self.config, self.optimizer_config = trainer.config, trainer.optimizer_config
-        self.task = task
-        self.place = place
-        set_seeds(self.config.seed)
-        model = task.build_model()
-        if self.config.activation_checkpointing:
-            recompute(task.recomputed(model))
-        if self.config.compile:
-            task.compile_model(model)
-        self.ema = AveragedWeights(model, self.config.ema_decay) if self.config.ema_decay else None
-        opponents = task.build_opponents()
-        if opponents and settings["zero_optimization"].get("stage") == 3:
-            names = ", ".join(opponents)
-            raise ValueError(f"trainer.deepspeed: stage 3 can not train a second network ({names}); choose 0, 1 or 2")
-        self.optimizers, self.first_steps = {MODEL: self.optimizer_config}, {MODEL: 0}
-        self.engines = {MODEL: Engine(model, build_optimizer(model, self.optimizer_config), settings, place)}
-        self.engine = self.engines[MODEL]
-        for name, (opponent, optimizer, first_step) in opponents.items():
-            self.optimizers[name], self.first_steps[name] = optimizer, first_step
-            self.engines[name] = Engine(opponent, build_optimizer(opponent, optimizer), settings, place)
-        if self.ema:
-            self.ema.to(place.device)
-        set_seeds(self.config.seed, place.rank + 1)
-        accum = self.config.grad_accum_steps
-        loader = task.build_loader(self.config.micro_batch_size, accum, place.rank, place.world_size)
-        self.loader = ReadAhead(loader, accum if self.config.read_ahead else 0)
-        for engine in self.engines.values():
-            check_savable(engine)
-        self.saver = Saver(
-            self.config.run_dir / "checkpoints",
-            rank=place.rank,
-            keep=self.config.keep_checkpoints,
-            keep_every=self.config.keep_every,
-            background=self.config.async_save,
-        )
+    def __init__(
+        self,
+        config: TrainerConfig,
+        optimizer: OptimizerConfig,
+        task: Task,
+        settings: Mapping[str, Any],
+        place: Place,
+    ) -> None:
+        super().__init__(config, optimizer, task, settings, place)
         self.flops_per_token = task.flops_per_token()
-        self.rank_state: dict[str, Any] = {}
-        self.step = 0
-        self.saved_step = -1
-        self.seconds = 0.0
         self.last_eval: dict[str, float | None] = {}
         self.end_of_data = ""
         self.sums = MetricSums()
-        self.alarms = Alarms(self.config.alarm_growth, self.optimizer_config.warmup_steps)
-
-    def close(self) -> None:
-        self.loader.close()
-        self.saver.close()
-        for engine in self.engines.values():
-            engine.close()
+        self.alarms = Alarms(config.alarm_growth, optimizer.warmup_steps)
 
     # from start to end
 

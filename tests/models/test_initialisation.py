@@ -9,19 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mixmodal.models.presets import PRESETS
 from mixmodal.models.transformer import Block, Transformer, TransformerConfig
 
-LLAMA = TransformerConfig(vocab_size=500, dim=128, num_layers=2, num_heads=4, ffn_dim=256, max_seq_len=64)
-CM3LEON = replace(
-    LLAMA,
-    norm="layernorm",
-    activation="gelu",
-    position="learned",
-    qk_norm=False,
-    tie_embeddings=True,
-    init_std=0.006,
-    zero_init_output=True,
-)
+SHAPE = {"vocab_size": 500, "dim": 128, "num_layers": 2, "num_heads": 4, "ffn_dim": 256, "max_seq_len": 64}
+LLAMA = TransformerConfig(**SHAPE)
+CM3LEON = replace(PRESETS["cm3leon_350m"], **SHAPE)
 
 # The variance of a standard normal cut at 3 is 1 - 2 * 3 * density(3) / (share within 3).
 CUT_STD = math.sqrt(1 - 6 * math.exp(-4.5) / math.sqrt(2 * math.pi) / math.erf(3 / math.sqrt(2)))
