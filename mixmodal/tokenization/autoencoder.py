@@ -6,7 +6,7 @@ Shapes: B batch, C channels, H W pixels, h w code grid. Stage 0 is the finest, t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mixmodal.models import winograd
 
 Block = Literal["res", "attention", "transformer"]
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,33 +107,20 @@ def check_autoencoder(config: AutoencoderConfig, image_size: int, key: str = "au
         raise ValueError(f"{key}.latent_channels is {config.latent_channels}; 0 leaves the 1x1 convolutions out")
 
 
-class Conv3x3(nn.Conv2d):
-    """A 3x3 convolution that keeps height and width; CPUs compute wide ones with fewer products, without gradients."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, input: Tensor) -> Tensor:
-        assert self.bias is not None
-        if winograd.pays(input, self.weight):
-            return winograd.conv3x3(input, self.weight, self.bias)
-        return super().forward(input)
-
-
 class ResBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice; the sum starts as the shortcut."""
 
     def __init__(self, in_channels: int, out_channels: int, config: AutoencoderConfig) -> None:
         super().__init__()
         self.norm1 = group_norm(in_channels, config)
-        self.conv1 = Conv3x3(in_channels, out_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = group_norm(out_channels, config)
-        self.conv2 = zeroed(Conv3x3(out_channels, out_channels))
+        self.conv2 = zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(silu(self.norm1(x)))
-        y = self.conv2(silu(self.norm2(y)))
+        y = norm_silu_conv(self.norm1, self.conv1, x)
+        y = norm_silu_conv(self.norm2, self.conv2, y, inplace=True)
         x = self.shortcut(x)
         return x + y if torch.is_grad_enabled() or x.dtype != y.dtype else y.add_(x)
 
@@ -180,14 +168,17 @@ class TransformerBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width as VQGAN does: a strided convolution, padded right and below."""
+    """Halves height and width as VQGAN does: a strided convolution, padded right and below.
+
+    Padding by 2 all around and leaving out the first line and column gives the same and spares a padded copy.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return channels_last(self.conv(x)[:, :, 1:, 1:])
 
 
 class Upsample(nn.Module):
@@ -303,12 +294,19 @@ def group_norm(channels: int, config: AutoencoderConfig) -> nn.GroupNorm:
     return nn.GroupNorm(config.norm_groups, channels, eps=config.norm_eps)
 
 
+def norm_silu_conv(norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, inplace: bool = False) -> Tensor:
+    """Half of a ResBlock; CPUs compute wide ones with fewer products, without gradients, and may do so in place."""
+    if winograd.pays(x, conv.weight):
+        return winograd.norm_silu_conv(x, norm, conv, inplace)
+    return conv(silu(norm(x)))
+
+
 def silu(x: Tensor) -> Tensor:
     """SiLU of a tensor that nobody else holds; in its place where no gradient is asked for."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
-def zeroed(layer: nn.Conv2d | nn.Linear) -> nn.Module:
+def zeroed(layer: Layer) -> Layer:
     """The last layer of a residual branch starts at zero: every block starts as the identity."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
