@@ -4,7 +4,9 @@ python benchmarks/measure_image_tokenizer.py [--repeats 10] [--image_size 256 --
 
 The shape is LlamaGen's VQ-16 (two ResBlocks a stage, attention in the last, 16384 codes of 8 dimensions). The three
 take turns, so that what else the machine does meets all of them. All compute in float32; on a GPU ours is measured
-compiled and in bfloat16 as well, with the codebook in float32.
+compiled and in bfloat16 as well, with the codebook in float32. Speed is measured on pictures in channels_last, which is
+the faster layout for all three; codes are compared on contiguous pictures, the layout that the others are given by
+default, since torch's GroupNorm sums flat pictures less exactly in channels_last on a CPU.
 """
 
 from __future__ import annotations
@@ -119,7 +121,7 @@ def agreement(one: Callable[[Tensor], Tensor], other: Callable[[Tensor], Tensor]
 def main(arguments: argparse.Namespace, device: torch.device) -> None:
     torch.manual_seed(0)
     pictures = draw_images(PICTURES, arguments.image_size)
-    images = pictures[: arguments.batch_size]
+    images = pictures[: arguments.batch_size].contiguous(memory_format=torch.channels_last)
     diffusers = build_diffusers(arguments.channels, images)
     with tempfile.TemporaryDirectory() as folder:
         diffusers.save_pretrained(folder)
@@ -133,7 +135,7 @@ def main(arguments: argparse.Namespace, device: torch.device) -> None:
         return chameleon.encode(images).image_tokens
 
     torch.backends.cudnn.allow_tf32 = False  # equal codes are asked for in float32
-    batches = [*pictures.to(device).split(arguments.batch_size)]
+    batches = [*pictures.contiguous().to(device).split(arguments.batch_size)]
     shares = {
         "diffusers.VQModel": agreement(own.encode, diffusers_codes, batches),
         "transformers.ChameleonVQVAE": agreement(own.encode, chameleon_codes, batches),

@@ -8,6 +8,8 @@ from those of a direct convolution by about 1e-5 of their size. Shapes: B batch,
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ TILE, WINDOW = 6, 8
 MIN_CHANNELS = 128
 CHUNK_BYTES = 2**23
 """Of the transformed inputs that are made at a time, so that they stay in the cache."""
+PARTS = 16
+"""Of the pixels, whose moments are taken apart."""
 
 # By the points 0, 1, -1, 2, -2, 1/2, -1/2 and infinity.
 INPUT = torch.tensor(
@@ -124,13 +128,20 @@ def norm_silu_conv(images: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, inplace:
 
 
 def affine(images: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
-    """Factors and summands `(B, C)` by which a GroupNorm acts on each picture."""
-    found = [torch.batch_norm_update_stats(picture[None], None, None, 0.0) for picture in images]
-    mean, variance = (torch.stack(part).unflatten(1, (norm.num_groups, -1)) for part in zip(*found))  # of each channel
-    group = mean.mean(2, keepdim=True)
-    variance = (variance + (mean - group).square()).mean(2, keepdim=True)
-    scale = norm.weight * torch.rsqrt(variance + norm.eps).expand_as(mean).flatten(1)
-    return scale, norm.bias - group.expand_as(mean).flatten(1) * scale
+    """Factors and summands `(B, C)` by which a GroupNorm acts on each picture `(B, C, H, W)` in channels_last.
+
+    Sums of all pixels in float32 drift where a picture is flat: torch's GroupNorm in channels_last is off by 5e-4 of the
+    variance at 256 pixels a side. Moments of a part of the pixels each, then put together, drift by 1e-5.
+    """
+    parts = math.gcd(images.shape[3], PARTS)
+    pixels = images.permute(0, 2, 3, 1).reshape(len(images), -1, parts * images.shape[1])
+    found = [torch.batch_norm_update_stats(picture, None, None, 0.0) for picture in pixels]
+    mean, variance = (torch.stack(moment).view(len(images), parts, norm.num_groups, -1) for moment in zip(*found))
+    group = mean.mean((1, 3), keepdim=True)
+    variance = (variance + (mean - group).square()).mean((1, 3), keepdim=True)
+    scale = norm.weight.view(norm.num_groups, -1) * torch.rsqrt(variance + norm.eps)
+    shift = norm.bias.view(norm.num_groups, -1) - group * scale
+    return scale.flatten(1), shift.flatten(1)
 
 
 def _fill(band: Tensor, lines: Tensor, scale: Tensor, shift: Tensor) -> None:
