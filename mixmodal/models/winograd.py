@@ -130,8 +130,8 @@ def norm_silu_conv(images: Tensor, norm: nn.GroupNorm, conv: nn.Conv2d, inplace:
 def affine(images: Tensor, norm: nn.GroupNorm) -> tuple[Tensor, Tensor]:
     """Factors and summands `(B, C)` by which a GroupNorm acts on each picture `(B, C, H, W)` in channels_last.
 
-    Sums of all pixels in float32 drift where a picture is flat: torch's GroupNorm in channels_last is off by 5e-4 of the
-    variance at 256 pixels a side. Moments of a part of the pixels each, then put together, drift by 1e-5.
+    Sums of all pixels in float32 drift where a picture is flat: torch's GroupNorm in channels_last is off by 5e-4 of
+    the variance at 256 pixels a side. Moments of a part of the pixels each, then put together, drift by 1e-5.
     """
     parts = math.gcd(images.shape[3], PARTS)
     pixels = images.permute(0, 2, 3, 1).reshape(len(images), -1, parts * images.shape[1])
