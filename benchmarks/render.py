@@ -1,7 +1,8 @@
 """Renders docs/results.md from benchmarks/results/*.jsonl:  python benchmarks/render.py
 
-Each line of those files is one measurement, written by the script that made it (see record.py). The table shows the
-newest line for each benchmark, subject and kind of device, and says "not run" where there is none.
+Each line of those files is one measurement, written by the script that made it (see record.py). A table shows the
+newest line for each benchmark, subject and kind of device, and says "not run" where there is none; below it stands what
+measured them.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
-DEVICES = ("cpu", "cuda")
+NAMES = {"cpu": "CPU", "cuda": "GPU"}
+DEVICES = [*NAMES]
 TITLES = {
     "quickstart": "The quickstart: figures of one run",
     "train_throughput": "Training: the trainer against a plain loop over transformers' Chameleon",
     "train_length": "Forward and backward by length of a row and documents in it",
     "interruptions": "Runs that are killed and started again",
+    "ranks": "Trainings shared among processes, against one process: the worst difference",
     "saving": "What a checkpoint costs",
     "data": "Packed rows of a mixture: what they cost and how full they are",
     "decode": "Generating with the tiny model",
@@ -27,7 +30,7 @@ TITLES = {
     "stability": "Stability at a high learning rate: a value for each seed (docs/stability.md)",
 }
 ORDER = [*TITLES]
-PIVOTED = ("tokenizer_comparison", "stability")
+PIVOTED = ("tokenizer_comparison", "stability", "ranks", "train_length")
 """Benchmarks whose subjects are `ARM: FIGURE`: a row for each arm, a column for each figure, all repeats in a cell."""
 
 
@@ -56,57 +59,48 @@ def table(benchmark: str, lines: list[dict[str, Any]]) -> list[str]:
     for line in lines:
         if line["benchmark"] == benchmark:
             newest[line["subject"], line["device_kind"]] = line
-    subjects = list(dict.fromkeys(subject for subject, _ in newest)) or ["all"]
-    rows = ["| what | device | value | unit | repeats | date | commit | versions | command |", "|" + "---|" * 9]
-    measured = [kind for kind in DEVICES if any(found == kind for _, found in newest)]
-    rows += [row(subject, kind, newest.get((subject, kind))) for subject in subjects for kind in measured]
-    rows += [row("all", kind, None) for kind in DEVICES if kind not in measured]
-    return rows
+    origins = list(dict.fromkeys(map(origin, newest.values())))
+    rows = ["| what | device | value | unit | repeats | measured by |", "|" + "---|" * 6]
+    for (subject, kind), line in sorted(newest.items(), key=lambda item: DEVICES.index(item[0][1])):
+        cells = [subject, NAMES[kind], short(line["median"]), line["unit"], str(len(line["repeats"]))]
+        rows.append(f"| {' | '.join(cells)} | {1 + origins.index(origin(line))} |")
+    missing = [kind for kind in DEVICES if all(found != kind for _, found in newest)]
+    rows += [f"| all | {NAMES[kind]} | not run | | | |" for kind in missing]
+    return [*rows, *notes(origins)]
 
 
 def pivot(benchmark: str, lines: list[dict[str, Any]]) -> list[str]:
-    """A row for each arm, then what all rows have in common; devices apart."""
+    """A row for each arm, a column for each figure, then what measured them; devices apart."""
     rows: list[str] = []
     for kind in DEVICES:
         newest = {
             line["subject"]: line for line in lines if line["benchmark"] == benchmark and line["device_kind"] == kind
         }
         if not newest:
-            rows += ["", f"{'GPU' if kind == 'cuda' else kind.upper()}: not run"]
+            rows += ["", f"{NAMES[kind]}: not run"]
             continue
         cells = {tuple(subject.split(": ", 1)): line for subject, line in newest.items()}
         arms, figures = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
-        rows += [f"| | {' | '.join(figures)} |", "|" + "---|" * (1 + len(figures))]
+        rows += [f"| {NAMES[kind]} | {' | '.join(figures)} |", "|" + "---|" * (1 + len(figures))]
         for arm in arms:
             values = [cells[arm, figure]["repeats"] if (arm, figure) in cells else [] for figure in figures]
             rows.append(f"| {arm} | {' | '.join(', '.join(map(short, found)) for found in values)} |")
-        last = list(newest.values())[-1]
-        versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items() if name != "device")
-        commits = ", ".join(sorted({line["commit"][:9] for line in newest.values()}))
-        rows += ["", f"{last['device']}; {last['date'][:10]}; commit {commits}; {versions}; `{last['command']}`"]
+        rows += notes(list(dict.fromkeys(map(origin, newest.values()))))
     return rows
+
+
+def origin(line: dict[str, Any]) -> str:
+    """What measured a line: command, device, day, commit and versions."""
+    versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items() if version != "absent")
+    return f"`{line['command']}`; {line['device']}; {line['date'][:10]}; commit {line['commit'][:9]}; {versions}"
+
+
+def notes(origins: list[str]) -> list[str]:
+    return ["", *(f"{number}. {text}" for number, text in enumerate(origins, 1))]
 
 
 def short(value: float) -> str:
     return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def row(subject: str, kind: str, line: dict[str, Any] | None) -> str:
-    if line is None:
-        return f"| {subject} | {'GPU' if kind == 'cuda' else kind.upper()} | not run | | | | | | |"
-    versions = ", ".join(f"{name} {version}" for name, version in line["versions"].items() if name != "device")
-    cells = [
-        subject,
-        line["device"],
-        short(line["median"]),
-        line["unit"],
-        str(len(line["repeats"])),
-        line["date"][:10],
-        line["commit"][:9],
-        versions,
-        f"`{line['command']}`",
-    ]
-    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

@@ -289,7 +289,7 @@ def length(options: argparse.Namespace) -> None:
             for count in (1, 4, 16, 64):
                 seconds = [time_row(model, size, count, device) for _ in range(options.repeats)]
                 per_thousand = [1e6 * value / size for value in seconds]
-                subject = f"{kind}: {size} tokens, {count} documents"
+                subject = f"{kind}, {size} tokens in a row, ms / 1k tokens: {count} documents"
                 settings = {**shape.model, "threads": options.threads}
                 write("train_length", subject, per_thousand, "ms / 1k tokens", device.type, settings)
 

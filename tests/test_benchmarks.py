@@ -33,9 +33,10 @@ def test_a_line_says_all_that_is_needed_and_the_newest_is_shown(
     line = record.record("decode", "ours", [3.0, 50.0, 40.0], "tokens/s", "cpu", {"batch": 1})
     assert {"commit", "command", "device", "versions", "config", "repeats", "median"} <= set(line)
     page = render.render(render.read_lines(tmp_path))
-    (shown,) = [row for row in page.splitlines() if row.startswith("| ours |") and "not run" not in row]
-    assert "| 40 | tokens/s | 3 |" in shown
-    assert "benchmarks/measure_decode.py --repeats 3" in shown or "measure_decode.py --repeats 3" in shown
+    assert "| ours | CPU | 40 | tokens/s | 3 | 1 |" in page.splitlines()
+    (note,) = [row for row in page.splitlines() if row.startswith("1. ")]
+    assert "measure_decode.py --repeats 3`" in note
+    assert {line["device"], f"commit {line['commit'][:9]}"} <= set(note.split("; "))
 
 
 def test_arms_are_rows_and_figures_are_columns_of_a_comparison(
@@ -47,7 +48,7 @@ def test_arms_are_rows_and_figures_are_columns_of_a_comparison(
         record.record("tokenizer_comparison", f"{arm}: psnr", psnr, "dB", "cpu", {})
     record.record("tokenizer_comparison", "ours: usage", [0.5], "", "cpu", {})
     page = render.render(render.read_lines(tmp_path)).splitlines()
-    assert {"| | psnr | usage |", "| ours | 20.5, 20.25 | 0.5 |", "| other | 19 |  |", "GPU: not run"} <= set(page)
+    assert {"| CPU | psnr | usage |", "| ours | 20.5, 20.25 | 0.5 |", "| other | 19 |  |", "GPU: not run"} <= set(page)
 
 
 def test_devices_without_a_measurement_say_not_run(load: Load) -> None:
