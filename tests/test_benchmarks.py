@@ -208,6 +208,23 @@ def throughput(load: Load, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load("train_throughput")
 
 
+@pytest.mark.slow
+def test_processes_that_share_a_batch_are_compared_with_one(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    ranks, record = load("measure_ranks"), sys.modules["record"]
+    monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(ranks, "RANKS", (2,))
+    monkeypatch.setattr(ranks, "STAGES", (3,))
+    ranks.measure(2, tmp_path)
+    found = load("render").read_lines(tmp_path / "results")
+    assert len(found) == 4
+    assert all(0 <= line["median"] < 1e-5 for line in found)
+    other = ranks.differences(tmp_path / "one", tmp_path / "one")
+    assert other == (0, 0)
+
+
 @pytest.mark.slow  # imports transformers
 def test_both_loops_of_the_comparison_learn_the_same(load: Load, throughput: ModuleType, tmp_path: Path) -> None:
     parity = load("../tests/models/test_transformer_parity")
