@@ -125,27 +125,30 @@ class Loop(Run):
     def train(self) -> FitResult:
         config = self.config
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        log = MetricsLog(
-            config.run_dir,
-            first_step=self.step,
-            max_steps=config.max_steps,
-            tensorboard=config.tensorboard,
-            active=self.place.rank == 0,
-        )
-        with log, StopSignal() as stop:
-            if self.place.rank == 0:
-                self.alarms.replay(config.run_dir / METRICS_FILE)
-            if self.step:
-                log.say(f"going on from step {self.step} of {config.max_steps}")
-            finished = self._steps(log, stop)
-            if finished:
-                self._evaluate(log, last=True)
-                self._export()
-            return FitResult(self.step, finished, self.last_eval)
+        with StopSignal() as stop:
+            batches = self._next_batches()  # none where the run is finished, which only the data may know
+            log = MetricsLog(
+                config.run_dir,
+                first_step=self.step,
+                max_steps=config.max_steps,
+                tensorboard=config.tensorboard,
+                active=self.place.rank == 0,
+                finished=not batches,
+            )
+            with log:
+                if self.place.rank == 0:
+                    self.alarms.replay(config.run_dir / METRICS_FILE)
+                if self.step:
+                    log.say(f"going on from step {self.step} of {config.max_steps}")
+                finished = self._steps(batches, log, stop)
+                if finished:
+                    self._evaluate(log, last=True)
+                    self._export()
+                return FitResult(self.step, finished, self.last_eval)
 
-    def _steps(self, log: MetricsLog, stop: StopSignal) -> bool:
+    def _steps(self, batches: list[Batch], log: MetricsLog, stop: StopSignal) -> bool:
         config = self.config
-        clock, tokens, flops, batches = time.perf_counter(), 0, 0.0, self._next_batches()
+        clock, tokens, flops = time.perf_counter(), 0, 0.0
         while batches:
             rates = {name: self._rate(name) for name in self.engines}
             for name, engine in self.engines.items():

@@ -241,15 +241,6 @@ def test_throughput_leaves_out_evaluation_and_saving(fit: Fit, tmp_path: Path, m
     assert [line["wall_time_s"] for line in lines] == [8.0, 16.0, 24.0]
 
 
-def test_a_finished_run_is_only_exported_again(fit: Fit, exported: Exported, tmp_path: Path) -> None:
-    first = fit()
-    before, lines = exported(), records(tmp_path / "run")
-    result = fit()
-    assert (result.steps, result.finished, result.metrics) == (6, True, first.metrics)
-    assert records(tmp_path / "run") == lines
-    assert all(torch.equal(exported()[name], value) for name, value in before.items())
-
-
 class Ending(ToyTask):
     """Its data end behind `last` micro-batches."""
 
@@ -288,6 +279,26 @@ def test_training_is_finished_where_the_data_end(
     assert fit(task=Ending(9), max_steps=6).steps == 6  # with more data it goes on
     with pytest.raises(ValueError, match="no data for the first step: the toys are all used up"):
         fit("none", task=Ending(0))
+
+
+@pytest.mark.parametrize(("last_of_data", "last"), [(9, 6), (4, 4)], ids=["max_steps", "end_of_data"])
+def test_a_finished_run_is_only_exported_again(
+    fit: Fit, exported: Exported, tmp_path: Path, last_of_data: int, last: int
+) -> None:
+    first = fit(task=Ending(last_of_data), eval_every=2)
+    before, lines = exported(), (tmp_path / "run/metrics.jsonl").read_bytes()
+    assert [record["step"] for record in records(tmp_path / "run") if "eval_norm" in record] == [*range(2, last + 1, 2)]
+    for again in range(2):
+        result = fit(task=Ending(last_of_data), eval_every=2)
+        assert (result.steps, result.finished, result.metrics) == (last, True, first.metrics)
+        assert (tmp_path / "run/metrics.jsonl").read_bytes() == lines, again
+        assert all(torch.equal(exported()[name], value) for name, value in before.items())
+
+
+def test_a_run_that_goes_on_keeps_the_evaluation_that_it_ended_with(fit: Fit, tmp_path: Path) -> None:
+    fit(task=Ending(4))
+    fit(task=Ending(9))
+    assert [record["step"] for record in records(tmp_path / "run") if "eval_norm" in record] == [4, 6]
 
 
 def test_counters_of_the_data_are_logged_up_to_the_step(fit: Fit, tmp_path: Path) -> None:
