@@ -126,12 +126,12 @@ def turn(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     else:
         seconds, loss = train_ours(config)
     peak = peak_memory(cuda) - before
-    tokens = sum(int(batch.num_tokens) for batch in steps[WARM_UP:])
+    tokens = sum(task.batch_tokens(batch) for batch in steps[WARM_UP:])
     return {
         "tokens_per_second": tokens / seconds,
         "peak_bytes": peak,
         "loss": loss,
-        "flops_per_token": flops_per_token(task, steps[WARM_UP:]),
+        "flops_per_token": sum(task.batch_flops(batch) for batch in steps[WARM_UP:]) / tokens,
     }
 
 
@@ -214,21 +214,6 @@ def peak_memory(cuda: bool) -> int:
 def resident(name: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
-
-
-def flops_per_token(task: PretrainTask, steps: list[Batch]) -> float:
-    """Operations that a step needs: `PretrainTask.flops_per_token`, but with attention within documents alone."""
-    config = task.model_config
-    per_position = 12 * config.num_layers * config.num_heads * (config.dim // config.num_heads)
-    lengths = torch.cat([lengths_of(batch) for batch in steps]).double()
-    span = float(lengths.square().sum() / lengths.sum())
-    return task.flops_per_token() + per_position * (span - task.config.data.seq_len)
-
-
-def lengths_of(batch: Batch) -> torch.Tensor:
-    """Of all documents of a batch."""
-    ids = batch.segment_ids + batch.segment_ids.amax() * torch.arange(len(batch.tokens))[:, None]
-    return ids[batch.segment_ids != 0].unique(return_counts=True)[1]
 
 
 # the comparison

@@ -239,14 +239,3 @@ def test_both_loops_of_the_comparison_learn_the_same(load: Load, throughput: Mod
     theirs = throughput.peer_loss(peer, batch, isolated=True)
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)  # worst seen 1e-7
     assert ours.item() != pytest.approx(throughput.peer_loss(peer, batch, isolated=False).item(), rel=1e-5)
-
-
-def test_operations_count_attention_within_documents(throughput: ModuleType, tmp_path: Path) -> None:
-    options = argparse.Namespace(shape="tiny", rows=0, steps=2, precision="float32", compile=False)
-    task = throughput.PretrainTask(throughput.build_config(options, tmp_path))
-    batch = next(task.build_loader(2, 1, 0, 1))
-    lengths = throughput.lengths_of(batch)
-    assert len(lengths) == batch.num_documents
-    assert lengths.sum() == batch.num_tokens
-    assert lengths.max() <= 30
-    assert throughput.flops_per_token(task, [batch]) < task.flops_per_token() - 12 * 3 * 32 * (64 - 30)

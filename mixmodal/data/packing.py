@@ -46,6 +46,14 @@ class Batch(NamedTuple):
         return sum(len(row) for row in self.keys)
 
     @property
+    def document_lengths(self) -> Tensor:
+        """Tokens of each document, `(num_documents,)` int64, row by row."""
+        size = int(self.segment_ids.amax()) + 1
+        rows = torch.arange(len(self.segment_ids), device=self.segment_ids.device)[:, None]
+        counts = (rows * size + self.segment_ids).view(-1).bincount(minlength=len(rows) * size).view(-1, size)
+        return counts[:, 1:][counts[:, 1:] != 0]
+
+    @property
     def num_tokens(self) -> Tensor:
         """Tokens that are not padding, an int64 scalar."""
         return (self.segment_ids != 0).sum()

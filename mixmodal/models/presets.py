@@ -6,7 +6,7 @@ from mixmodal.models.transformer import TransformerConfig
 
 
 def _cm3leon(dim: int, num_layers: int, num_heads: int) -> TransformerConfig:
-    """CM3Leon, arXiv 2309.02591 section 4.3: OPT-like, without biases, dropout and norm parameters.
+    """CM3Leon, arXiv 2309.02591: OPT-like, without biases, dropout and norm parameters.
 
     The paper gives neither heads nor feed-forward width: here heads as in OPT of the same width, and 4 times the width.
     """

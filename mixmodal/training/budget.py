@@ -13,7 +13,9 @@ class Budget(NamedTuple):
     Args:
         tokens_per_step: of all processes.
         tokens: of all steps.
-        flops_per_token: model operations, forward and backward, without what activation checkpointing repeats.
+        flops_per_token: model operations, forward and backward, without what activation checkpointing repeats. Without
+            data, documents are not known: rows are taken to be full and of one document, which is the most that they
+            can need.
         tokens_per_second: of one device.
         hours: on the clock, without evaluation and saving.
         gpu_hours: of all devices.

@@ -81,9 +81,19 @@ class MetricsLog:
         max_steps: for the progress bar.
         tensorboard: whether to write TensorBoard files, too.
         active: whether this is rank 0.
+        finished: whether no step follows: the last evaluation is then made again, and its line is dropped, too.
     """
 
-    def __init__(self, run_dir: Path, *, first_step: int, max_steps: int, tensorboard: bool, active: bool) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        first_step: int,
+        max_steps: int,
+        tensorboard: bool,
+        active: bool,
+        finished: bool = False,
+    ) -> None:
         self._active = active
         self._writer: Any = None
         self._progress: Any = None
@@ -91,7 +101,7 @@ class MetricsLog:
         if not active:
             return
         self._path = run_dir / METRICS_FILE
-        drop_later(self._path, first_step, finished=first_step >= max_steps)
+        drop_later(self._path, first_step, finished)
         self._file = self._path.open("a", encoding="utf-8")
         if tensorboard:
             self._writer = build_writer(run_dir / "tensorboard", first_step)

@@ -14,7 +14,8 @@ Schedule = Literal["constant", "linear", "cosine", "polynomial", "exponential"]
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW and its schedule. The defaults are Chameleon's (arXiv 2405.09818, section 2.3) but for the short warm-up.
+    """AdamW and its schedule. The defaults are Chameleon's (arXiv 2405.09818, section 2.3) but for the short
+    warm-up and the cosine.
 
     Args:
         lr: peak learning rate.

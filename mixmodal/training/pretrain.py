@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections import Counter
@@ -30,6 +31,7 @@ from mixmodal.tokenization.text import TextTokenizer
 from mixmodal.training.attention_logits import attention_logit_max
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.metrics import MetricSums, Peak
+from mixmodal.training.operations import Operations, count_operations
 from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.task import Task, to_device
 from mixmodal.training.trainer import FitResult, Trainer
@@ -228,18 +230,16 @@ class PretrainTask(Task):
     def batch_tokens(self, batch: Batch) -> int:
         return int(batch.num_tokens)
 
+    @functools.cached_property
+    def _operations(self) -> Operations:
+        return count_operations(self.model_config)
+
+    def batch_flops(self, batch: Batch) -> float:
+        return self._operations.of(batch.document_lengths)
+
     def flops_per_token(self) -> float:
-        """Six operations a weight of the matrix products, and attention over the row (PaLM, 2204.02311, appendix B)."""
-        config = self.model_config
-        with torch.device("meta"):
-            model = Transformer(config)
-        tables = [model.embedding.weight, *([model.positions.weight] if model.positions else [])]
-        weights = sum(parameter.numel() for parameter in model.parameters()) - sum(table.numel() for table in tables)
-        if config.tie_embeddings:  # the table is the output matrix, too
-            weights += model.embedding.weight.numel()
-        sizes = config.attention_sizes
-        attention = 12 * config.num_layers * sizes["num_heads"] * sizes["head_dim"] * self.config.data.seq_len
-        return 6.0 * weights + attention
+        """Of a document that fills a row: the most that a token can need."""
+        return self._operations.per_token + self._operations.per_pair * self.config.data.seq_len
 
     def losses(self, model: nn.Module, batch: Batch, step: int) -> ModelLosses:
         batch = self._weigh(batch)

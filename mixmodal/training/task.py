@@ -111,12 +111,16 @@ class Task(Protocol):
         """Tokens of a batch that is on the CPU, padding not among them: the unit of throughput. 0 leaves it out."""
         return 0
 
+    def batch_flops(self, batch: Batch) -> float:
+        """Floating-point operations of training on a batch that is on the CPU, for the MFU; 0 where not known."""
+        return self.flops_per_token() * self.batch_tokens(batch)
+
     def counters(self, state: Mapping[str, Any]) -> Mapping[str, float]:
         """What the log tells of the data up to a state of the loader: numbers that are the same on every rank."""
         return {}
 
     def flops_per_token(self) -> float:
-        """Floating-point operations of a training step for each of those tokens; 0 where it is not known."""
+        """Operations of a token in a full row, from the config alone, for plans; 0 where it is not known."""
         return 0.0
 
     def evaluate(self, model: nn.Module) -> dict[str, float | None]:

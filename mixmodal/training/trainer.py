@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixmodal.config import save_config
+from mixmodal.objectives.loss import Sums
 from mixmodal.training import checkpoint
 from mixmodal.training.alarms import Alarms
 from mixmodal.training.checks import Check
@@ -114,7 +115,6 @@ class Loop(Run):
         place: Place,
     ) -> None:
         super().__init__(config, optimizer, task, settings, place)
-        self.flops_per_token = task.flops_per_token()
         self.last_eval: dict[str, float | None] = {}
         self.end_of_data = ""
         self.sums = MetricSums()
@@ -125,39 +125,42 @@ class Loop(Run):
     def train(self) -> FitResult:
         config = self.config
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        log = MetricsLog(
-            config.run_dir,
-            first_step=self.step,
-            max_steps=config.max_steps,
-            tensorboard=config.tensorboard,
-            active=self.place.rank == 0,
-        )
-        with log, StopSignal() as stop:
-            if self.place.rank == 0:
-                self.alarms.replay(config.run_dir / METRICS_FILE)
-            if self.step:
-                log.say(f"going on from step {self.step} of {config.max_steps}")
-            finished = self._steps(log, stop)
-            if finished:
-                self._evaluate(log, last=True)
-                self._export()
-            return FitResult(self.step, finished, self.last_eval)
+        with StopSignal() as stop:
+            batches = self._next_batches()  # none where the run is finished, which only the data may know
+            log = MetricsLog(
+                config.run_dir,
+                first_step=self.step,
+                max_steps=config.max_steps,
+                tensorboard=config.tensorboard,
+                active=self.place.rank == 0,
+                finished=not batches,
+            )
+            with log:
+                if self.place.rank == 0:
+                    self.alarms.replay(config.run_dir / METRICS_FILE)
+                if self.step:
+                    log.say(f"going on from step {self.step} of {config.max_steps}")
+                finished = self._steps(batches, log, stop)
+                if finished:
+                    self._evaluate(log, last=True)
+                    self._export()
+                return FitResult(self.step, finished, self.last_eval)
 
-    def _steps(self, log: MetricsLog, stop: StopSignal) -> bool:
+    def _steps(self, batches: list[Batch], log: MetricsLog, stop: StopSignal) -> bool:
         config = self.config
-        clock, tokens, batches = time.perf_counter(), 0, self._next_batches()
+        clock, tokens, flops = time.perf_counter(), 0, 0.0
         while batches:
             rates = {name: self._rate(name) for name in self.engines}
             for name, engine in self.engines.items():
                 set_lr(engine.optimizer, rates[name])
             tokens += sum(self.task.batch_tokens(batch) for batch in batches)
+            flops += sum(self.task.batch_flops(batch) for batch in batches)
             norms, stopping, batches = self._optimize(batches, stop)
             log.advance(self.step)
             due = stopping or not batches
             if due or self.step % config.log_every == 0:
-                seconds = time.perf_counter() - clock
-                self._log(log, norms, rates, tokens, seconds)
-                clock, tokens = time.perf_counter(), 0
+                self._log(log, norms, rates, tokens, flops, time.perf_counter() - clock)
+                clock, tokens, flops = time.perf_counter(), 0, 0.0
             pause = time.perf_counter()
             if self._is_due(config.eval_every) and not due:
                 self._evaluate(log)
@@ -262,14 +265,24 @@ class Loop(Run):
     # metrics
 
     def _log(
-        self, log: MetricsLog, norms: dict[str, float], rates: dict[str, float], tokens: int, seconds: float
+        self,
+        log: MetricsLog,
+        norms: dict[str, float],
+        rates: dict[str, float],
+        tokens: int,
+        flops: float,
+        seconds: float,
     ) -> None:
+        """One line; tokens, operations and seconds are those of this rank since the last one."""
         self.seconds += seconds
-        rate = tokens / seconds if tokens else None  # of this rank
-        flops, peak = self.flops_per_token, self.config.peak_flops
-        record: Record = {"step": self.step, "wall_time_s": round(self.seconds, 3), **self.sums.means()}
-        record["tokens_per_second"] = rate * self.place.world_size if rate else None
-        record["mfu"] = rate * flops / peak if rate and flops and peak else None
+        work = torch.tensor([tokens, flops, seconds], dtype=torch.float64).to(self.place.device)
+        self.sums.add({"tokens": Sums(work[0], work[2]), "flops": Sums(work[1], work[2])})
+        means = self.sums.means()
+        token_rate, flops_rate = means.pop("tokens"), means.pop("flops")  # in a second of a rank
+        record: Record = {"step": self.step, "wall_time_s": round(self.seconds, 3), **means}
+        record["tokens_per_second"] = token_rate * self.place.world_size if token_rate else None
+        peak = self.config.peak_flops
+        record["mfu"] = flops_rate / peak if flops_rate and peak else None
         record |= self.task.counters(self.rank_state["loader"])
         for name, engine in self.engines.items():
             suffix = "" if name == MODEL else f"_{name}"

@@ -51,6 +51,8 @@ def test_a_row_says_what_stands_where() -> None:
     assert batch.loss_weights[1].sum() == 0
     assert batch.keys == [["a", "b"], [], ["b"]]
     assert (batch.num_documents, batch.num_tokens) == (3, 11)
+    assert batch.document_lengths.tolist() == [3, 4, 4]
+    assert build_batch([[]], 9, PAD).document_lengths.tolist() == []
     dtypes = [tensor.dtype for tensor in batch[:4]]
     assert dtypes == [torch.int64, torch.int64, torch.int64, torch.float32]
 

@@ -52,6 +52,12 @@ def curve(folder: Path) -> list[float]:
     return [record[name] for record in records if "loss" in record for name in names if name in record]
 
 
+def operations(folder: Path, num_processes: int) -> list[float]:
+    """Of a token, of each step, as throughput and MFU (a share of 1 operation a second and process) tell them."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [r["mfu"] * num_processes / r["tokens_per_second"] for r in records if "loss" in r]
+
+
 def assert_same(exported: Callable[..., dict[str, Tensor]], run: str, other: str, atol: float) -> None:
     for name, value in exported(other).items():
         torch.testing.assert_close(exported(run)[name], value, rtol=0, atol=atol)
@@ -60,9 +66,11 @@ def assert_same(exported: Callable[..., dict[str, Tensor]], run: str, other: str
 def test_two_processes_train_as_one_and_nothing_is_compiled(
     fit: Callable[..., Any], exported: Callable[..., dict[str, Tensor]], tmp_path: Path
 ) -> None:
-    fit("one", max_steps=3)
-    launch(tmp_path, 2, tmp_path / "two", max_steps=3, micro_batch_size=2, grad_accum_steps=2)
+    fit("one", max_steps=3, peak_flops=1.0)
+    launch(tmp_path, 2, tmp_path / "two", max_steps=3, micro_batch_size=2, grad_accum_steps=2, peak_flops=1.0)
     assert curve(tmp_path / "two") == pytest.approx(curve(tmp_path / "one"), rel=1e-6)  # worst seen: 9e-8
+    assert operations(tmp_path / "one", 1) == pytest.approx([3.5, 11.5, 19.5], rel=1e-12)  # rows 0 to 7, 8 to 15 ..
+    assert operations(tmp_path / "two", 2) == pytest.approx([3.5, 11.5, 19.5], rel=1e-12)  # worst seen: 0
     assert_same(exported, "two", "one", atol=5e-7)  # worst seen: 6e-8
     assert not (tmp_path / "extensions").exists()
 

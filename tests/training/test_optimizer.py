@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -12,6 +13,9 @@ from torch import nn
 
 from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.training.optimizer import OptimizerConfig, Schedule, build_optimizer, lr_at, parameter_groups
+from mixmodal.training.plan import load_training
+
+ROOT = Path(__file__).parents[2]
 
 
 def config(schedule: Schedule, min_lr_ratio: float = 0.1, **options: float) -> OptimizerConfig:
@@ -66,6 +70,24 @@ def test_the_plain_exponential_is_a_power_of_its_floor() -> None:
     for step in range(4, 21):
         assert lr_at(step, config("exponential", 0.01), 20) == pytest.approx(2.0 * 0.01 ** ((step - 4) / 16), rel=1e-12)
     assert lr_at(12, config("exponential", 1.0), 20) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "peak", "middle", "last"),
+    [
+        ("chameleon_7b", 1e-4, 1 / (1 + math.exp(2.3)), 0.0),
+        ("chameleon_34b", 1e-4, 1 / (1 + math.exp(2.3)), 0.0),
+        ("cm3leon_350m", 6e-4, 0.55, 0.1),
+        ("cm3leon_760m", 5e-4, 0.55, 0.1),
+        ("cm3leon_7b", 1.2e-4, 0.55, 0.1),
+    ],
+)
+def test_recipes_fall_as_their_papers_say(recipe: str, peak: float, middle: float, last: float) -> None:
+    training = load_training(ROOT / f"configs/train/{recipe}.yaml")
+    warmup, end = training.optimizer.warmup_steps, training.trainer.max_steps
+    rates = [lr_at(step, training.optimizer, end) / peak for step in (warmup, (warmup + end) // 2, end)]
+    assert rates == pytest.approx([1.0, middle, last], rel=1e-12, abs=1e-15)  # worst seen: 1.3e-16
+    assert training.optimizer.schedule == {"cha": "exponential", "cm3": "polynomial"}[recipe[:3]]
 
 
 def test_an_exponential_schedule_needs_a_floor_or_a_rate() -> None:
