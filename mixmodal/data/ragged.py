@@ -28,7 +28,7 @@ def map_npy(path: Path) -> np.ndarray:
     """The flat array of integers in a file, memory-mapped and not writable; nothing but its header is read.
 
     `np.load` would keep the file open as long as it is mapped, and thousands of shards are more than a process may
-    hold open.
+    hold open. The mapping is private: a shared one of torch's asks for the right to write.
 
     Raises:
         ValueError: naming the file, where it is missing or holds something else.
