@@ -104,7 +104,7 @@ def inspect(config: InspectConfig) -> None:
         used = int(batch.num_tokens)
         console.print(f"\nrow {number}: {batch.num_documents} documents, {used} of {config.seq_len} tokens")
         for key, stretches in _documents(batch, shards.vocabulary):
-            console.print(f"  {key}", style="bright_black", markup=False, soft_wrap=plain)
+            console.print(f"  {_escape(key)}", style="bright_black", markup=False, soft_wrap=plain)
             line = _line(stretches, shards.vocabulary, text_tokenizer, config.max_codes)
             console.print(line, soft_wrap=plain)
             for stretch in stretches:
@@ -180,12 +180,15 @@ def _content(stretch: Stretch, vocabulary: Vocabulary, text_tokenizer: TextCodec
         return vocabulary.name(int(stretch.ids[0]))
     indices = vocabulary.from_ids(stretch.kind, stretch.ids).tolist()
     if stretch.kind == "text" and text_tokenizer is not None:
-        # A text of the corpus must not steer the terminal, nor break its line.
-        text = text_tokenizer.decode(indices)
-        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        return _escape(text_tokenizer.decode(indices))
     shown = " ".join(map(str, indices[:max_codes]))
     rest = f" ..{len(indices) - max_codes} more" if len(indices) > max_codes else ""
     return f"[{stretch.kind} {shown}{rest}]"
+
+
+def _escape(text: str) -> str:
+    """A text or key of the corpus must not steer the terminal, nor break its line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _legend(vocabulary: Vocabulary) -> Text:

@@ -27,8 +27,8 @@ MIN_DOCUMENTS_TO_JUDGE = 1000
 class Documents(Protocol):
     """Spelled documents by index, as `TokenShards` holds them."""
 
-    keys: Any  # a sequence of strings; type checkers take no cached property for a property
-    lengths: Any  # tokens of each document, integers `(documents,)`
+    keys: Any  # a sequence of strings, of any type
+    lengths: Any  # tokens of each document, integers `(documents,)`; type checkers take no cached property for one
 
     def __len__(self) -> int: ...
 

@@ -1,6 +1,8 @@
 """Token shards: spelled documents as flat arrays on disk, memory-mapped, with a manifest of what they were made with.
 
-manifest.json  shard_00000.tokens.npy (n tokens)  shard_00000.offsets.npy (int64, documents + 1)  shard_00000.keys.json
+manifest.json
+shard_00000.tokens.npy (uint16 or uint32, all documents)  shard_00000.offsets.npy (int64, documents + 1)
+shard_00000.keys.npy (uint8, UTF-8 of all keys)  shard_00000.key_offsets.npy (int64, documents + 1)
 """
 
 from __future__ import annotations
@@ -16,13 +18,15 @@ from typing import Any
 
 import numpy as np
 
+from mixmodal.data.ragged import RaggedArray, RaggedShard, Strings, encode_strings, map_npy, offsets_of
 from mixmodal.data.shards import write_atomically
 from mixmodal.document import SequenceFormat, TextCodec, build_format
 from mixmodal.vocabulary import Vocabulary
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 NUM_UINT16 = 1 << 16
+FILE_KINDS = ("tokens", "offsets", "keys", "key_offsets")
 DIGITS = 8
 BLOCK_BYTES = 1 << 22
 
@@ -30,7 +34,7 @@ BLOCK_BYTES = 1 << 22
 def write_token_shard(
     folder: Path, name: str, documents: Sequence[np.ndarray], keys: Sequence[str], vocab_size: int
 ) -> dict[str, Any]:
-    """Writes the three files of one shard, each whole or not at all.
+    """Writes the four files of one shard, each whole or not at all.
 
     Args:
         documents: ids `(T,)` of each document.
@@ -41,22 +45,31 @@ def write_token_shard(
         The shard's entry of the manifest.
     """
     dtype = np.uint16 if vocab_size <= NUM_UINT16 else np.uint32
-    offsets = np.cumsum([0, *map(len, documents)], dtype=np.int64)
     tokens = np.concatenate([*documents, np.empty(0, dtype=np.int64)]).astype(dtype)
-    data = _npy(tokens)
-    write_atomically(folder / f"{name}.keys.json", json.dumps(list(keys)).encode())
-    write_atomically(folder / f"{name}.offsets.npy", _npy(offsets))
-    write_atomically(folder / f"{name}.tokens.npy", data)
-    sha256 = hashlib.sha256(data).hexdigest()
-    return {"name": name, "documents": len(keys), "tokens": len(tokens), "sha256": sha256}
+    key_bytes, key_offsets = encode_strings(keys)
+    arrays = {"tokens": tokens, "offsets": offsets_of(documents), "keys": key_bytes, "key_offsets": key_offsets}
+    sha256: dict[str, str] = {}
+    for kind, array in arrays.items():
+        data = _npy(array)
+        write_atomically(folder / f"{name}.{kind}.npy", data)
+        sha256[kind] = hashlib.sha256(data).hexdigest()
+    return {"name": name, "documents": len(documents), "tokens": len(tokens), "sha256": sha256}
 
 
 def is_token_shard(folder: Path, entry: Mapping[str, Any]) -> bool:
-    """Whether the files of a manifest's entry are there, and the tokens are those it was written with."""
-    tokens, *others = (folder / f"{entry['name']}.{kind}" for kind in ("tokens.npy", "offsets.npy", "keys.json"))
-    if not all(path.is_file() for path in (tokens, *others)):
+    """Whether the files of a manifest's entry are there and are those that it was written with."""
+    paths = {kind: folder / f"{entry['name']}.{kind}.npy" for kind in FILE_KINDS}
+    if not all(path.is_file() for path in paths.values()):
         return False
-    return hashlib.sha256(tokens.read_bytes()).hexdigest() == entry["sha256"]
+    return {kind: _sha256(path) for kind, path in paths.items()} == entry["sha256"]
+
+
+def _sha256(path: Path) -> str:
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            sha256.update(block)
+    return sha256.hexdigest()
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -103,11 +116,18 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_atomically(folder / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
 
 
+def _shard_digest(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256("".join(entry["sha256"][kind] for kind in FILE_KINDS).encode()).hexdigest()[:DIGITS]
+
+
 class TokenShards:
     """Spelled documents by index, over all shards of a folder.
 
     Args:
         folder: what `pretokenize` wrote.
+
+    Attributes:
+        keys: key of each document: `KEY#variant`; a sequence that reads from disk what is asked for.
 
     Raises:
         ValueError: where the manifest is missing or does not fit its shards or its vocabulary.
@@ -120,8 +140,9 @@ class TokenShards:
         self.vocabulary = Vocabulary.from_dict(self.manifest["vocabulary"])
         self.num_variants: int = self.manifest.get("num_variants", 1)
         self.check(vocabulary_digest=self.vocabulary.digest)
-        self._shards = [self._open_shard(entry) for entry in self.manifest["shards"]]
-        self._starts = np.cumsum([0, *(len(offsets) - 1 for _, offsets in self._shards)])
+        entries = self.manifest["shards"]
+        self._documents = RaggedArray([self._open_documents(entry) for entry in entries])
+        self.keys = Strings(RaggedArray([self._open_keys(entry) for entry in entries]))
 
     @classmethod
     def open(cls, folder: Path | str) -> TokenShards:
@@ -129,75 +150,52 @@ class TokenShards:
         return cls(folder)
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return len(self._documents)
 
     def __getitem__(self, index: int, /) -> np.ndarray:
         """Ids of one document, int64 `(T,)`."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.folder}: no document {index}, there are {len(self)}")
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        tokens, offsets = self._shards[shard]
-        start, stop = offsets[index - self._starts[shard] :][:2]
-        return tokens[start:stop].astype(np.int64)
+        return self._documents[index].astype(np.int64)
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each document, uint32 `(documents,)`."""
-        return np.concatenate([np.empty(0, np.uint32), *(np.diff(offsets) for _, offsets in self._shards)]).astype(
-            np.uint32
-        )
+        return self._documents.lengths()
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the manifest, which holds that of every shard's tokens: names what the documents are."""
+        """SHA-256 of the manifest, which holds those of every shard's files: names what the documents are."""
         return hashlib.sha256(json.dumps(self.manifest, sort_keys=True).encode()).hexdigest()
 
     @property
     def shard_digests(self) -> str:
-        """The first 8 hexadecimal digits of each shard's SHA-256, one behind the other; see `changed_since`."""
-        return "".join(entry["sha256"][:DIGITS] for entry in self.manifest["shards"])
+        """The first 8 hexadecimal digits of the SHA-256 of each shard's files, joined; see `changed_since`."""
+        return "".join(map(_shard_digest, self.manifest["shards"]))
 
     def changed_since(self, shard_digests: str) -> list[str]:
         """Names of the shards that differ from what `shard_digests` was, those that came or went included."""
         before = [shard_digests[at : at + DIGITS] for at in range(0, len(shard_digests), DIGITS)]
         names = [entry["name"] for entry in self.manifest["shards"]]
         names += [f"shard number {number}, which is gone" for number in range(len(names), len(before))]
-        now = [entry["sha256"][:DIGITS] for entry in self.manifest["shards"]]
+        now = [_shard_digest(entry) for entry in self.manifest["shards"]]
         return [name for name, one, other in zip_longest(names, before, now) if one != other]
 
     def verify(self, part: int = 0, of: int = 1) -> None:
         """Reads every `of`-th shard from `part` on and compares it with the manifest.
 
         Raises:
-            ValueError: naming a file whose tokens are not those that it was written with.
+            ValueError: naming a file that is not as it was written.
         """
         for entry in self.manifest["shards"][part::of]:
-            path = self.folder / f"{entry['name']}.tokens.npy"
-            sha256 = hashlib.sha256()
-            with path.open("rb") as file:
-                while block := file.read(BLOCK_BYTES):
-                    sha256.update(block)
-            if sha256.hexdigest() != entry["sha256"]:
-                raise ValueError(
-                    f"{path}: changed since it was written (SHA-256 {sha256.hexdigest()[:12]}..., not "
-                    f"{entry['sha256'][:12]}... as in {self.manifest_path}); bring it back or pretokenize again"
-                )
-
-    @property
-    def keys(self) -> list[str]:
-        """Key of each document: `KEY#variant`; read once."""
-        return self._keys
-
-    @cached_property
-    def _keys(self) -> list[str]:
-        keys: list[str] = []
-        for entry in self.manifest["shards"]:
-            path = self.folder / f"{entry['name']}.keys.json"
-            found = json.loads(path.read_bytes())
-            if len(found) != entry["documents"]:
-                raise ValueError(f"{path}: {len(found)} keys for {entry['documents']} documents; pretokenize again")
-            keys += found
-        return keys
+            for kind, wanted in entry["sha256"].items():
+                path = self.folder / f"{entry['name']}.{kind}.npy"
+                found = _sha256(path)
+                if found != wanted:
+                    raise ValueError(
+                        f"{path}: changed since it was written (SHA-256 {found[:12]}..., not {wanted[:12]}... as in "
+                        f"{self.manifest_path}); bring it back or pretokenize again"
+                    )
 
     def build_format(self, text_tokenizer: TextCodec | None = None) -> SequenceFormat:
         """The sequence format that the documents are spelled in."""
@@ -267,20 +265,27 @@ class TokenShards:
             raise ValueError(f"{path}: the key {missing[0]} is missing; pretokenize again")
         return manifest
 
-    def _open_shard(self, entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens (memory-mapped) and offsets of one shard."""
-        tokens, offsets = self._load(f"{entry['name']}.tokens.npy"), self._load(f"{entry['name']}.offsets.npy")
-        rows = (len(tokens), len(offsets) - 1, int(offsets[0]), int(offsets[-1]))
-        if rows != (entry["tokens"], entry["documents"], 0, entry["tokens"]) or (np.diff(offsets) < 0).any():
+    def _open_documents(self, entry: Mapping[str, Any]) -> RaggedShard:
+        shard = self._open(entry, "tokens", "offsets")
+        path, tokens, offsets = shard
+        if len(tokens) != entry["tokens"]:
             raise ValueError(
-                f"{self.folder / entry['name']}.tokens.npy: {len(tokens)} tokens in {len(offsets) - 1} documents, "
-                f"not the {entry['tokens']} in {entry['documents']} of {self.manifest_path}; pretokenize again"
+                f"{path}: {len(tokens)} tokens, not the {entry['tokens']} of {self.manifest_path}; pretokenize again"
             )
-        return tokens, offsets
+        if (offsets[0], offsets[-1]) != (0, len(tokens)) or (offsets[1:] < offsets[:-1]).any():
+            raise ValueError(f"{path}: the offsets beside it do not rise from 0 to {len(tokens)}; pretokenize again")
+        return shard
 
-    def _load(self, name: str) -> np.ndarray:
-        try:
-            mapped = np.load(self.folder / name, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(f"{self.folder / name}: missing or broken ({error}); pretokenize again") from error
-        return mapped.view(np.ndarray)  # slicing a `memmap` costs ten times as much
+    def _open_keys(self, entry: Mapping[str, Any]) -> RaggedShard:
+        """The keys of one shard; their offsets are compared with them when a key is read, so that none is read now."""
+        return self._open(entry, "keys", "key_offsets")
+
+    def _open(self, entry: Mapping[str, Any], values: str, offsets: str) -> RaggedShard:
+        path, ends = (self.folder / f"{entry['name']}.{kind}.npy" for kind in (values, offsets))
+        shard = RaggedShard(path, map_npy(path), map_npy(ends))
+        if len(shard.offsets) - 1 != entry["documents"]:
+            raise ValueError(
+                f"{ends}: {len(shard.offsets) - 1} documents, not the {entry['documents']} of {self.manifest_path}; "
+                "pretokenize again"
+            )
+        return shard

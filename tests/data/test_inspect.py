@@ -38,12 +38,12 @@ class ByteTokenizer:
         return cls()
 
 
-def shards(folder: Path, texts: Sequence[str], text_sha256: str = "a" * 64) -> InspectConfig:
+def shards(folder: Path, texts: Sequence[str], text_sha256: str = "a" * 64, key: str = "key") -> InspectConfig:
     image = Run("image", np.arange(4, 10))
     documents = [
         FORMAT.join([Run("text", VOCABULARY.to_ids("text", np.array(list(text.encode())))), image]) for text in texts
     ]
-    keys = [f"key{i}" for i in range(len(texts))]
+    keys = [f"{key}{i}" for i in range(len(texts))]
     folder.mkdir(exist_ok=True)
     entry = write_token_shard(folder, "shard_00000", documents, keys, VOCABULARY.size)
     counts = {"documents": len(texts), "skipped": {}}
@@ -148,12 +148,13 @@ def test_the_source_of_each_document_and_its_share_are_shown(
         replace(config, sources=sources)
 
 
-def test_text_can_not_steer_the_terminal(
+def test_text_and_keys_can_not_steer_the_terminal(
     tmp_path: Path, byte_tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    inspect(shards(tmp_path, ["\x1b[2J\nred"]))
+    inspect(shards(tmp_path, ["\x1b[2J\nred"], key="\x1b[1A\n\udc80"))
     printed = capsys.readouterr().out
     assert "\x1b" not in printed
+    assert r"\x1b[1A\n\udc800" in printed  # the last digit is that of the document
     assert r"\x1b[2J\nred" in printed
 
 

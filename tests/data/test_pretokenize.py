@@ -170,7 +170,7 @@ def test_changed_source_and_damaged_shard_are_encoded_again(build, build_shards,
     image_tokenizer.num_encoded = 0
     tokens = build(shards).write()
     assert image_tokenizer.num_encoded == 3 + 1
-    assert tokens.keys == [f"{number:04d}#0" for number in (0, 1, 2, 6, 7, 8, 6)]
+    assert list(tokens.keys) == [f"{number:04d}#0" for number in (0, 1, 2, 6, 7, 8, 6)]
 
 
 def test_folder_of_other_settings_is_named(build, build_shards):
@@ -209,10 +209,11 @@ def test_damaged_token_shards_are_named(build, build_shards):
     good = json.loads((folder / MANIFEST_NAME).read_bytes())
     entry = good["shards"][0]
     cases = [
-        ({**good, "format_version": 2}, r"manifest\.json: format_version is 2"),
+        ({**good, "format_version": 99}, r"manifest\.json: format_version is 99"),
         ({key: good[key] for key in good if key != "counts"}, r"manifest\.json: the key counts is missing"),
         ({**good, "vocabulary_digest": "f" * 64}, r"manifest\.json: vocabulary_digest is ffff"),
-        ({**good, "shards": [{**entry, "documents": 2}]}, r"shard_00000\.tokens\.npy: \d+ tokens in 3 documents"),
+        ({**good, "shards": [{**entry, "documents": 2}]}, r"shard_00000\.offsets\.npy: 3 documents, not the 2"),
+        ({**good, "shards": [{**entry, "tokens": 2}]}, r"shard_00000\.tokens\.npy: \d+ tokens, not the 2 of"),
         ({**good, "shards": [{**entry, "name": "shard_7"}]}, r"shard_7\.tokens\.npy: missing or broken"),
         ([], r"manifest\.json: not a manifest"),
     ]
@@ -221,13 +222,57 @@ def test_damaged_token_shards_are_named(build, build_shards):
         with pytest.raises(ValueError, match=message):
             TokenShards.open(folder)
     (folder / MANIFEST_NAME).write_text(json.dumps(good))
-    tokens = np.load(folder / "shard_00000.tokens.npy")
-    tokens[3] ^= 1
-    np.save(folder / "shard_00000.tokens.npy", tokens)
-    assert not is_token_shard(folder, entry)
-    (folder / "shard_00000.keys.json").write_text('["one"]')
-    with pytest.raises(ValueError, match=r"shard_00000\.keys\.json: 1 keys for 3 documents"):
-        _ = TokenShards.open(folder).keys
+    assert TokenShards.open(folder).keys[3] == "0003#0"
+    offsets = np.load(folder / "shard_00000.offsets.npy")
+    for wrong in (offsets[[0, 2, 1, 3]], offsets - [1, 0, 0, 0], offsets - [0, 0, 0, 1]):
+        np.save(folder / "shard_00000.offsets.npy", wrong)
+        with pytest.raises(ValueError, match=r"shard_00000\.tokens\.npy: the offsets beside it do not rise from 0"):
+            TokenShards.open(folder)
+
+
+@pytest.mark.parametrize("kind", ["tokens", "offsets", "keys", "key_offsets"])
+def test_each_file_of_a_shard_is_compared_with_the_manifest(build, build_shards, image_tokenizer, kind):
+    shards = build_shards(4)
+    whole = build(shards).write()
+    whole.verify()
+    path = whole.folder / f"shard_00000.{kind}.npy"
+    data = path.read_bytes()
+    array = np.load(path)
+    array[1] ^= 1
+    np.save(path, array)
+    entry = whole.manifest["shards"][0]
+    assert not is_token_shard(whole.folder, entry)
+    with pytest.raises(ValueError, match=rf"shard_00000\.{kind}\.npy: changed since it was written"):
+        whole.verify()
+    path.unlink()
+    assert not is_token_shard(whole.folder, entry)
+    with pytest.raises(ValueError, match=rf"shard_00000\.{kind}\.npy: missing or broken .* pretokenize again"):
+        TokenShards.open(whole.folder)
+    image_tokenizer.num_encoded = 0
+    build(shards).write()
+    assert image_tokenizer.num_encoded == 3  # the damaged shard alone
+    assert path.read_bytes() == data
+
+
+def test_number_of_keys_is_that_of_documents(build, build_shards):
+    folder = build(build_shards(2)).write().folder
+    np.save(folder / "shard_00000.key_offsets.npy", np.zeros(2, np.int64))
+    with pytest.raises(ValueError, match=r"shard_00000\.key_offsets\.npy: 1 documents, not the 2 of .*manifest\.json"):
+        TokenShards.open(folder)
+
+
+def test_folder_of_the_first_layout_is_named_and_written_again(build, build_shards):
+    shards = build_shards(2)
+    tokens = build(shards).write()
+    record_path = tokens.folder / "shard_00000.json"
+    record = json.loads(record_path.read_bytes())
+    first = {**record["entry"], "sha256": record["entry"]["sha256"]["tokens"]}
+    record_path.write_text(json.dumps({**record, "entry": first}))
+    manifest = {**tokens.manifest, "format_version": 1, "shards": [first]}
+    (tokens.folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"manifest\.json: format_version is 1, .* reads 2; pretokenize again"):
+        TokenShards.open(tokens.folder)
+    assert build(shards).write().manifest == tokens.manifest
 
 
 def test_index_outside_is_an_index_error(build, build_shards):
