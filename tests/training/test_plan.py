@@ -30,14 +30,14 @@ MEASURED = {
     "image": 1.02,
     "image_autocast": 1.02,
     "image_alone": 1.00,
-    "text": 1.02,
+    "text": 0.93,
     "text_accumulated": 1.02,
     "text_zero1": 0.94,
-    "text_bfloat16": 1.01,
+    "text_bfloat16": 1.05,
     "text_bfloat16_zero2": 1.01,
     "text_bfloat16_zero3": 0.96,
 }
-"""Growth of the resident set over the plan, once measured."""
+"""Growth of the resident set over the plan, once measured; bfloat16 takes 1.01 on one processor and 1.08 on another."""
 TINY_GPU = PlanConfig(training=VQ16, gpu_memory="1MB")  # where no micro-batch fits, none is looked for
 
 
