@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from documents import SHAPE, write_documents
 from record import record
 
@@ -67,6 +68,7 @@ def start(run: Path, tokens: Path, steps: int, background: bool) -> int:
         with open(run.with_suffix(".log"), "a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+        torch.set_num_threads(1)  # a copied process has none of the threads that torch may have started
         trainer = TrainerConfig(run_dir=run, max_steps=steps, async_save=background, **OPTIONS)
         data = DataConfig(tokens=tokens, seq_len=TINY["max_seq_len"])
         optimizer = OptimizerConfig(lr=1e-3, warmup_steps=5)
