@@ -33,6 +33,7 @@ fmt: $(VENV)/.dev
 bench: $(VENV)/.dev  ## measures, takes the figures of OUT where a quickstart has been run, appends to benchmarks/results/, renders docs/results.md
 	set -e; for script in benchmarks/measure_*.py; do $(BIN)/python $$script; done
 	set -e; for mode in compare length; do $(BIN)/python benchmarks/train_throughput.py $$mode; done
+	$(BIN)/python benchmarks/interruptions.py
 	@if [ -f $(OUT)/summary.json ]; then $(BIN)/python benchmarks/record_quickstart.py $(OUT); \
 	  else echo "$(OUT)/summary.json is missing: no figures of a quickstart are recorded; make quickstart makes it"; fi
 	$(BIN)/python benchmarks/render.py

@@ -42,6 +42,7 @@ class InspectConfig:
         image_first_share: as in training.
         caption_dropout: as in training.
         first_part_weight: as in training.
+        lookahead: as in training.
         seed: of the stream of rows.
         max_codes: codes of a part that are printed before the rest is left out.
     """
@@ -55,6 +56,7 @@ class InspectConfig:
     image_first_share: float = 0.5
     caption_dropout: float = 0.1
     first_part_weight: float = 1.0
+    lookahead: int = 0
     seed: int = 0
     max_codes: int = 12
 
@@ -89,6 +91,7 @@ def inspect(config: InspectConfig) -> None:
         image_first_share=config.image_first_share,
         caption_dropout=config.caption_dropout,
         first_part_weight=config.first_part_weight,
+        lookahead=config.lookahead,
     )
     sources = open_sources(data)
     shards = next(iter(sources.values()))

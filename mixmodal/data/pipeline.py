@@ -313,17 +313,27 @@ class PackedDocuments:
 
     def _measured(self, source: Source, epoch: int, document: int) -> _Drawn:
         randomness = source.randomness_of(epoch)
-        length = self._variation.length(source.documents, document, randomness)
+        try:
+            length = self._variation.length(source.documents, document, randomness)
+        except SequenceError as error:
+            raise _bad_document(source, document, error) from error
         return _Drawn(source, epoch, document, length, randomness)
 
     def _sample(self, drawn: _Drawn) -> Sample:
         source = drawn.source
         key = source.documents.keys[drawn.document]
         key = f"{source.name}:{key}" if source.name else key
-        sample = self._variation.vary(key, source.documents[drawn.document], drawn.randomness.of(drawn.document))
-        if len(sample.ids) > drawn.length:
-            raise SequenceError(f"{source.label}: document {key} is not spelled as this version spells it")
+        try:
+            sample = self._variation.vary(key, source.documents[drawn.document], drawn.randomness.of(drawn.document))
+            if len(sample.ids) > drawn.length:
+                raise SequenceError("it is not spelled as this version spells it")
+        except SequenceError as error:
+            raise _bad_document(source, drawn.document, error) from error
         return sample
+
+
+def _bad_document(source: Source, document: int, error: SequenceError) -> SequenceError:
+    return SequenceError(f"{source.label}: document {source.documents.keys[document]}: {error}; pretokenize again")
 
 
 def held_out_batches(

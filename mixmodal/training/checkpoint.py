@@ -63,10 +63,16 @@ class HashedFile:
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self.sha256 = hashlib.sha256()
+        self.error: OSError | None = None
+        """Of the disk."""
 
     def write(self, data: bytes) -> int:
         self.sha256.update(data)
-        return self._file.write(data)
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self._file.flush()
@@ -78,8 +84,8 @@ def save_tensors(state: Any, path: Path) -> str:
         hashed = HashedFile(file)
         try:
             torch.save(state, hashed)  # pyright: ignore[reportArgumentType]
-        except RuntimeError as error:  # torch's writer puts its own error over that of the disk
-            raise OSError(str(error)) from error
+        except (RuntimeError, OSError) as error:  # torch's writer puts its own error over that of the disk
+            raise hashed.error or OSError(str(error)) from error
         file.flush()
         os.fsync(file.fileno())
     return hashed.sha256.hexdigest()
@@ -146,9 +152,10 @@ def whole_checkpoints(folder: Path) -> list[Path]:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint in force, or None where there is none; `choose_checkpoint` looks whether it is whole."""
+    """The checkpoint in force, or None where none is named; `choose_checkpoint` looks whether it is whole."""
     pointer = folder / LATEST
-    return folder / pointer.read_text(encoding="utf-8").strip() if pointer.exists() else None
+    name = pointer.read_text(encoding="utf-8").strip() if pointer.exists() else ""
+    return folder / name if name else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -203,15 +210,18 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
 def choose_checkpoint(folder: Path, rank: int = 0, gather: Gather = gather_objects) -> Path | None:
     """The checkpoint in force, or the newest whole one before it, with a warning for each that is damaged.
 
-    Every file is compared with its checksum. Each rank reads a part of the files; all come to the same answer.
+    Where none is named to be in force, it is the newest whole one, with a warning. Every file is compared with its
+    checksum. Each rank reads a part of the files; all come to the same answer.
 
     Raises:
         CheckpointError: where there are checkpoints, but none is whole.
     """
     in_force = latest_checkpoint(folder)
-    names = [in_force.name] if in_force else []
-    names += [path.name for path in reversed(whole_checkpoints(folder)) if names and path.name < names[0]]
+    whole = [path.name for path in reversed(whole_checkpoints(folder))]
+    names = [in_force.name, *(name for name in whole if name < in_force.name)] if in_force else whole
     names = gather(names)[0]  # another rank may see the disk of a moment ago
+    if names and not in_force and rank == 0:
+        logger.warning("%s names no checkpoint; looking for the newest whole one", folder / LATEST)
     damaged: list[str] = []
     for name in names:
         problems = [problem for part in gather(find_damage(folder / name, rank, gather)) for problem in part]

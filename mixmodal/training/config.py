@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +20,8 @@ class TrainerConfig:
         max_steps: optimizer steps.
         micro_batch_size: rows that a rank computes at a time.
         grad_accum_steps: micro-batches of a rank in an optimizer step.
+        global_batch_size: rows of an optimizer step over all ranks; where it is set, `grad_accum_steps` follows from it
+            on any number of ranks, and a number that does not divide it is refused. 0: what the other two come to.
         precision: `float32`; `autocast_bfloat16`: float32 weights, bfloat16 in the model's matrix products;
             `bfloat16`: bfloat16 weights with float32 master weights and gradient sums (ZeRO stage 1 to 3);
             `float16`: the same with float16 and a loss scale that grows until gradients overflow. A step whose
@@ -52,6 +54,7 @@ class TrainerConfig:
     max_steps: int
     micro_batch_size: int
     grad_accum_steps: int = 1
+    global_batch_size: int = 0
     precision: Precision = "float32"
     deepspeed: Path | None = None
     activation_checkpointing: bool = False
@@ -76,9 +79,11 @@ class TrainerConfig:
         for name in ("max_steps", "micro_batch_size", "grad_accum_steps", "log_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 problems.append(f"trainer.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("eval_every", "save_every", "keep_every", "max_grad_norm", "seed"):
+        for name in ("global_batch_size", "eval_every", "save_every", "keep_every", "max_grad_norm", "seed"):
             if getattr(self, name) < 0:
                 problems.append(f"trainer.{name} is {getattr(self, name)}; it must not be negative")
+        if self.global_batch_size and self.grad_accum_steps != 1:
+            problems.append("trainer.grad_accum_steps follows from trainer.global_batch_size; give one of them")
         for name in ("keep_every", "async_save"):
             if getattr(self, name) and not self.save_every:
                 problems.append(f"trainer.{name} can not act without trainer.save_every")
@@ -90,3 +95,19 @@ class TrainerConfig:
             problems.append(f"trainer.peak_flops is {self.peak_flops}; it must be above 0")
         if problems:
             raise ValueError("; ".join(problems))
+
+    def shared(self, world_size: int) -> TrainerConfig:
+        """The same training by so many ranks, with `grad_accum_steps` in the place of `global_batch_size`.
+
+        Raises:
+            ValueError: where the ranks can not share the rows of a step evenly.
+        """
+        if not self.global_batch_size:
+            return self
+        rows = world_size * self.micro_batch_size
+        if self.global_batch_size % rows:
+            raise ValueError(
+                f"trainer.global_batch_size {self.global_batch_size} is no multiple of the {rows} rows that "
+                f"{world_size} ranks of trainer.micro_batch_size {self.micro_batch_size} compute at a time"
+            )
+        return replace(self, grad_accum_steps=self.global_batch_size // rows, global_batch_size=0)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mixmodal.config import suggestion
 from mixmodal.training.config import HALF, Precision
 
 OWNED_KEYS = {
@@ -30,6 +31,21 @@ OWNED_KEYS = {
     "checkpoint": "nothing: checkpoints are of our own format and are read at any stage",
 }
 """DeepSpeed keys that follow from our config, and the option that sets each."""
+FREE_KEYS = (
+    "zero_optimization",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "communication_data_type",
+    "seq_parallel_communication_data_type",
+    "aio",
+    "comms_logger",
+    "flops_profiler",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "timers",
+)
+"""DeepSpeed keys that are the user's to choose."""
 
 
 def read_zero_file(path: Path | None, precision: Precision) -> dict[str, Any]:
@@ -49,11 +65,18 @@ def read_zero_file(path: Path | None, precision: Precision) -> dict[str, Any]:
         raise ValueError(f"trainer.deepspeed: {path} can not be read as JSON: {error}") from error
     if not isinstance(sections, dict):
         raise ValueError(f"trainer.deepspeed: {path} must hold one JSON object")
-    for key, option in OWNED_KEYS.items():
-        if sections.get(key, "auto") != "auto":
-            raise ValueError(f"{path}: key {key!r} is set by {option}; remove it from the DeepSpeed file")
     sections = {key: value for key, value in sections.items() if value != "auto"}
+    problems = [f"{key!r} is set by {OWNED_KEYS[key]}" for key in sections if key in OWNED_KEYS]
+    problems += [
+        f"{key!r} is no key that acts here{suggestion(key, dict.fromkeys(FREE_KEYS))}"
+        for key in sections
+        if key not in OWNED_KEYS and key not in FREE_KEYS
+    ]
+    if problems:
+        raise ValueError(f"{path}: remove from the DeepSpeed file: {'; '.join(problems)}")
     zero = sections.setdefault("zero_optimization", {"stage": 0})
+    if not isinstance(zero, dict):
+        raise ValueError(f'{path}: zero_optimization is {zero!r}; it must be a JSON object, such as {{"stage": 2}}')
     sections["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
     check_zero(sections["zero_optimization"], precision, f"{path}: zero_optimization")
     return sections

@@ -77,12 +77,20 @@ def init_distributed() -> Place:
 
 
 def check_device(config: Mapping[str, Any]) -> None:
-    """Makes sure that the device can do what a DeepSpeed dictionary asks for.
+    """Makes sure that DeepSpeed knows the keys of its ZeRO section, and that the device can do what it asks for.
 
     Raises:
         ValueError: naming the option.
     """
     accelerator: Any = load_deepspeed().get_accelerator()
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**config["zero_optimization"])
+    except ValidationError as error:
+        found = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise ValueError(f"trainer.deepspeed: zero_optimization.{found}") from error
     if "fp16" in config and not accelerator.is_fp16_supported():
         raise ValueError(
             f"trainer.precision is float16, in which this {accelerator.device_name()} can not compute; choose bfloat16"

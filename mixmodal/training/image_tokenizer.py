@@ -360,12 +360,17 @@ def card(config: ImageTokenizerTrainingConfig, scores: ReconstructionScores | No
     tokenizer, trainer = config.tokenizer, config.trainer
     height, width = tokenizer.grid
     num_pictures = trainer.micro_batch_size * trainer.grad_accum_steps
+    batch = (
+        f"{trainer.global_batch_size} pictures"
+        if trainer.global_batch_size
+        else f"{num_pictures} pictures on each device"
+    )
     lines = [
         "# Image tokenizer",
         "",
         f"Codes pictures of {tokenizer.image_size} x {tokenizer.image_size} pixels as {height} x {width} codes "
         f"(quantizer `{tokenizer.quantizer.kind}`), and draws pictures from codes. Trained by mixmodal "
-        f"for {trainer.max_steps:,} steps of {num_pictures} pictures on each device.",
+        f"for {trainer.max_steps:,} steps of {batch}.",
         "",
         f"- trained on: {', '.join(f'`{path.name}`' for path in config.data.train)}",
         "- the licences of the pictures it was trained on apply to what it is used for",

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -143,6 +143,7 @@ def plan(config: PlanConfig) -> Plan:
         ValueError: naming the key or the file that can not work.
     """
     training = load_training(config.training, config.overrides)
+    training = replace(training, trainer=training.trainer.shared(config.gpus))
     found = build_plan(training, config)
     _print(found, training, config)
     if config.out:
@@ -190,7 +191,7 @@ def load_training(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
 
 
 def build_plan(training: TrainingConfig, config: PlanConfig) -> Plan:
-    """The plan of a training config.
+    """The plan of a training config, whose batch is shared (`TrainerConfig.shared`).
 
     Raises:
         ValueError: where the pieces of the training can not be built.

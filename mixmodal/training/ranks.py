@@ -40,6 +40,11 @@ class RankError(ValueError):
     """A process of the training is missing or has failed; the message says which, and on which host."""
 
 
+def launched() -> int:
+    """Processes of this training, as the launcher's environment tells; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
 def meet(backend: str, device: torch.device | None = None, join_s: float = JOIN_S) -> None:
     """Makes the process group that the launcher's environment describes (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ from mixmodal.training.fragments import read_fragments, read_rest, settle, write
 from mixmodal.training.randomness import set_random_state, set_seeds
 from mixmodal.training.run import Run
 
+logger = logging.getLogger(__name__)
+
 EMA = "ema.pt"
+ROWS = "rows_per_step"
 
 
 def save(run: Run, *, wait: bool) -> None:
@@ -36,7 +40,7 @@ def save(run: Run, *, wait: bool) -> None:
                 files[ranked(name, rank)] |= read_rest(engine)
         if run.ema and rank == 0:
             files[EMA] = run.ema.state_dict()
-        layout = {"world_size": run.place.world_size, "zero_stage": run.engine.zero_stage}
+        layout = {"world_size": run.place.world_size, "zero_stage": run.engine.zero_stage, ROWS: run.rows_per_step}
         run.saver.save({"step": run.step, "seconds": run.seconds, **must_match(run), **layout}, files)
         run.saved_step = run.step
     if wait:
@@ -85,6 +89,14 @@ def read(run: Run, folder: Path) -> None:
                 f"checkpoint {folder} was written with {name} {state[name]}, not {own}; "
                 "go on with what it was written with, or start a new run folder"
             )
+    if state[ROWS] != run.rows_per_step and rank == 0:
+        logger.warning(
+            "%s was written at %d rows a step; from here on a step has %d, at the same learning rate. "
+            "trainer.global_batch_size keeps them on any number of ranks",
+            folder,
+            state[ROWS],
+            run.rows_per_step,
+        )
     for name, engine in run.engines.items():
         restore_network(engine, name, folder, int(state["world_size"]))
     run.loader.load_state_dict(checkpoint.load_tensors(folder / ranked("rank", 0))["loader"])  # the same on all ranks

@@ -79,6 +79,11 @@ class Run:
         self.saved_step = -1
         self.seconds = 0.0
 
+    @property
+    def rows_per_step(self) -> int:
+        """Of all ranks."""
+        return self.place.world_size * self.config.micro_batch_size * self.config.grad_accum_steps
+
     def close(self) -> None:
         self.loader.close()
         self.saver.close()

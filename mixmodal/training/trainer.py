@@ -24,7 +24,7 @@ from mixmodal.training.interrupt import StopSignal
 from mixmodal.training.metrics import METRICS_FILE, MetricsLog, MetricSums, Record
 from mixmodal.training.optimizer import OptimizerConfig, lr_at, set_lr
 from mixmodal.training.randomness import random_state, set_random_state
-from mixmodal.training.ranks import RankWatch
+from mixmodal.training.ranks import RankWatch, launched
 from mixmodal.training.restoring import restore, save
 from mixmodal.training.run import Run
 from mixmodal.training.task import MODEL, Batch, Task, to_device
@@ -68,38 +68,45 @@ class Trainer:
             RankError: where another process has died or failed.
             ValueError: where the run folder or the DeepSpeed file does not fit the config.
         """
+        config = self.config.shared(launched())
         settings = deepspeed_config(
-            micro_batch_size=self.config.micro_batch_size,
-            grad_accum_steps=self.config.grad_accum_steps,
-            max_grad_norm=self.config.max_grad_norm,
-            precision=self.config.precision,
-            zero_file=self.config.deepspeed,
+            micro_batch_size=config.micro_batch_size,
+            grad_accum_steps=config.grad_accum_steps,
+            max_grad_norm=config.max_grad_norm,
+            precision=config.precision,
+            zero_file=config.deepspeed,
         )
-        if self.config.ema_decay and settings["zero_optimization"].get("stage") == 3:
-            raise ValueError("trainer.ema_decay needs whole weights, which ZeRO stage 3 does not keep: set it to 0")
+        if settings["zero_optimization"].get("stage") == 3:
+            self._check_whole_weights(task)
         self._check_folder()
-        if task.draws_pictures and settings["zero_optimization"].get("stage") == 3:
-            raise ValueError(
-                "sample sheets need whole weights, which ZeRO stage 3 does not keep: set sample_every to 0"
-            )
-        if self.config.compile and settings["zero_optimization"].get("stage") == 3:
-            raise ValueError("trainer.compile needs whole weights, which ZeRO stage 3 does not keep: set it to false")
         place = init_distributed()
-        with RankWatch(place.rank, place.world_size):
-            run = Loop(self.config, self.optimizer_config, task, settings, place)
+        with StopSignal() as stop, RankWatch(place.rank, place.world_size):
+            run = Loop(config, self.optimizer_config, task, settings, place)
             try:
                 restore(run)
                 if place.rank == 0:
-                    save_config(self.resolved, self.config.run_dir / "config.yaml")
-                return run.train()
+                    save_config(self.resolved, config.run_dir / "config.yaml")
+                return run.train(stop)
             finally:
                 run.close()
 
+    def _check_whole_weights(self, task: Task) -> None:
+        """Refuses what ZeRO stage 3, which keeps parts of weights, can not do."""
+        acting = {
+            "trainer.ema_decay": (self.config.ema_decay, "0"),
+            "sample_every": (task.draws_pictures, "0"),
+            "trainer.compile": (self.config.compile, "false"),
+        }
+        for name, (acts, idle) in acting.items():
+            if acts:
+                raise ValueError(f"{name} needs whole weights, which ZeRO stage 3 does not keep: set it to {idle}")
+
     def _check_folder(self) -> None:
-        start = checkpoint.latest_checkpoint(self.config.run_dir / "checkpoints")
-        if start and not self.config.resume:
+        there = checkpoint.whole_checkpoints(self.config.run_dir / "checkpoints")
+        if there and not self.config.resume:
             raise ValueError(
-                f"trainer.run_dir {self.config.run_dir} holds {start.name}; set trainer.resume or choose another folder"
+                f"trainer.run_dir {self.config.run_dir} holds {there[-1].name}; "
+                "set trainer.resume or choose another folder"
             )
 
 
@@ -122,29 +129,29 @@ class Loop(Run):
 
     # from start to end
 
-    def train(self) -> FitResult:
+    def train(self, stop: StopSignal) -> FitResult:
         config = self.config
         config.run_dir.mkdir(parents=True, exist_ok=True)
-        with StopSignal() as stop:
-            batches = self._next_batches()  # none where the run is finished, which only the data may know
-            log = MetricsLog(
-                config.run_dir,
-                first_step=self.step,
-                max_steps=config.max_steps,
-                tensorboard=config.tensorboard,
-                active=self.place.rank == 0,
-                finished=not batches,
-            )
-            with log:
-                if self.place.rank == 0:
-                    self.alarms.replay(config.run_dir / METRICS_FILE)
-                if self.step:
-                    log.say(f"going on from step {self.step} of {config.max_steps}")
-                finished = self._steps(batches, log, stop)
-                if finished:
-                    self._evaluate(log, last=True)
-                    self._export()
-                return FitResult(self.step, finished, self.last_eval)
+        batches = self._next_batches()  # none where the run is finished, which only the data may know
+        log = MetricsLog(
+            config.run_dir,
+            first_step=self.step,
+            max_steps=config.max_steps,
+            tensorboard=config.tensorboard,
+            active=self.place.rank == 0,
+            finished=not batches,
+        )
+        with log:
+            if self.place.rank == 0:
+                self.alarms.replay(config.run_dir / METRICS_FILE)
+            if self.step:
+                how = "going on from" if batches else "finished:"
+                log.say(f"{how} step {self.step} of {config.max_steps}")
+            finished = self._steps(batches, log, stop)
+            if finished:
+                self._evaluate(log, last=True)
+                self._export()
+            return FitResult(self.step, finished, self.last_eval)
 
     def _steps(self, batches: list[Batch], log: MetricsLog, stop: StopSignal) -> bool:
         config = self.config

@@ -15,7 +15,7 @@ import torch
 from mixmodal.data.packing import Batch
 from mixmodal.data.pipeline import DataConfig, Documents, PackedDocuments, held_out_batches
 from mixmodal.data.token_shards import TokenShards, build_manifest, write_manifest, write_token_shard
-from mixmodal.document import FORMATS, Run, build_format
+from mixmodal.document import FORMATS, Run, SequenceError, build_format
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.objectives.loss import target_weights
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
@@ -369,3 +369,11 @@ def test_a_lone_part_keeps_its_weight() -> None:
     config = replace(STORED, first_part_weight=0.25)
     packed = PackedDocuments(documents, FORMAT["cm3leon"], MASKED, config, micro_batch_size=1)
     assert all(set(weights[1:]) <= {0.0, 1.0} for _, _, weights in draw(packed, 3))
+
+
+@pytest.mark.parametrize("wrong", ["begin", "spelling"])
+def test_a_document_that_is_not_spelled_right_is_named(wrong: str) -> None:
+    documents = pairs()
+    documents.documents[5] = documents.documents[5][1:] if wrong == "begin" else documents.documents[5][[0, 0, -1]]
+    with pytest.raises(SequenceError, match=r"^data shards: document doc5: .*; pretokenize again"):
+        list(islice(stream(documents, replace(CONFIG, caption_dropout=1.0)), 30))

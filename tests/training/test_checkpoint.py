@@ -135,7 +135,7 @@ def test_a_full_disk_gives_one_message_and_keeps_the_checkpoint(
 
 
 def test_what_torch_can_not_write_is_an_error_of_the_disk() -> None:
-    with pytest.raises(OSError, match=r"\w"):
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         save_tensors({"weights": torch.zeros(100_000)}, Path("/dev/full"))
 
 
@@ -241,6 +241,22 @@ def test_where_no_checkpoint_is_whole_all_are_named(tmp_path: Path) -> None:
         flip(save(tmp_path, step) / "weights.pt")
     with pytest.raises(CheckpointError, match=r"step_00000002 is damaged: weights\.pt .*step_00000001 is damaged"):
         choose_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "", " \n"])
+def test_where_none_is_in_force_the_newest_whole_one_is_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str | None
+) -> None:
+    assert choose_checkpoint(tmp_path) is None
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    (tmp_path / "latest").unlink()
+    if content is not None:
+        (tmp_path / "latest").write_text(content)
+    (tmp_path / "step_00000003" / "state.json").write_text("{}")
+    assert choose_checkpoint(tmp_path) == tmp_path / "step_00000002"
+    assert "latest names no checkpoint" in caplog.text
+    assert "step_00000003 is damaged" in caplog.text
 
 
 def test_a_pointer_that_was_set_back_is_followed(tmp_path: Path) -> None:

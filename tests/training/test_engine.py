@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mixmodal.training.deepspeed_config import OWNED_KEYS, deepspeed_config
+from mixmodal.training.engine import check_device
 
 ROOT = Path(__file__).parents[2]
 ZERO_FILES = sorted((ROOT / "configs/deepspeed").glob("*.json"))
@@ -27,8 +28,22 @@ def derived(tmp_path: Path | None = None, file: dict[str, Any] | None = None, **
 
 @pytest.mark.parametrize("key", OWNED_KEYS)
 def test_a_file_that_sets_what_the_config_sets_is_refused(tmp_path: Path, key: str) -> None:
-    with pytest.raises(ValueError, match=rf"zero\.json: key '{key}' is set by"):
+    with pytest.raises(ValueError, match=rf"zero\.json: remove .*: '{key}' is set by"):
         derived(tmp_path, {"zero_optimization": {"stage": 1}, key: 7})
+
+
+def test_keys_that_do_not_act_are_named_together(tmp_path: Path) -> None:
+    said = r"'bf16' is set by trainer\.precision; 'zero_optimisation' is no key that acts here; did you mean zero_opt"
+    with pytest.raises(ValueError, match=said):
+        derived(tmp_path, {"bf16": {"enabled": True}, "zero_optimisation": {"stage": 2}})
+    with pytest.raises(ValueError, match="zero_optimization is True; it must be a JSON object"):
+        derived(tmp_path, {"zero_optimization": True})
+
+
+def test_keys_that_zero_does_not_have_are_named(tmp_path: Path) -> None:
+    config = derived(tmp_path, {"zero_optimization": {"stage": 2, "reduce_bucket_sise": 5, "stage3_max_live": 1}})
+    with pytest.raises(ValueError, match=r"zero_optimization\.reduce_bucket_sise: .*; stage3_max_live: "):
+        check_device(config)
 
 
 def test_auto_is_left_to_the_config(tmp_path: Path) -> None:

@@ -226,7 +226,7 @@ def test_all_ranks_hear_of_an_error_of_one_of_them_before_they_settle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     parts = {"rank_00000.pt": {"loader": {}, "random": random_state()}}
-    state = {"step": 1, "seconds": 0.0, "world_size": 1}
+    state = {"step": 1, "seconds": 0.0, "world_size": 1, "rows_per_step": 4}
     save_checkpoint(tmp_path, state, parts, rank=0, keep=1)
     settled: list[int] = []
 
@@ -245,7 +245,7 @@ def test_all_ranks_hear_of_an_error_of_one_of_them_before_they_settle(
             config = SimpleNamespace(seed=0)
             engines = {"model": rank if bad >= 0 else rank + 10}
             run: Any = SimpleNamespace(
-                place=place, saver=saver, config=config, loader=loader, engines=engines, ema=None
+                place=place, saver=saver, config=config, loader=loader, engines=engines, ema=None, rows_per_step=4
             )
             restoring.restore(run, gather)
 
