@@ -73,6 +73,7 @@ def pays(images: Tensor, weight: Tensor) -> bool:
     channels, height, width = images.shape[1:]
     return (
         not torch.is_grad_enabled()
+        and len(images) > 0
         and images.device.type == "cpu"
         and images.dtype == weight.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")

@@ -72,6 +72,8 @@ def test_training_and_small_layers_take_the_direct_convolution(layers: tuple[nn.
     assert conv.weight.grad is not None
     with torch.no_grad():
         assert winograd.pays(images, conv.weight)
+        assert not winograd.pays(images[:0], conv.weight), "no pictures"
+        assert norm_silu_conv(norm, conv, images[:0]).shape == (0, 160, 64, 40)
         assert not winograd.pays(images[:, :, :63], conv.weight), "too few pixels"
         assert not winograd.pays(images[:, :64], conv.weight[:, :64]), "too few channels"
         assert not winograd.pays(images.bfloat16(), conv.weight), "another type"
