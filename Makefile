@@ -18,7 +18,11 @@ slow: $(VENV)/.dev  ## the tests that take longer
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 gpu: $(VENV)/.dev  ## the tests and figures that need an accelerator
+	@$(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || { \
+	  echo "torch sees no GPU here: make bench measures what a CPU can" >&2; exit 1; }
 	$(BIN)/python -m pytest -m gpu
+	set -e; for shape in 350m 1b; do \
+	  $(BIN)/python benchmarks/train_throughput.py compare --shape $$shape --precision bfloat16 --compile; done
 	$(MAKE) bench
 
 check: $(VENV)/.dev  ## lint, format and types

@@ -46,6 +46,8 @@ from mixmodal.training.task import to_device
 
 WARM_UP = 2
 """Steps before the clock starts."""
+PEAK_FLOPS = {"A100": 312e12, "H100": 989.4e12, "H200": 989.4e12}
+"""Of GPUs by a part of their name, in bfloat16 without sparsity (NVIDIA's data sheets)."""
 PEERS = {"transformers, isolated": True, "transformers, causal": False}
 
 
@@ -295,6 +297,12 @@ def time_row(model: Transformer, size: int, count: int, device: torch.device) ->
 TURN_OPTIONS = ("shape", "rows", "steps", "threads", "precision")
 
 
+def peak_flops() -> float | None:
+    """Of the GPU at hand, where it is known."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return next((value for part, value in PEAK_FLOPS.items() if part in name), None)
+
+
 def shape_of(options: argparse.Namespace) -> Shape:
     shape = SHAPES[options.shape]
     return shape._replace(rows=options.rows or shape.rows)
@@ -310,7 +318,7 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=4, help="timed steps, an even number")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves them alone")
-    parser.add_argument("--peak_flops", type=float, help="of the device, for the MFU")
+    parser.add_argument("--peak_flops", type=float, default=peak_flops(), help="of the device, for the MFU")
     parser.add_argument("--max_length", type=int, default=8192)
     parser.add_argument("--kinds", default="auto,dense", help="of attention, in mode length")
     parser.add_argument("--subject", default="ours", help="in mode turn")
