@@ -62,6 +62,20 @@ def test_environment_names_versions_and_device() -> None:
     assert environment.num_cores() >= 1
 
 
+def test_free_memory_is_within_the_limit_of_a_container(tmp_path: Path) -> None:
+    assert (environment.free_memory_bytes() or 1) > 0
+    assert environment.free_memory_bytes(tmp_path) is None
+    for name in ("proc", "sys/fs/cgroup"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 5000 kB\n")
+    assert environment.free_memory_bytes(tmp_path) == 5_120_000
+    group = tmp_path / "sys/fs/cgroup"
+    (group / "memory.stat").write_text("anon 1000000\nfile 3000000\n")
+    for limit, free in (("max", 5_120_000), ("4000000", 3_000_000), ("90000000", 5_120_000), ("5", 0)):
+        (group / "memory.max").write_text(limit + "\n")
+        assert environment.free_memory_bytes(tmp_path) == free
+
+
 def test_commit_is_unknown_outside_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "mixmodal" / "environment.py"))
     assert environment.commit() == "unknown"
