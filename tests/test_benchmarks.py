@@ -216,6 +216,24 @@ def test_image_tokenizers_that_are_timed_hold_the_same_weights(load: Load, monke
     assert len(found["decode, ours over diffusers.VQModel"]) == 2
 
 
+def test_vectors_of_a_measured_memory_lie_in_clusters(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure = load("measure_memory")
+    contents = [(0, number) for number in range(200)]
+    vectors = measure.draw_vectors(contents, 2, 512)
+    assert np.array_equal(vectors[[7]], measure.draw_vectors([(0, 7)], 2, 512))
+    products = vectors @ vectors.T
+    same = products > 0.35
+    assert np.array_equal(same, same[0][:, None] == same[0])
+    assert 0.3 < same.mean() < 0.7
+    off_diagonal = ~np.eye(200, dtype=bool)
+    assert products[same & off_diagonal].mean() == pytest.approx(0.7, abs=0.02)
+    assert products[~same].mean() == pytest.approx(0, abs=0.1)
+    assert measure.recall(np.array([[1, 2], [3, -1]]), np.array([[2, 1], [3, 4]])) == 0.75
+
+
 @pytest.fixture
 def throughput(load: Load, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
