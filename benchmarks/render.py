@@ -24,6 +24,7 @@ TITLES = {
     "ranks": "Trainings shared among processes, against one process: the worst difference",
     "saving": "What a checkpoint costs",
     "data": "Packed rows of a mixture: what they cost and how full they are",
+    "memory": "A retrieval memory: building, queries, recall against the flat index",
     "decode": "Generating with the tiny model",
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
-PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "vector-quantize-pytorch", "webdataset")
+PACKAGES = ("torch", "deepspeed", "faiss-cpu", "numpy", "sentencepiece", "vector-quantize-pytorch", "webdataset")
 
 
 def commit() -> str:
@@ -62,3 +62,19 @@ def processor() -> str:
 def num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory_bytes(root: Path = Path("/")) -> int | None:
+    """Bytes that this process may still take without swapping, within a container's limit; None where unknown."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+    group = root / "sys/fs/cgroup"
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no limit ("max"), or other groups than those of version 2
+        return free
+    return min(free, max(0, limit - int(used["anon"])))

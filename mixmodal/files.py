@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +16,21 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OSError: naming the file, where the disk is full or does not let it be written; the old file stays.
     """
+    with replacing(path) as part:
+        part.write_bytes(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name to write a file under; the file takes its place where nothing within fails. See `write_whole`."""
     part = path.with_name(path.name + ".part")
     with naming(path):
         try:
-            with open(part, "wb") as file:
-                file.write(data)
-                file.flush()
+            yield part
+            with open(part, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(part, path)
-        except OSError:
+        except BaseException:
             with contextlib.suppress(OSError):
                 part.unlink()
             raise
@@ -36,3 +43,12 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal; the file is never in memory as a whole."""
+    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            digest.update(block[:count])
+    return digest.hexdigest()

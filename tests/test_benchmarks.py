@@ -62,6 +62,20 @@ def test_environment_names_versions_and_device() -> None:
     assert environment.num_cores() >= 1
 
 
+def test_free_memory_is_within_the_limit_of_a_container(tmp_path: Path) -> None:
+    assert (environment.free_memory_bytes() or 1) > 0
+    assert environment.free_memory_bytes(tmp_path) is None
+    for name in ("proc", "sys/fs/cgroup"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 5000 kB\n")
+    assert environment.free_memory_bytes(tmp_path) == 5_120_000
+    group = tmp_path / "sys/fs/cgroup"
+    (group / "memory.stat").write_text("anon 1000000\nfile 3000000\n")
+    for limit, free in (("max", 5_120_000), ("4000000", 3_000_000), ("90000000", 5_120_000), ("5", 0)):
+        (group / "memory.max").write_text(limit + "\n")
+        assert environment.free_memory_bytes(tmp_path) == free
+
+
 def test_commit_is_unknown_outside_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "mixmodal" / "environment.py"))
     assert environment.commit() == "unknown"
@@ -200,6 +214,24 @@ def test_image_tokenizers_that_are_timed_hold_the_same_weights(load: Load, monke
     assert list(shares.values()) == [[100.0], [100.0]]
     assert len(found["encode, ours over transformers.ChameleonVQVAE"]) == 2
     assert len(found["decode, ours over diffusers.VQModel"]) == 2
+
+
+def test_vectors_of_a_measured_memory_lie_in_clusters(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    measure = load("memory_search")
+    contents = [(0, number) for number in range(200)]
+    vectors = measure.draw_vectors(contents, 2, 512)
+    assert np.array_equal(vectors[[7]], measure.draw_vectors([(0, 7)], 2, 512))
+    products = vectors @ vectors.T
+    same = products > 0.35
+    assert np.array_equal(same, same[0][:, None] == same[0])
+    assert 0.3 < same.mean() < 0.7
+    off_diagonal = ~np.eye(200, dtype=bool)
+    assert products[same & off_diagonal].mean() == pytest.approx(0.7, abs=0.02)
+    assert products[~same].mean() == pytest.approx(0, abs=0.1)
+    assert measure.recall(np.array([[1, 2], [3, -1]]), np.array([[2, 1], [3, 4]])) == 0.75
 
 
 @pytest.fixture

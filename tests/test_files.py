@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ import torch
 
 from mixmodal.config import save_config
 from mixmodal.data.shards import write_atomically
-from mixmodal.files import write_whole
+from mixmodal.files import replacing, write_whole
 from mixmodal.models.transformer import save_weights
 from mixmodal.quickstart.runner import write_json
 from mixmodal.tokenization.text import TextTokenizer
@@ -72,6 +72,18 @@ def test_what_is_written_waits_for_the_disk_before_it_takes_its_name(
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
+def test_a_file_that_breaks_off_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    with contextlib.suppress(KeyboardInterrupt), replacing(path) as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("file", "old")]
+    with replacing(path) as part:
+        part.write_text("new")
+    assert [(entry.name, entry.read_text()) for entry in tmp_path.iterdir()] == [("file", "new")]
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere/file'"):
         write_whole(tmp_path / "nowhere/file", b"new")
@@ -89,7 +101,7 @@ def test_a_metrics_line_that_does_not_fit_names_the_file(tmp_path: Path) -> None
         log.close()
 
 
-@contextmanager
+@contextlib.contextmanager
 def no_file_above(num_bytes: int) -> Iterator[None]:
     """The system refuses to let files grow further: its error is as real as that of a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from mixmodal.data.ragged import RaggedArray, RaggedShard, Strings, encode_strings, map_npy, offsets_of
 from mixmodal.data.shards import write_atomically
 from mixmodal.document import SequenceFormat, TextCodec, build_format
+from mixmodal.files import sha256_of
+from mixmodal.ragged import RaggedArray, RaggedShard, Strings, encode_strings, map_npy, offsets_of
 from mixmodal.vocabulary import Vocabulary
 
 FORMAT_VERSION = 2
@@ -28,7 +29,7 @@ MANIFEST_NAME = "manifest.json"
 NUM_UINT16 = 1 << 16
 FILE_KINDS = ("tokens", "offsets", "keys", "key_offsets")
 DIGITS = 8
-BLOCK_BYTES = 1 << 22
+REMEDY = "pretokenize again"
 
 
 def write_token_shard(
@@ -61,15 +62,7 @@ def is_token_shard(folder: Path, entry: Mapping[str, Any]) -> bool:
     paths = {kind: folder / f"{entry['name']}.{kind}.npy" for kind in FILE_KINDS}
     if not all(path.is_file() for path in paths.values()):
         return False
-    return {kind: _sha256(path) for kind, path in paths.items()} == entry["sha256"]
-
-
-def _sha256(path: Path) -> str:
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            sha256.update(block)
-    return sha256.hexdigest()
+    return {kind: sha256_of(path) for kind, path in paths.items()} == entry["sha256"]
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -190,7 +183,7 @@ class TokenShards:
         for entry in self.manifest["shards"][part::of]:
             for kind, wanted in entry["sha256"].items():
                 path = self.folder / f"{entry['name']}.{kind}.npy"
-                found = _sha256(path)
+                found = sha256_of(path)
                 if found != wanted:
                     raise ValueError(
                         f"{path}: changed since it was written (SHA-256 {found[:12]}..., not {wanted[:12]}... as in "
@@ -267,7 +260,7 @@ class TokenShards:
 
     def _open_documents(self, entry: Mapping[str, Any]) -> RaggedShard:
         shard = self._open(entry, "tokens", "offsets")
-        path, tokens, offsets = shard
+        path, tokens, offsets, _ = shard
         if len(tokens) != entry["tokens"]:
             raise ValueError(
                 f"{path}: {len(tokens)} tokens, not the {entry['tokens']} of {self.manifest_path}; pretokenize again"
@@ -282,7 +275,7 @@ class TokenShards:
 
     def _open(self, entry: Mapping[str, Any], values: str, offsets: str) -> RaggedShard:
         path, ends = (self.folder / f"{entry['name']}.{kind}.npy" for kind in (values, offsets))
-        shard = RaggedShard(path, map_npy(path), map_npy(ends))
+        shard = RaggedShard(path, map_npy(path, remedy=REMEDY), map_npy(ends, remedy=REMEDY), REMEDY)
         if len(shard.offsets) - 1 != entry["documents"]:
             raise ValueError(
                 f"{ends}: {len(shard.offsets) - 1} documents, not the {entry['documents']} of {self.manifest_path}; "

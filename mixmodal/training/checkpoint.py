@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import torch
 import torch.distributed as dist
 
-from mixmodal.files import naming
+from mixmodal.files import naming, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +106,6 @@ def load_tensors(path: Path, *, lazy: bool = False) -> Any:
     except Exception as error:  # torch raises many kinds for a damaged file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"checkpoint file {path} can not be loaded: {reason}") from error
-
-
-def sha256_of(path: Path) -> str:
-    digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))
-    with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(block):
-            digest.update(block[:count])
-    return digest.hexdigest()
 
 
 # data

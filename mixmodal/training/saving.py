@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from mixmodal.files import write_whole
+from mixmodal.files import sha256_of, write_whole
 from mixmodal.training import checkpoint
 from mixmodal.training.checkpoint import (
     CHECKSUMS,
@@ -27,7 +27,6 @@ from mixmodal.training.checkpoint import (
     describe,
     gather_objects,
     prune,
-    sha256_of,
     step_name,
     sync_folder,
 )

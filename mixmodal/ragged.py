@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence, Sized
 from itertools import chain
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 UTF8 = ("utf-8", "surrogatepass")
 """Names of files that are no UTF-8 come as lone surrogates, which must come back as they are."""
+INTEGERS = "iu"
 
 
 def offsets_of(rows: Sequence[Sized]) -> np.ndarray:
@@ -24,11 +26,16 @@ def encode_strings(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return np.frombuffer(b"".join(encoded), np.uint8), offsets_of(encoded)
 
 
-def map_npy(path: Path) -> np.ndarray:
-    """The flat array of integers in a file, memory-mapped and not writable; nothing but its header is read.
+def map_npy(path: Path, *, num_dims: int = 1, kinds: str = INTEGERS, remedy: str = "write it again") -> np.ndarray:
+    """The array in a file, memory-mapped and not writable; nothing but its header is read.
 
     `np.load` would keep the file open as long as it is mapped, and thousands of shards are more than a process may
     hold open. The mapping is private: a shared one of torch's asks for the right to write.
+
+    Args:
+        num_dims: how many dimensions it must have.
+        kinds: of its type, as numpy abbreviates them: `iu` are integers, `f` floats.
+        remedy: what the message of an error tells the user to do.
 
     Raises:
         ValueError: naming the file, where it is missing or holds something else.
@@ -40,16 +47,16 @@ def map_npy(path: Path) -> np.ndarray:
             version = np.lib.format.read_magic(file)
             if version != (1, 0):
                 raise ValueError(f"version {version} of the .npy format")
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
             start = file.tell()
-        if len(shape) != 1 or dtype.kind not in "iu":
-            raise ValueError(f"shape {shape} and type {dtype} instead of one dimension of integers")
-        size = start + shape[0] * dtype.itemsize
+        if len(shape) != num_dims or dtype.kind not in kinds or fortran_order:
+            raise ValueError(f"shape {shape} and type {dtype} instead of {num_dims} dimensions of kind {kinds}")
+        size = start + math.prod(shape) * dtype.itemsize
         data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).numpy()
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: missing or broken ({error}); pretokenize again") from error
+        raise ValueError(f"{path}: missing or broken ({error}); {remedy}") from error
     data.flags.writeable = False
-    return data[start:].view(dtype)
+    return data[start:].view(dtype).reshape(shape)
 
 
 class RaggedShard(NamedTuple):
@@ -59,11 +66,13 @@ class RaggedShard(NamedTuple):
         path: of the values, for messages.
         values: of all its rows, one behind the other.
         offsets: see `offsets_of`.
+        remedy: what the message of an error tells the user to do.
     """
 
     path: Path
     values: np.ndarray
     offsets: np.ndarray
+    remedy: str = "write it again"
 
 
 class RaggedArray:
@@ -83,10 +92,10 @@ class RaggedArray:
             ValueError: naming the file, where the offsets do not lie in the values.
         """
         shard, row = self.place(index)
-        path, values, offsets = self._shards[shard]
+        path, values, offsets, remedy = self._shards[shard]
         start, stop = offsets[row : row + 2].tolist()
         if not 0 <= start <= stop <= len(values):
-            raise ValueError(f"{path}: row {row} at {start} .. {stop} of {len(values)} values; pretokenize again")
+            raise ValueError(f"{path}: row {row} at {start} .. {stop} of {len(values)} values; {remedy}")
         return values[start:stop]
 
     def place(self, index: int) -> tuple[int, int]:
@@ -94,9 +103,9 @@ class RaggedArray:
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         return shard, index - int(self._starts[shard])
 
-    def path(self, index: int) -> Path:
-        """The file that a row's values are in."""
-        return self._shards[self.place(index)[0]].path
+    def shard(self, index: int) -> RaggedShard:
+        """The shard that a row is in."""
+        return self._shards[self.place(index)[0]]
 
     def lengths(self) -> np.ndarray:
         """Values of each row, uint32 `(rows,)`, in memory."""
@@ -136,4 +145,5 @@ class Strings(Sequence[str]):
         try:
             return data.decode(*UTF8)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self._rows.path(index)}: damaged ({error}); pretokenize again") from error
+            shard = self._rows.shard(index)
+            raise ValueError(f"{shard.path}: damaged ({error}); {shard.remedy}") from error

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mixmodal.data.ragged import RaggedArray, RaggedShard, Strings, encode_strings, map_npy, offsets_of
+from mixmodal.ragged import RaggedArray, RaggedShard, Strings, encode_strings, map_npy, offsets_of
 
 ODD = ["", "a\nb\r\n", "\0", "\x1b[31m", "caf\u00e9", "\u65e5\u672c", "\U0001f34e", "\ud800", "\udc80x", "#", ""]
 ANY_TEXT = st.text(st.characters(exclude_categories=())) | st.sampled_from(ODD)
@@ -68,6 +68,19 @@ def test_rows_and_lengths_are_those_written(tmp_path: Path) -> None:
     assert ragged.lengths().dtype == np.uint32
 
 
+def test_arrays_of_more_dimensions_come_back_where_they_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "some.npy"
+    array = np.arange(12, dtype=np.float32).reshape(4, 3)
+    np.save(path, array)
+    assert np.array_equal(map_npy(path, num_dims=2, kinds="f"), array)
+    for wrong in ({"num_dims": 2}, {"kinds": "f"}):
+        with pytest.raises(ValueError, match=r"some\.npy: missing or broken \(shape \(4, 3\) .*; measure again"):
+            map_npy(path, **wrong, remedy="measure again")
+    np.save(path, np.asfortranarray(array))
+    with pytest.raises(ValueError, match=r"some\.npy: missing or broken"):
+        map_npy(path, num_dims=2, kinds="f")
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files are counted in /proc")
 def test_mapped_files_are_not_held_open_nor_writable(tmp_path: Path) -> None:
     np.save(tmp_path / "some.npy", np.arange(10))
@@ -91,12 +104,12 @@ def test_files_that_hold_something_else_are_named(tmp_path: Path) -> None:
     np.save(tmp_path / "floats.npy", np.zeros(2))
     np.save(tmp_path / "objects.npy", np.array([None]))
     for name in (*broken, "square", "floats", "objects", "absent"):
-        with pytest.raises(ValueError, match=rf"{name}\.npy: missing or broken .*pretokenize again"):
+        with pytest.raises(ValueError, match=rf"{name}\.npy: missing or broken .*write it again"):
             map_npy(tmp_path / f"{name}.npy")
 
 
 def test_damaged_strings_are_named_when_they_are_read(tmp_path: Path) -> None:
-    path, values, offsets = write(tmp_path, "some", ["one", "two", "three"])
+    path, values, offsets, _ = write(tmp_path, "some", ["one", "two", "three"])
     for row, wrong in ((0, -1), (1, 7), (2, 2), (3, 12)):
         changed = offsets.copy()
         changed[row] = wrong
@@ -107,5 +120,5 @@ def test_damaged_strings_are_named_when_they_are_read(tmp_path: Path) -> None:
     changed[4] = 0xFF
     strings = Strings(RaggedArray([RaggedShard(path, changed, offsets)]))
     assert strings[2] == "three"
-    with pytest.raises(ValueError, match=r"some\.npy: damaged .*byte 0xff.* pretokenize again"):
+    with pytest.raises(ValueError, match=r"some\.npy: damaged .*byte 0xff.* write it again"):
         strings[1]

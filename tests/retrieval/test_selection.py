@@ -1,0 +1,191 @@
+"""What is retrieved is near, never the document itself or its near-duplicates, and drawn from the seed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixmodal.retrieval.building import MemoryDocument, write_memory
+from mixmodal.retrieval.index import IndexConfig
+from mixmodal.retrieval.memory import HAS_IMAGE, HAS_TEXT, open_memory
+from mixmodal.retrieval.selection import (
+    BOTH,
+    CM3LEON,
+    RA_CM3,
+    Candidates,
+    DrawConfig,
+    SelectionConfig,
+    choose,
+    draw,
+    drop_words,
+    find_candidates,
+)
+
+DIM = 16
+ENCODER = "e" * 64
+
+
+def at(*angles: float) -> np.ndarray:
+    """Unit vectors in a plane, float32 `(n, 2)`, by their angle in degrees: their products are cosines."""
+    radians = np.radians(angles)
+    return np.stack([np.cos(radians), np.sin(radians)], axis=1).astype(np.float32)
+
+
+def chosen(angles: list[float], modalities: list[int] | None = None, query: float = 0, **options: object) -> list[int]:
+    """Which places of documents at these angles are chosen for a query; scores are found as a search gives them."""
+    vectors = at(*angles)
+    scores = (vectors @ at(query)[0]).astype(np.float32)
+    order = np.argsort(-scores, kind="stable")
+    kinds = np.asarray(modalities or [BOTH] * len(angles), np.uint8)
+    config = options.pop("config", SelectionConfig(num_candidates=3))
+    assert isinstance(config, SelectionConfig)
+    return choose(order, scores[order], vectors[order], kinds[order], config, **options).tolist()  # type: ignore[arg-type]
+
+
+def test_the_relevance_limit_is_a_ceiling() -> None:
+    # cos 25 = 0.906, cos 26 = 0.899
+    assert chosen([0, 25, 26, 60]) == [2, 3]
+    assert chosen([0, 25, 60], config=SelectionConfig(max_score=0.95)) == [1, 2]
+
+
+def test_chosen_documents_are_no_near_duplicates_of_each_other() -> None:
+    assert chosen([30, 32, -30, 60, -66]) == [0, 2, 3]
+    assert chosen([30, 32, 50, -50], taken=at(31)) == [3]
+
+
+def test_documents_with_text_and_image_come_first() -> None:
+    angles = [30.0, -40.0, 70.0, -80.0]
+    modalities = [HAS_TEXT, BOTH, HAS_IMAGE, BOTH]
+    assert chosen(angles, modalities) == [1, 3, 0]
+    assert chosen(angles, modalities, config=SelectionConfig(num_candidates=3, prefer_both=False)) == [0, 1, 2]
+    assert chosen(angles, modalities, config=SelectionConfig(num_candidates=1)) == [1]
+
+
+def test_the_own_document_and_what_is_near_it_is_never_chosen() -> None:
+    # the query, as a text's vector, lies apart from its document at 40
+    angles = [40.0, 42.0, 20.0, -30.0, 70.0]
+    assert chosen(angles, own=0, own_vector=at(40)[0]) == [3, 4]
+    assert 0 not in chosen(angles, own=0)
+    assert chosen(angles) == [3, 0, 4]
+
+
+def test_places_without_a_document_are_passed_by() -> None:
+    numbers, scores = np.array([4, -1, -1]), np.float32([0.5, -np.inf, -np.inf])
+    found = choose(numbers, scores, at(60, 0, 0), np.uint8([BOTH, BOTH, BOTH]), SelectionConfig())
+    assert found.tolist() == [4]
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_a_planted_duplicate_of_every_query_is_never_retrieved(tmp_path: Path, kind: str) -> None:
+    rng = np.random.default_rng(0)
+    count = 200
+    documents = unit(rng.normal(size=(20, DIM))[rng.integers(20, size=count)] + 0.8 * rng.normal(size=(count, DIM)))
+    planted = unit(documents + 0.02 * rng.normal(size=documents.shape))
+    rows = np.concatenate([documents, planted])
+    entries = [MemoryDocument(str(number), BOTH, number) for number in range(len(rows))]
+    index = IndexConfig(kind=kind)  # type: ignore[arg-type]
+    write_memory(tmp_path, entries, lambda found: rows[found], encoder_identity=ENCODER, dim=DIM, index=index)
+    memory = open_memory(tmp_path, encoder_identity=ENCODER)
+    # as texts and pictures do, queries lie apart from the vector of their document, below the ceiling
+    texts, images = (unit(documents + 0.25 * rng.normal(size=documents.shape)) for _ in range(2))
+    nearest = memory.search(texts, 2).numbers
+    assert np.mean([{number, number + count} == set(row) for number, row in enumerate(nearest.tolist())]) > 0.3
+    assert np.mean((texts * planted).sum(axis=1) < 0.9) > 0.3
+    config = SelectionConfig(num_candidates=2)
+    found = find_candidates(memory, config, text_queries=texts, image_queries=images, own=range(count))
+    sizes = []
+    for number, candidates in enumerate(found):
+        pool = np.concatenate(candidates)
+        assert not {number, number + count} & set(pool.tolist())
+        assert (memory.vectors(pool) @ documents[number] <= 0.9).all()
+        among = memory.vectors(pool) @ memory.vectors(pool).T - np.eye(len(pool))
+        assert (among <= 0.9).all()
+        sizes.append(len(pool))
+    assert np.mean(sizes) > 3.5
+
+
+def test_candidates_of_one_query_and_without_an_own_document(tmp_path: Path) -> None:
+    rows = at(0, 40, -40, 80)
+    entries = [MemoryDocument(str(number), BOTH, number) for number in range(4)]
+    write_memory(tmp_path, entries, lambda found: rows[found], encoder_identity=ENCODER, dim=2)
+    memory = open_memory(tmp_path, encoder_identity=ENCODER)
+    config = SelectionConfig(max_score=1.0)
+    (found,) = find_candidates(memory, config, text_queries=at(10), image_queries=None)
+    assert (found.text.tolist(), found.image.tolist()) == ([0, 1], [])
+    (found,) = find_candidates(memory, config, text_queries=at(10), image_queries=at(10), own=[1])
+    assert 1 not in np.concatenate(found)
+    for queries, own in (((None, None), None), ((at(1, 2), at(1)), None), ((at(1), None), [0, 1])):
+        with pytest.raises(ValueError, match=r"different numbers .* or no queries"):
+            find_candidates(memory, config, text_queries=queries[0], image_queries=queries[1], own=own)
+
+
+def test_a_fifth_of_the_words_is_dropped() -> None:
+    rng = np.random.default_rng(0)
+    text = " ".join(f"word{number}" for number in range(2000))
+    kept = drop_words(text, 0.2, rng).split()
+    assert len(kept) == pytest.approx(1600, abs=60)  # three standard deviations are 54
+    assert kept == [word for word in text.split() if word in set(kept)]
+    assert drop_words(text, 0.2, np.random.default_rng(0)).split() == kept
+    assert drop_words("a  red\napple", 0.0, rng) == "a red apple"
+    assert {drop_words("red apple", 0.999, rng) for _ in range(50)} == {"red", "apple"}
+    assert drop_words("", 0.2, rng) == ""
+
+
+POOL = Candidates(np.array([10, 11]), np.array([20, 21]))
+
+
+def test_ra_cm3_draws_up_to_two_documents_of_one_query() -> None:
+    drawn = [draw(POOL, RA_CM3, seed=0, epoch=0, document=number).tolist() for number in range(600)]
+    for count in (0, 1, 2):
+        assert sum(len(found) == count for found in drawn) == pytest.approx(200, abs=40)
+    assert {tuple(sorted(found)) for found in drawn if len(found) == 2} == {(10, 11), (20, 21)}
+    assert {found[0] for found in drawn if len(found) == 1} == {10, 11, 20, 21}
+
+
+def test_cm3leon_draws_three_of_the_pool() -> None:
+    drawn = [draw(POOL, CM3LEON, seed=0, epoch=0, document=number).tolist() for number in range(200)]
+    assert all(len(set(found)) == 3 for found in drawn)
+    assert {tuple(sorted(found)) for found in drawn} == {(10, 11, 20), (10, 11, 21), (10, 20, 21), (11, 20, 21)}
+
+
+def test_a_draw_follows_from_seed_epoch_and_document() -> None:
+    def drawn(**changes: int) -> list[list[int]]:
+        given = {"seed": 1, "epoch": 2, **changes}
+        return [draw(POOL, CM3LEON, **given, document=number).tolist() for number in range(20)]
+
+    assert drawn() == drawn()
+    assert drawn() != drawn(epoch=3)
+    assert drawn() != drawn(seed=2)
+    assert len({tuple(found) for found in drawn()}) > 5
+
+
+def test_fewer_candidates_are_all_taken_and_an_empty_query_is_not_drawn() -> None:
+    none = np.empty(0, np.int64)
+    two = DrawConfig(counts=(2,))
+    assert draw(Candidates(none, none), CM3LEON, seed=0, epoch=0, document=0).tolist() == []
+    assert draw(Candidates(none, none), two, seed=0, epoch=0, document=0).tolist() == []
+    for number in range(10):
+        assert draw(Candidates(none, np.array([7])), two, seed=0, epoch=0, document=number).tolist() == [7]
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (SelectionConfig, {"num_candidates": 0}, "num_candidates is 0; it must be at least 1"),
+        (SelectionConfig, {"max_score": 1.5}, r"max_score is 1\.5"),
+        (SelectionConfig, {"search_depth": 1}, "search_depth is 1; it must be at least num_candidates, 2"),
+        (SelectionConfig, {"dropped_words": 1.0}, r"dropped_words is 1\.0"),
+        (DrawConfig, {"counts": ()}, r"draw\.counts is \(\)"),
+        (DrawConfig, {"counts": (0, -1)}, r"draw\.counts is \(0, -1\)"),
+        (DrawConfig, {"queries": "both"}, r"draw\.queries is 'both'; choose one or all"),
+    ],
+)
+def test_settings_out_of_range_are_refused(config: type, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(**options)
