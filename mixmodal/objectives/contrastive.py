@@ -108,7 +108,7 @@ def clamp_above(value: Tensor, most: float) -> Tensor:
 
     `torch.clamp` drops both: a value that has once come above would never return.
     """
-    return _ClampAbove.apply(value, most)  # type: ignore[no-any-return]
+    return _ClampAbove.apply(value, most)
 
 
 class _ClampAbove(torch.autograd.Function):
@@ -131,7 +131,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     """`(B, ...)` of every rank as `(N, ...)`, in the order of ranks; gradients go back to the rank of their row."""
     if not is_shared():
         return rows
-    return _GatherRows.apply(rows)  # type: ignore[no-any-return]
+    return _GatherRows.apply(rows)
 
 
 class _GatherRows(torch.autograd.Function):

