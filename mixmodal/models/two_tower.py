@@ -169,8 +169,7 @@ class TwoTower(nn.Module):
 
     def encode_image(self, images: Tensor) -> Tensor:
         """Features `(B, D)` of length 1, float32, of images `(B, 3, H, W)` in [-1, 1]."""
-        pixels = images.to(self.encoder.dtype)
-        return F.normalize(self.encoder.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
+        return F.normalize(self.encoder.get_image_features(pixel_values=images).pooler_output.float(), dim=-1)
 
     @property
     def blocks(self) -> list[nn.Module]:
