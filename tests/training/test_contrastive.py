@@ -1,6 +1,7 @@
 """Training a two-tower encoder: a run that learns, resumes exactly and exports what it trained."""
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -225,3 +226,17 @@ def test_sixteen_bits_train_and_leave_features_of_length_one(folder: Path, kind:
     tokens, pixels = torch.ones(1, 12, dtype=torch.int64), torch.zeros(1, 3, 16, 16)
     features = model(input_ids=tokens, pixel_values=pixels)
     assert float(features.text_embeds.detach().float().norm()) == pytest.approx(1, abs=0.02)  # worst seen: 0.003
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("clip", 0.01), ("siglip", math.exp(-6))])
+def test_the_temperature_of_clip_has_a_least_value_in_training_and_export(
+    folder: Path, kind: str, expected: float
+) -> None:
+    task = EncoderTask(build_config(folder, kind))
+    model, batch = task.build_model().eval(), build_batch(task, 4)
+    with torch.no_grad():
+        model.encoder.logit_scale.fill_(6.0)
+        total, count = task.losses(model, batch, 0).metrics["temperature"]
+        task.export(model, folder / "run" / "export")
+    assert float(total / count) == pytest.approx(expected, rel=1e-5)
+    assert float(weights(folder / "run")["logit_scale"]) == pytest.approx(-math.log(expected), rel=1e-5)
