@@ -52,6 +52,12 @@ COMMANDS: dict[str, Subcommand] = {
         "PSNR, SSIM, distances of networks, share of codes used",
     ),
     "pretrain": Subcommand("mixmodal.training.pretrain", "PretrainConfig", "pretrain", "trains the transformer"),
+    "train-encoder": Subcommand(
+        "mixmodal.training.contrastive",
+        "EncoderTrainingConfig",
+        "train_encoder",
+        "texts and pictures to one space of vectors",
+    ),
     "plan": Subcommand("mixmodal.training.plan", "PlanConfig", "plan", "memory of a training on each GPU, beforehand"),
     "generate": Subcommand("mixmodal.pipeline.generate", "GenerateConfig", "generate", "texts and pictures"),
     "classify": Subcommand("mixmodal.pipeline.classify", "ClassifyConfig", "classify", "zero-shot, by likelihood"),

@@ -48,6 +48,7 @@ CONFIG_TYPES = {
     "data": "prepare",
     "sample": "generate",
     "classify": "classify",
+    "train/demo_encoder": "train-encoder",
     "tokenizers/train_text": "train-text-tokenizer",
     "tokenizers/train_image": "train-image-tokenizer",
     "tokenizers/evaluate_image": "evaluate-image-tokenizer",

@@ -1,12 +1,12 @@
-"""The stream of pictures that trains an image tokenizer: endless, a pure function of the seed, exactly resumable."""
+"""The stream of pictures that trains networks: endless, a pure function of the seed, exactly resumable."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -63,12 +63,28 @@ class PictureBatch(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One place of the stream: the `number`-th picture of an epoch, decoded or still encoded; None is a bad one."""
+    """One place of the stream: the `number`-th picture of an epoch, decoded or still encoded; None is a bad one.
+
+    The caption is empty where captions are not read.
+    """
 
     key: str
     epoch: int
     number: int
     picture: Tensor | PictureFile | None
+    caption: str = ""
+
+
+class Decoded(NamedTuple):
+    """Pixels, uint8 `(3, H, W)`, with what names them and, where captions are read, their caption."""
+
+    key: str
+    pixels: Tensor
+    caption: str = ""
+
+
+Reader = Callable[[Sequence[Path], SkipCounter, SampleLimits], Iterator[tuple[PictureFile, str]]]
+"""Reads shards: encoded pictures with their captions, in the order of the shards."""
 
 
 class PictureSource(Protocol):
@@ -89,6 +105,13 @@ def read_pictures(paths: Sequence[Path], counter: SkipCounter, limits: SampleLim
         yield from sample.pictures
 
 
+def read_uncaptioned(
+    paths: Sequence[Path], counter: SkipCounter, limits: SampleLimits
+) -> Iterator[tuple[PictureFile, str]]:
+    """`read_pictures` as a `Reader`, without captions."""
+    return ((picture, "") for picture in read_pictures(paths, counter, limits))
+
+
 def decode(
     picture: PictureFile, image_size: int, counter: SkipCounter, limits: SampleLimits, preprocess: Preprocess = "meta"
 ) -> Tensor | None:
@@ -106,9 +129,13 @@ def decode(
 
 
 def decode_each(
-    paths: Sequence[Path], image_size: int, limits: SampleLimits, preprocess: Preprocess
-) -> Iterator[tuple[str, Tensor]]:
-    """Key and pixels, uint8 `(3, image_size, image_size)`, of every good picture in the order of the shards.
+    paths: Sequence[Path],
+    image_size: int,
+    limits: SampleLimits,
+    preprocess: Preprocess,
+    read: Reader = read_uncaptioned,
+) -> Iterator[Decoded]:
+    """Every good picture, `image_size` pixels wide and high, in the order of the shards.
 
     Raises:
         ValueError: where there is no good picture.
@@ -116,32 +143,35 @@ def decode_each(
     """
     counter = SkipCounter(limits.max_skipped_share)
     found = False
-    for picture in read_pictures(paths, counter, limits):
+    for picture, caption in read(paths, counter, limits):
         pixels = decode(picture, image_size, counter, limits, preprocess)
         if pixels is not None:
             found = True
-            yield picture.name, pixels
+            yield Decoded(picture.name, pixels, caption)
     counter.finish()
     if not found:
         raise ValueError(f"{', '.join(map(str, paths))}: the shards hold no pictures")
 
 
 def decode_all(
-    paths: Sequence[Path], image_size: int, limits: SampleLimits, max_pictures: int, preprocess: Preprocess = "meta"
-) -> tuple[list[str], list[Tensor]] | None:
-    """Keys and pixels, uint8 `(3, H, W)` each, of all good pictures; None where there are more than `max_pictures`.
+    paths: Sequence[Path],
+    image_size: int,
+    limits: SampleLimits,
+    max_pictures: int,
+    preprocess: Preprocess = "meta",
+    read: Reader = read_uncaptioned,
+) -> list[Decoded] | None:
+    """All good pictures; None where there are more than `max_pictures`.
 
     Raises:
         ValueError, TooManySkipped: as `decode_each`.
     """
-    keys: list[str] = []
-    decoded: list[Tensor] = []
-    for key, pixels in decode_each(paths, image_size, limits, preprocess):
+    decoded: list[Decoded] = []
+    for picture in decode_each(paths, image_size, limits, preprocess, read):
         if len(decoded) == max_pictures:
             return None
-        keys.append(key)
-        decoded.append(pixels)
-    return keys, decoded
+        decoded.append(picture)
+    return decoded
 
 
 def decode_first(
@@ -153,26 +183,26 @@ def decode_first(
         ValueError, TooManySkipped: as `decode_each`.
     """
     found = list(islice(decode_each(paths, image_size, limits, preprocess), max_pictures))
-    keys = [key for key, _ in found]
+    keys = [picture.key for picture in found]
     pixels = torch.empty((len(found), 3, image_size, image_size), dtype=torch.uint8)
     for index in reversed(range(len(found))):  # each goes when it is copied, so that the pictures are not held twice
-        pixels[index] = found.pop()[1]
+        pixels[index] = found.pop().pixels
     return keys, pixels
 
 
 class CachedPictures:
-    """Decoded pictures, `(3, H, W)` each, in a new order in every epoch."""
+    """Decoded pictures in a new order in every epoch."""
 
-    def __init__(self, keys: Sequence[str], pixels: Sequence[Tensor], seed: int) -> None:
-        self.keys, self.pixels, self.seed = keys, pixels, seed
+    def __init__(self, pictures: Sequence[Decoded], seed: int) -> None:
+        self.pictures, self.seed = pictures, seed
 
     def rows(self, start: int) -> Iterator[Row]:
-        size = len(self.keys)
+        size = len(self.pictures)
         for epoch in count(start // size):
             order = np.random.default_rng((self.seed, epoch)).permutation(size)
             for number in range(start % size if epoch == start // size else 0, size):
-                index = int(order[number])
-                yield Row(self.keys[index], epoch, number, self.pixels[index])
+                key, pixels, caption = self.pictures[int(order[number])]
+                yield Row(key, epoch, number, pixels, caption)
 
 
 class StreamedPictures:
@@ -181,26 +211,28 @@ class StreamedPictures:
     To resume, an epoch is read again up to the place, without decoding.
     """
 
-    def __init__(self, config: PictureDataConfig, counter: SkipCounter, seed: int) -> None:
+    def __init__(
+        self, config: PictureDataConfig, counter: SkipCounter, seed: int, read: Reader = read_uncaptioned
+    ) -> None:
         self.shards = find_shards(config.train)
-        self.config, self.counter, self.seed = config, counter, seed
+        self.config, self.counter, self.seed, self.read = config, counter, seed, read
 
     def rows(self, start: int) -> Iterator[Row]:
         place = 0
         for epoch in count():
             found = 0
-            for number, picture in self._epoch(epoch):
+            for number, (picture, caption) in self._epoch(epoch):
                 found += 1
                 place += 1
                 if place > start:
-                    yield Row(picture.name, epoch, number, picture)
+                    yield Row(picture.name, epoch, number, picture, caption)
             if not found:
                 raise ValueError(f"{', '.join(map(str, self.config.train))}: the shards hold no pictures")
 
-    def _epoch(self, epoch: int) -> Iterator[tuple[int, PictureFile]]:
+    def _epoch(self, epoch: int) -> Iterator[tuple[int, tuple[PictureFile, str]]]:
         rng = np.random.default_rng((self.seed, epoch))
         shards = [self.shards[index] for index in rng.permutation(len(self.shards))]
-        pictures = read_pictures(shards, self.counter, self.config.limits)
+        pictures = self.read(shards, self.counter, self.config.limits)
         first = 0
         while window := list(islice(pictures, self.config.shuffle_window)):
             for offset, index in enumerate(rng.permutation(len(window))):
@@ -208,8 +240,11 @@ class StreamedPictures:
             first += len(window)
 
 
-class PictureLoader:
-    """Micro-batches of pictures without end.
+B = TypeVar("B")
+
+
+class RowLoader(Generic[B]):
+    """Micro-batches of pictures without end; what stands in a batch of rows is for subclasses to say.
 
     Optimizer step s trains on rows s * R .. (s + 1) * R - 1 of one stream, where R is `micro_batch_size *
     grad_accum_steps * world_size`, however they are spread. Where the streamed picture of row i turns out bad when it
@@ -228,6 +263,7 @@ class PictureLoader:
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        read: Reader = read_uncaptioned,
     ) -> None:
         check_split(
             micro_batch_size=micro_batch_size,
@@ -236,7 +272,7 @@ class PictureLoader:
             world_size=world_size,
             seed=seed,
         )
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.read = config, seed, read
         self.image_size = image_size
         self.preprocess: Preprocess = preprocess
         self.micro_batch_size, self.rank, self.world_size = micro_batch_size, rank, world_size
@@ -250,15 +286,15 @@ class PictureLoader:
     def _open(self) -> tuple[PictureSource, int | None]:
         """The pictures, and how many there are where they are cached."""
         most = self.config.max_cached_pictures
-        found = decode_all(self.config.train, self.image_size, self.config.limits, most, self.preprocess)
+        found = decode_all(self.config.train, self.image_size, self.config.limits, most, self.preprocess, self.read)
         if found:
-            return CachedPictures(*found, self.seed), len(found[0])
-        return StreamedPictures(self.config, self.counter, self.seed), None
+            return CachedPictures(found, self.seed), len(found)
+        return StreamedPictures(self.config, self.counter, self.seed, self.read), None
 
-    def __iter__(self) -> Iterator[PictureBatch]:
+    def __iter__(self) -> Iterator[B]:
         return self
 
-    def __next__(self) -> PictureBatch:
+    def __next__(self) -> B:
         start, size = self.rank * self.micro_batch_size, self.micro_batch_size * self.world_size
         batch = self._build(range(start, start + self.micro_batch_size))
         self._look(size - 1)
@@ -266,20 +302,24 @@ class PictureLoader:
         self._place += size
         return batch
 
-    def _build(self, offsets: Sequence[int]) -> PictureBatch:
+    def _build(self, offsets: Sequence[int]) -> B:
         """The rows so far behind `_place`."""
         found = [self._find_good(offset) for offset in offsets]
         rows = [self._look(offset) for offset in offsets]  # a stand-in is changed as the bad one would have been
         draws = np.stack([draw_changes(self.seed, row.epoch, row.number, 1) for row in rows])  # 1: apart from the order
-        pixels = torch.stack([picture for _, picture in found])
-        return PictureBatch(pixels, torch.from_numpy(draws).view(-1, NUM_DRAWS), [key for key, _ in found])
+        return self._join(found, torch.from_numpy(draws).view(-1, NUM_DRAWS))
 
-    def _find_good(self, offset: int) -> tuple[str, Tensor]:
-        """Key and picture of a row, or of the first good one from a step later on."""
+    def _join(self, pictures: list[Decoded], draws: Tensor) -> B:
+        """A micro-batch of these pictures."""
+        raise NotImplementedError
+
+    def _find_good(self, offset: int) -> Decoded:
+        """The picture of a row, or the first good one from a step later on."""
         for place in chain([offset], count(offset + self.rows_per_step)):
             picture = self._decode(place)
             if picture is not None:
-                return self._look(place).key, picture
+                row = self._look(place)
+                return Decoded(row.key, picture, row.caption)
         raise AssertionError("the stream has no end")
 
     def _decode(self, offset: int) -> Tensor | None:
@@ -315,3 +355,11 @@ class PictureLoader:
         self._place = int(state["place"])
         self._rows = self.source.rows(self._place)
         self._ahead = []
+
+
+class PictureLoader(RowLoader[PictureBatch]):
+    """Micro-batches of pictures without captions."""
+
+    def _join(self, pictures: list[Decoded], draws: Tensor) -> PictureBatch:
+        pixels = torch.stack([picture.pixels for picture in pictures])
+        return PictureBatch(pixels, draws, [picture.key for picture in pictures])

@@ -283,8 +283,8 @@ def test_all_pictures_are_decoded_or_none_is_kept(shards: Path) -> None:
     names, pixels = decode_first([shards], SIZE, SampleLimits(), 100)
     found = decode_all([shards], SIZE, SampleLimits(), 11)
     assert found is not None
-    assert found[0] == names
-    assert torch.equal(torch.stack(found[1]), pixels)
+    assert [picture.key for picture in found] == names
+    assert torch.equal(torch.stack([picture.pixels for picture in found]), pixels)
     assert len(names) == 11
     assert decode_all([shards], SIZE, SampleLimits(), 10) is None
     assert decode_all([shards], SIZE, SampleLimits(), 0) is None
