@@ -149,5 +149,5 @@ def test_sheets_that_can_not_be_drawn_are_refused(tmp_path: Path, options: dict[
 
 def test_sheets_need_whole_weights(config: PretrainConfig) -> None:
     trainer = replace(config.trainer, tensorboard=True, deepspeed=ROOT / "configs/deepspeed/zero3.json")
-    with pytest.raises(ValueError, match="ZeRO stage 3 does not keep: set sample_every to 0"):
+    with pytest.raises(ValueError, match="ZeRO stage 3 does not keep: set it to 0"):
         pretrain(replace(config, trainer=trainer, sample_every=1, num_samples=2))
