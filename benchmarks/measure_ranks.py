@@ -106,7 +106,7 @@ def measure(steps: int, folder: Path) -> None:
     found = {}
     for ranks in RANKS:
         for stage in STAGES:
-            name = f"{ranks} processes, ZeRO {stage}"
+            name = f"{ranks} process{'es' * (ranks > 1)}, ZeRO {stage}"
             options = share(config, name.replace(" ", "_"), ranks, stage)
             finish([[*launcher(f"--num_gpus={ranks}"), *options]], folder / "log")
             found[name] = differences(folder / name.replace(" ", "_"), folder / "one")

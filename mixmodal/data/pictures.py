@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
@@ -243,7 +244,7 @@ class StreamedPictures:
 B = TypeVar("B")
 
 
-class RowLoader(Generic[B]):
+class RowLoader(ABC, Generic[B]):
     """Micro-batches of pictures without end; what stands in a batch of rows is for subclasses to say.
 
     Optimizer step s trains on rows s * R .. (s + 1) * R - 1 of one stream, where R is `micro_batch_size *
@@ -309,9 +310,9 @@ class RowLoader(Generic[B]):
         draws = np.stack([draw_changes(self.seed, row.epoch, row.number, 1) for row in rows])  # 1: apart from the order
         return self._join(found, torch.from_numpy(draws).view(-1, NUM_DRAWS))
 
+    @abstractmethod
     def _join(self, pictures: list[Decoded], draws: Tensor) -> B:
         """A micro-batch of these pictures."""
-        raise NotImplementedError
 
     def _find_good(self, offset: int) -> Decoded:
         """The picture of a row, or the first good one from a step later on."""

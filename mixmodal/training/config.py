@@ -82,8 +82,6 @@ class TrainerConfig:
         for name in ("global_batch_size", "eval_every", "save_every", "keep_every", "max_grad_norm", "seed"):
             if getattr(self, name) < 0:
                 problems.append(f"trainer.{name} is {getattr(self, name)}; it must not be negative")
-        if self.global_batch_size and self.grad_accum_steps != 1:
-            problems.append("trainer.grad_accum_steps follows from trainer.global_batch_size; give one of them")
         for name in ("keep_every", "async_save"):
             if getattr(self, name) and not self.save_every:
                 problems.append(f"trainer.{name} can not act without trainer.save_every")
@@ -97,10 +95,10 @@ class TrainerConfig:
             raise ValueError("; ".join(problems))
 
     def shared(self, world_size: int) -> TrainerConfig:
-        """The same training by so many ranks, with `grad_accum_steps` in the place of `global_batch_size`.
+        """The same training by so many ranks, with the `grad_accum_steps` that `global_batch_size` comes to.
 
         Raises:
-            ValueError: where the ranks can not share the rows of a step evenly.
+            ValueError: where the ranks can not share the rows of a step evenly, or by other steps than those given.
         """
         if not self.global_batch_size:
             return self
@@ -110,4 +108,10 @@ class TrainerConfig:
                 f"trainer.global_batch_size {self.global_batch_size} is no multiple of the {rows} rows that "
                 f"{world_size} ranks of trainer.micro_batch_size {self.micro_batch_size} compute at a time"
             )
-        return replace(self, grad_accum_steps=self.global_batch_size // rows, global_batch_size=0)
+        steps = self.global_batch_size // rows
+        if self.grad_accum_steps not in (1, steps):
+            raise ValueError(
+                f"trainer.grad_accum_steps is {self.grad_accum_steps}, but trainer.global_batch_size "
+                f"{self.global_batch_size} comes to {steps} on {world_size} ranks; leave it out"
+            )
+        return replace(self, grad_accum_steps=steps)

@@ -30,7 +30,7 @@ from mixmodal.models.two_tower import MAX_SCALE, TwoTower, TwoTowerConfig, impor
 from mixmodal.objectives.contrastive import clamp_above, gather_pairs, infonce_loss, sigmoid_loss
 from mixmodal.objectives.loss import Sums, TokenLosses
 from mixmodal.tokenization.captions import build_caption_tokenizer, encode_captions, text_ids, train_caption_tokenizer
-from mixmodal.training.checkpoint import describe, gather_objects, latest_checkpoint
+from mixmodal.training.checkpoint import describe, gather_objects, whole_checkpoints
 from mixmodal.training.deepspeed_config import read_zero_file
 from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.task import Task
@@ -128,7 +128,7 @@ class EncoderTask(Task):
     def _learn_tokenizer(self) -> str:
         run_dir, model = self.config.trainer.run_dir, self.config.model
         path = run_dir / TOKENIZER_FILE
-        if path.exists() and latest_checkpoint(run_dir / "checkpoints"):
+        if path.exists() and whole_checkpoints(run_dir / "checkpoints"):
             return path.read_text(encoding="utf-8")
         contents = train_caption_tokenizer(read_captions(self.config.data), model.kind, model.vocab_size)
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -231,6 +231,10 @@ class EncoderTask(Task):
 def card(config: EncoderTrainingConfig, scores: Mapping[str, Any]) -> str:
     """A model card in Markdown."""
     model, trainer = config.model, config.trainer
+    split = f"{trainer.micro_batch_size} pairs on each device, micro-batches a step: "
+    split += (
+        f"those of {trainer.global_batch_size} pairs" if trainer.global_batch_size else f"{trainer.grad_accum_steps}"
+    )
     padding = "True" if model.kind == "clip" else '"max_length"'
     lines = [
         "---",
@@ -241,8 +245,7 @@ def card(config: EncoderTrainingConfig, scores: Mapping[str, Any]) -> str:
         "",
         f"A {model.kind} with features of length {model.feature_dim} for pictures of {model.image_size} x "
         f"{model.image_size} pixels and texts of up to {model.max_text_tokens} tokens. Trained by mixmodal for "
-        f"{trainer.max_steps:,} steps of {trainer.micro_batch_size} pairs on each device, micro-batches a "
-        f"step: {trainer.grad_accum_steps}.",
+        f"{trainer.max_steps:,} steps of {split}.",
         "",
         f"- trained on: {', '.join(f'`{path.name}`' for path in config.data.train)}",
         "- the licences of the pictures it was trained on apply to what it is used for",

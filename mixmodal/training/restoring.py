@@ -89,12 +89,13 @@ def read(run: Run, folder: Path) -> None:
                 f"checkpoint {folder} was written with {name} {state[name]}, not {own}; "
                 "go on with what it was written with, or start a new run folder"
             )
-    if state[ROWS] != run.rows_per_step and rank == 0:
+    before = state.get(ROWS, run.rows_per_step)
+    if before != run.rows_per_step and rank == 0:
         logger.warning(
             "%s was written at %d rows a step; from here on a step has %d, at the same learning rate. "
             "trainer.global_batch_size keeps them on any number of ranks",
             folder,
-            state[ROWS],
+            before,
             run.rows_per_step,
         )
     for name, engine in run.engines.items():

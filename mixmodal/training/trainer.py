@@ -80,7 +80,7 @@ class Trainer:
             self._check_whole_weights(task)
         self._check_folder()
         place = init_distributed()
-        with StopSignal() as stop, RankWatch(place.rank, place.world_size):
+        with RankWatch(place.rank, place.world_size), StopSignal() as stop:
             run = Loop(config, self.optimizer_config, task, settings, place)
             try:
                 restore(run)

@@ -133,6 +133,8 @@ def test_a_fifth_of_the_words_is_dropped() -> None:
     assert kept == [word for word in text.split() if word in set(kept)]
     assert drop_words(text, 0.2, np.random.default_rng(0)).split() == kept
     assert drop_words("a  red\napple", 0.0, rng) == "a red apple"
+    with pytest.raises(ValueError, match=r"share of dropped words is 1\.0"):
+        drop_words("red apple", 1.0, rng)
     assert {drop_words("red apple", 0.999, rng) for _ in range(50)} == {"red", "apple"}
     assert drop_words("", 0.2, rng) == ""
 
@@ -180,7 +182,6 @@ def test_fewer_candidates_are_all_taken_and_an_empty_query_is_not_drawn() -> Non
         (SelectionConfig, {"num_candidates": 0}, "num_candidates is 0; it must be at least 1"),
         (SelectionConfig, {"max_score": 1.5}, r"max_score is 1\.5"),
         (SelectionConfig, {"search_depth": 1}, "search_depth is 1; it must be at least num_candidates, 2"),
-        (SelectionConfig, {"dropped_words": 1.0}, r"dropped_words is 1\.0"),
         (DrawConfig, {"counts": ()}, r"draw\.counts is \(\)"),
         (DrawConfig, {"counts": (0, -1)}, r"draw\.counts is \(0, -1\)"),
         (DrawConfig, {"queries": "both"}, r"draw\.queries is 'both'; choose one or all"),

@@ -17,6 +17,7 @@ from mixmodal.data.augment import AugmentConfig
 from mixmodal.data.pairs import PairBatch
 from mixmodal.data.shards import Sample, read_samples, write_shards
 from mixmodal.data.skipping import TooManySkipped
+from mixmodal.training import contrastive
 from mixmodal.training.contrastive import EncoderTask, train_encoder
 from mixmodal.training.trainer import TrainerConfig
 
@@ -83,6 +84,14 @@ def test_a_resumed_run_ends_like_one_without_a_break(folder: Path, kind: str) ->
     (run / "export" / "model.safetensors").unlink()
     train_encoder(config)
     assert (run / "export" / "model.safetensors").read_bytes() == whole
+
+
+def test_a_run_whose_pointer_is_lost_keeps_its_tokenizer(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build_config(folder, save_every=2)
+    train_encoder(config)
+    (folder / "run" / "checkpoints" / "latest").unlink()
+    monkeypatch.setattr(contrastive, "train_caption_tokenizer", None)
+    assert train_encoder(config).finished
 
 
 @pytest.mark.slow

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from mixmodal.training.config import TrainerConfig
+from mixmodal.training.plan import PlanConfig, plan
 
 Fit = Callable[..., Any]
+ROOT = Path(__file__).parents[2]
 
 
 def config(**options: Any) -> TrainerConfig:
@@ -23,7 +25,7 @@ def config(**options: Any) -> TrainerConfig:
 @pytest.mark.parametrize(("ranks", "accumulated"), [(1, 12), (2, 6), (3, 4), (12, 1)])
 def test_accumulation_follows_from_the_global_batch(ranks: int, accumulated: int) -> None:
     shared = config(global_batch_size=24).shared(ranks)
-    assert shared == config(grad_accum_steps=accumulated)
+    assert shared == config(global_batch_size=24, grad_accum_steps=accumulated)
     assert shared.shared(ranks) == shared
 
 
@@ -31,8 +33,8 @@ def test_a_batch_that_ranks_can_not_share_is_named() -> None:
     said = "global_batch_size 24 is no multiple of the 10 rows that 5 ranks of trainer.micro_batch_size 2 compute"
     with pytest.raises(ValueError, match=said):
         config(global_batch_size=24).shared(5)
-    with pytest.raises(ValueError, match=r"grad_accum_steps follows from trainer\.global_batch_size"):
-        config(global_batch_size=24, grad_accum_steps=3)
+    with pytest.raises(ValueError, match=r"grad_accum_steps is 3, but trainer\.global_batch_size 24 comes to 6 on 2"):
+        config(global_batch_size=24, grad_accum_steps=3).shared(2)
     with pytest.raises(ValueError, match=r"global_batch_size is -1"):
         config(global_batch_size=-1)
 
@@ -56,3 +58,10 @@ def test_a_run_that_goes_on_with_other_rows_warns(fit: Fit, caplog: pytest.LogCa
         assert not caplog.records
         fit(max_steps=4, micro_batch_size=4, grad_accum_steps=2)
     assert "step_00000003 was written at 4 rows a step; from here on a step has 8" in caplog.text
+
+
+def test_a_plan_shares_the_batch_among_its_gpus() -> None:
+    options = ("--trainer.global_batch_size=10", "--trainer.micro_batch_size=2", "--model.vocab_size=500")
+    path = ROOT / "configs/train/tiny.yaml"
+    with pytest.raises(ValueError, match="10 is no multiple of the 6 rows that 3 ranks"):
+        plan(PlanConfig(training=path, gpus=3, overrides=options))
