@@ -235,3 +235,30 @@ def test_runs_are_views_of_one_modality() -> None:
     kinds = [(run.modality, len(run.ids)) for run in FORMAT["cm3leon"].split(ids)]
     assert kinds == [("text", 2), ("text", 1), ("image", 6)]
     assert isinstance(FORMAT["cm3leon"].split(ids)[0], Run)
+
+
+@every_format
+@given(chained=st.lists(documents, min_size=1, max_size=4))
+def test_a_chain_has_every_document_in_order_and_one_boundary_between_two(name: str, chained: list[Document]) -> None:
+    spelled = [FORMAT[name].spell(document) for document in chained]
+    chain = FORMAT[name].chain(spelled)
+    inner = [ids[1:-1].tolist() for ids in spelled]
+    assert chain[0] == VOCABULARY.bos
+    assert chain[-1] == VOCABULARY.eos
+    assert len(chain) == sum(len(ids) - 1 for ids in spelled) + 1
+    place = 1
+    for number, ids in enumerate(inner, start=1):
+        assert chain[place : place + len(ids)].tolist() == ids
+        place += len(ids)
+        assert chain[place] == (VOCABULARY.eos if number == len(inner) else FORMAT[name].boundary)
+        place += 1
+    assert np.array_equal(chain, np.concatenate([FORMAT[name].prefix(spelled[:-1]), spelled[-1][1:]]))
+
+
+def test_a_chain_is_spelled_as_cm3leon_spells_it() -> None:
+    pair = FORMAT["cm3leon"].spell(Document([Text("a"), Image(np.zeros(GRID, np.int64))]))
+    break_ = VOCABULARY.break_
+    inner = [*pair[1:-1].tolist()]
+    assert inner.count(break_) == 1
+    assert FORMAT["cm3leon"].chain([pair, pair]).tolist() == [VOCABULARY.bos, *inner, break_, *inner, VOCABULARY.eos]
+    assert FORMAT["cm3leon"].prefix([]).tolist() == [VOCABULARY.bos]

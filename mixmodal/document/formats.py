@@ -1,91 +1,20 @@
-"""Documents of text and coded parts, and the one place that spells them as ids and parses them back."""
+"""Sequence formats: the one place that spells documents as ids and parses them back."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
+from mixmodal.document.parts import PART_TYPES, Document, Mask, Part, SequenceError, Text, TextCodec
 from mixmodal.vocabulary import Vocabulary
 
 FormatName = Literal["cm3leon", "chameleon"]
-
-
-class SequenceError(ValueError):
-    """Ids or parts that the sequence format does not allow."""
-
-
-class TextCodec(Protocol):
-    """What a text tokenizer offers here: strings to piece indices and back, without control tokens."""
-
-    def encode(self, text: str) -> list[int]: ...
-
-    def decode(self, pieces: Sequence[int]) -> str: ...
-
-
-@dataclass(frozen=True)
-class Text:
-    """A run of text; never empty."""
-
-    text: str
-    modality: ClassVar[str] = "text"
-
-    def __post_init__(self) -> None:
-        if not self.text:
-            raise SequenceError("a text part is empty; leave the part out")
-
-
-@dataclass(frozen=True)
-class Mask:
-    """A `<mask:index>` in place of text: what guidance puts for the prompt, and what infilling fills."""
-
-    index: int = 0
-    modality: ClassVar[str] = "text"
-
-
-@dataclass(frozen=True, eq=False)
-class Coded:
-    """Codes of one thing, int64, of a fixed grid; a subclass names the modality, which is also its vocabulary range."""
-
-    codes: np.ndarray
-    modality: ClassVar[str]
-
-    def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and np.array_equal(self.codes, other.codes)  # type: ignore[attr-defined]
-
-    def __hash__(self) -> int:
-        return hash((self.modality, self.codes.tobytes()))
-
-
-class Image(Coded):
-    """A picture as codes `(h, w)`, raster order when flattened."""
-
-    modality: ClassVar[str] = "image"
-
-
-Part = Text | Mask | Coded
-PART_TYPES: dict[str, type[Coded]] = {Image.modality: Image}
-
-
-@dataclass(frozen=True)
-class Document:
-    """An ordered list of parts. Adjacent texts are joined, so that equal sequences are equal documents."""
-
-    parts: tuple[Part, ...]
-
-    def __init__(self, parts: Iterable[Part]) -> None:
-        joined: list[Part] = []
-        for part in parts:
-            if isinstance(part, Text) and joined and isinstance(joined[-1], Text):
-                joined[-1] = Text(joined[-1].text + part.text)
-            else:
-                joined.append(part)
-        object.__setattr__(self, "parts", tuple(joined))
 
 
 class Run(NamedTuple):
@@ -145,6 +74,11 @@ class SequenceFormat(ABC):
     def _runs(self, body: np.ndarray) -> list[Run]:
         """The inverse of `_body`."""
 
+    @property
+    @abstractmethod
+    def boundary(self) -> int:
+        """The token between two documents of a chain."""
+
     @abstractmethod
     def _lead(self, last: str | None, following: str) -> list[int]:
         """Control tokens between a part of modality `last` (None: the start) and one of modality `following`."""
@@ -188,6 +122,21 @@ class SequenceFormat(ABC):
     def join(self, runs: Sequence[Run]) -> np.ndarray:
         """Runs of ids to one sequence from `<s>` to `</s>`, `(T,)` int64."""
         return np.concatenate([[self.vocabulary.bos], *self._body(runs), [self.vocabulary.eos]]).astype(np.int64)
+
+    def prefix(self, documents: Sequence[np.ndarray]) -> np.ndarray:
+        """What stands before a document that whole ones, ids `(T,)` each, are to be read with: retrieved ones, or shots.
+
+        From `<s>` to the token behind the last of them, int64; the document follows without its own `<s>`.
+        """
+        inner = [part for ids in documents for part in (ids[1:-1], [self.boundary])]
+        return np.concatenate([[self.vocabulary.bos], *inner]).astype(np.int64)
+
+    def chain(self, documents: Sequence[np.ndarray]) -> np.ndarray:
+        """Whole documents, ids `(T,)` each, as one sequence from `<s>` to `</s>`, int64.
+
+        It is no document itself, and `split` may refuse it. It has `sum(len(ids) - 1) + 1` tokens.
+        """
+        return np.concatenate([self.prefix(documents[:-1]), documents[-1][1:]]).astype(np.int64)
 
     # ids -> documents
 
@@ -296,13 +245,20 @@ class SequenceFormat(ABC):
 
 
 class CM3LeonFormat(SequenceFormat):
-    """One `<break>` at every change of modality and between two coded parts (CM3Leon, arXiv 2309.02591, figure 9)."""
+    """One `<break>` at every change of modality and between two coded parts (CM3Leon, arXiv 2309.02591, figure 9).
+
+    In a chain there is one between two documents as well.
+    """
 
     name: ClassVar[FormatName] = "cm3leon"
     text_after_open: ClassVar[bool] = True
 
     def _block(self, modality: str, length: int) -> Block:
         return Block(length, open_id=self.vocabulary.break_, close_id=None)
+
+    @property
+    def boundary(self) -> int:
+        return self.vocabulary.break_
 
     def _lead(self, last: str | None, following: str) -> list[int]:
         return [] if last is None or (last == "text" and following == "text") else [self.vocabulary.break_]
@@ -334,7 +290,10 @@ class CM3LeonFormat(SequenceFormat):
 
 
 class ChameleonFormat(SequenceFormat):
-    """Images between begin-image (`<break>`) and end-image (`<eoss>`) tokens (Chameleon, arXiv 2405.09818)."""
+    """Images between begin-image (`<break>`) and end-image (`<eoss>`) tokens (Chameleon, arXiv 2405.09818).
+
+    Chameleon has no chains. Here `</s>` stands between two documents of one, since its `<break>` begins an image.
+    """
 
     name: ClassVar[FormatName] = "chameleon"
     text_after_open: ClassVar[bool] = False
@@ -343,6 +302,10 @@ class ChameleonFormat(SequenceFormat):
         if modality != "image":
             raise ValueError(f"sequence format chameleon: it has tokens for images only, not for {modality!r}")
         return Block(length, open_id=self.vocabulary.break_, close_id=self.vocabulary.end_of_span)
+
+    @property
+    def boundary(self) -> int:
+        return self.vocabulary.eos
 
     def _lead(self, last: str | None, following: str) -> list[int]:
         return [] if following == "text" else [self.blocks[following].open_id]

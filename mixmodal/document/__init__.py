@@ -1,0 +1,39 @@
+"""Documents of text and coded parts, and the one place that spells them as ids and parses them back."""
+
+from mixmodal.document.formats import (
+    FORMATS,
+    Block,
+    FormatName,
+    Run,
+    SequenceFormat,
+    build_format,
+)
+from mixmodal.document.parts import (
+    PART_TYPES,
+    Coded,
+    Document,
+    Image,
+    Mask,
+    Part,
+    SequenceError,
+    Text,
+    TextCodec,
+)
+
+__all__ = [
+    "FORMATS",
+    "PART_TYPES",
+    "Block",
+    "Coded",
+    "Document",
+    "FormatName",
+    "Image",
+    "Mask",
+    "Part",
+    "Run",
+    "SequenceError",
+    "SequenceFormat",
+    "Text",
+    "TextCodec",
+    "build_format",
+]
