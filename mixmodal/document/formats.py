@@ -124,7 +124,7 @@ class SequenceFormat(ABC):
         return np.concatenate([[self.vocabulary.bos], *self._body(runs), [self.vocabulary.eos]]).astype(np.int64)
 
     def prefix(self, documents: Sequence[np.ndarray]) -> np.ndarray:
-        """What stands before a document that whole ones, ids `(T,)` each, are to be read with: retrieved ones, or shots.
+        """What stands before a document that is to be read with whole ones, ids `(T,)` each: retrieved ones, or shots.
 
         From `<s>` to the token behind the last of them, int64; the document follows without its own `<s>`.
         """
