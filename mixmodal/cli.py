@@ -61,6 +61,12 @@ COMMANDS: dict[str, Subcommand] = {
     "plan": Subcommand("mixmodal.training.plan", "PlanConfig", "plan", "memory of a training on each GPU, beforehand"),
     "generate": Subcommand("mixmodal.pipeline.generate", "GenerateConfig", "generate", "texts and pictures"),
     "classify": Subcommand("mixmodal.pipeline.classify", "ClassifyConfig", "classify", "zero-shot, by likelihood"),
+    "evaluate-retrieval": Subcommand(
+        "mixmodal.pipeline.evaluate_retrieval",
+        "RetrievalEvaluationConfig",
+        "evaluate_retrieval",
+        "what documents of a memory are worth",
+    ),
     "import": Subcommand(
         "mixmodal.interop.importing", "ImportConfig", "import_checkpoint", "image tokenizers of other projects"
     ),

@@ -262,3 +262,20 @@ def test_a_chain_is_spelled_as_cm3leon_spells_it() -> None:
     assert inner.count(break_) == 1
     assert FORMAT["cm3leon"].chain([pair, pair]).tolist() == [VOCABULARY.bos, *inner, break_, *inner, VOCABULARY.eos]
     assert FORMAT["cm3leon"].prefix([]).tolist() == [VOCABULARY.bos]
+
+
+@every_format
+@given(parts=st.lists(images | texts | masks, max_size=3))
+def test_only_a_pair_is_turned_round(name: str, parts: list) -> None:
+    ids = FORMAT[name].spell(Document(parts))
+    joined = Document(parts).parts
+    kinds = [
+        part.modality for place, part in enumerate(joined) if not place or part.modality != joined[place - 1].modality
+    ]
+    turned = FORMAT[name].turn_pair(ids)
+    if sorted(kinds) != ["image", "text"] or sum(part.modality == "image" for part in joined) != 1:
+        assert turned is None
+        return
+    split = next(place for place in range(1, len(joined)) if joined[place].modality != joined[0].modality)
+    assert turned is not None
+    assert np.array_equal(turned, FORMAT[name].spell(Document([*joined[split:], *joined[:split]])))

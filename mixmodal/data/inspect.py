@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from mixmodal.data.retrieved import RetrievalConfig
 from mixmodal.data.source import SourceConfig
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 
@@ -43,6 +44,8 @@ class InspectConfig:
         caption_dropout: as in training.
         first_part_weight: as in training.
         lookahead: as in training.
+        candidates: as in training, of `data`.
+        retrieval: as in training.
         seed: of the stream of rows.
         max_codes: codes of a part that are printed before the rest is left out.
     """
@@ -57,6 +60,8 @@ class InspectConfig:
     caption_dropout: float = 0.1
     first_part_weight: float = 1.0
     lookahead: int = 0
+    candidates: Path | None = None
+    retrieval: RetrievalConfig | None = None
     seed: int = 0
     max_codes: int = 12
 
@@ -82,7 +87,7 @@ def inspect(config: InspectConfig) -> None:
     from rich.console import Console
 
     from mixmodal.data.mixture import counters
-    from mixmodal.data.pipeline import DataConfig, PackedDocuments, open_sources
+    from mixmodal.data.pipeline import DataConfig, PackedDocuments, open_retrievals, open_sources
 
     data = DataConfig(
         tokens=config.data,
@@ -92,12 +97,22 @@ def inspect(config: InspectConfig) -> None:
         caption_dropout=config.caption_dropout,
         first_part_weight=config.first_part_weight,
         lookahead=config.lookahead,
+        candidates=config.candidates,
+        retrieval=config.retrieval,
     )
     sources = open_sources(data)
     shards = next(iter(sources.values()))
     text_tokenizer = _find_text_tokenizer(config, shards)
     objective = CausalMasked(config.objective, shards.vocabulary)
-    rows = PackedDocuments(sources, shards.build_format(), objective, data, micro_batch_size=1, seed=config.seed)
+    rows = PackedDocuments(
+        sources,
+        shards.build_format(),
+        objective,
+        data,
+        micro_batch_size=1,
+        seed=config.seed,
+        retrieval=open_retrievals(data, sources),
+    )
     console = Console(highlight=False)
     plain = not console.is_terminal  # in a file or a pipe, lines are not cut to a width
     console.print(_legend(shards.vocabulary), soft_wrap=plain)

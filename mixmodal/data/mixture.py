@@ -147,11 +147,14 @@ def counters(state: Mapping[str, Any]) -> dict[str, float]:
 
     Returns:
         `documents`, `tokens` (with masks, without padding), `epochs` (with the part of the current one that is drawn)
-        and `skipped` (documents too long); behind a slash the source's name, where sources have names.
+        and `skipped` (documents too long); with retrieval also `retrieved` (documents that stood before those) and
+        `left_out` (those that did not fit); behind a slash the source's name, where sources have names.
     """
     found: dict[str, float] = {}
     for name, place in state["sources"].items():
         epochs = round(place["epoch"] + place["position"] / place["num_documents"], 6)
         values = {"documents": place["used"], "tokens": place["tokens"], "epochs": epochs, "skipped": place["too_long"]}
+        if place.get("retrieval_sha256"):
+            values |= {"retrieved": place["retrieved"], "left_out": place["left_out"]}
         found |= {f"{key}/{name}" if name else key: value for key, value in values.items()}
     return found

@@ -6,12 +6,12 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mixmodal.data.mixture import Mixture, StageConfig, check_mixture, weights_at
-from mixmodal.data.packing import Batch, Sample, build_batch, pack
+from mixmodal.data.packing import Batch, Sample, build_batch
+from mixmodal.data.retrieved import NOTHING, Retrieval, RetrievalConfig, Retrieved, check_retrieval, open_retrieval
 from mixmodal.data.source import PLAIN, REMEDY, Documents, Randomness, Source, SourceConfig, check_equal
 from mixmodal.data.split import check_split
 from mixmodal.data.token_shards import TokenShards
@@ -30,6 +30,8 @@ class DataConfig:
         tokens: folder with the token shards to train on.
         sources: several of them by name, in the place of `tokens`, with their shares of the trained tokens.
         stages: other weights of the sources from given steps on.
+        candidates: folder of `mixmodal retrieve` with what may stand before the documents of `tokens`.
+        retrieval: how it is drawn, and from which memory; none means that documents stand alone.
         held_out_tokens: folder with token shards to evaluate on; none means no evaluation.
         seq_len: length of a row in tokens; a longer document is skipped, and masks are drawn where they still fit.
         image_first_share: probability that a document of one text and one picture (or other coded part) changes their
@@ -49,6 +51,8 @@ class DataConfig:
     tokens: Path | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     stages: tuple[StageConfig, ...] = ()
+    candidates: Path | None = None
+    retrieval: RetrievalConfig | None = None
     held_out_tokens: Path | None = None
     seq_len: int
     image_first_share: float = 0.5
@@ -72,11 +76,16 @@ class DataConfig:
         for name in ("first_part_weight", "lookahead"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data: {name} is {getattr(self, name)}; it must not be negative")
+        if self.sources and self.candidates:
+            raise ValueError("data: candidates are those of tokens; give each source its own")
+        check_retrieval(self.retrieval, [source.candidates for source in self.mixture.values()])
 
     @property
     def mixture(self) -> dict[str, SourceConfig]:
         """The sources; `tokens` is a single one without a name."""
-        return {PLAIN: SourceConfig(tokens=self.tokens)} if self.tokens else self.sources
+        if self.tokens is None:
+            return self.sources
+        return {PLAIN: SourceConfig(tokens=self.tokens, candidates=self.candidates)}
 
     def weights_at(self, step: int) -> dict[str, float]:
         """The weight of each source in an optimizer step."""
@@ -96,6 +105,16 @@ def open_sources(config: DataConfig) -> dict[str, TokenShards]:
     return opened
 
 
+def open_retrievals(config: DataConfig, sources: Mapping[str, TokenShards]) -> dict[str, Retrieval]:
+    """What stands before the documents of each source that has candidates.
+
+    Raises:
+        ValueError: naming manifest and key where memory, candidates and token shards do not belong together.
+    """
+    candidates = {name: source.candidates for name, source in config.mixture.items()}
+    return open_retrieval(config.retrieval, sources, candidates)
+
+
 class _Drawn(NamedTuple):
     """A document that was drawn and stands in no row yet; `length` counts its tokens as they are trained on."""
 
@@ -104,6 +123,7 @@ class _Drawn(NamedTuple):
     document: int
     length: int
     randomness: Randomness
+    retrieved: Retrieved = NOTHING
 
 
 class PackedDocuments:
@@ -126,6 +146,7 @@ class PackedDocuments:
         grad_accum_steps: batches of this rank in an optimizer step.
         rank, world_size: which part of each step's rows this process takes.
         seed: not negative.
+        retrieval: what stands before the documents of a source, by its name.
     """
 
     def __init__(
@@ -140,6 +161,7 @@ class PackedDocuments:
         rank: int = 0,
         world_size: int = 1,
         seed: int = 0,
+        retrieval: Mapping[str, Retrieval] | None = None,
     ) -> None:
         check_split(
             micro_batch_size=micro_batch_size,
@@ -158,6 +180,7 @@ class PackedDocuments:
                 seq_len=config.seq_len,
                 max_skipped_share=config.max_skipped_share,
                 seed=seed,
+                retrieval=(retrieval or {}).get(name),
             )
             for name, source in config.mixture.items()
         }
@@ -169,6 +192,7 @@ class PackedDocuments:
             image_first_share=config.image_first_share,
             caption_dropout=config.caption_dropout,
             first_part_weight=config.first_part_weight,
+            retrieved_weight=config.retrieval.loss_weight if config.retrieval else 1.0,
         )
         self.pad = sequence_format.vocabulary.pad
         self.config = config
@@ -300,7 +324,7 @@ class PackedDocuments:
                 continue
             del self._pending[passed]
             room -= drawn.length
-            drawn.source.use(drawn.length)
+            drawn.source.use(drawn.length, drawn.retrieved)
             if is_own:
                 row.append(self._sample(drawn))
         return row
@@ -313,18 +337,21 @@ class PackedDocuments:
 
     def _measured(self, source: Source, epoch: int, document: int) -> _Drawn:
         randomness = source.randomness_of(epoch)
+        retrieved = source.retrieve(document, randomness)
         try:
-            length = self._variation.length(source.documents, document, randomness)
+            length = self._variation.length(source.documents, document, randomness, retrieved.num_tokens)
         except SequenceError as error:
             raise _bad_document(source, document, error) from error
-        return _Drawn(source, epoch, document, length, randomness)
+        return _Drawn(source, epoch, document, length, randomness, retrieved)
 
     def _sample(self, drawn: _Drawn) -> Sample:
         source = drawn.source
         key = source.documents.keys[drawn.document]
         key = f"{source.name}:{key}" if source.name else key
+        before = source.retrieval.read(drawn.retrieved) if source.retrieval else []
         try:
-            sample = self._variation.vary(key, source.documents[drawn.document], drawn.randomness.of(drawn.document))
+            own = drawn.randomness.of(drawn.document)
+            sample = self._variation.vary(key, source.documents[drawn.document], own, before)
             if len(sample.ids) > drawn.length:
                 raise SequenceError("it is not spelled as this version spells it")
         except SequenceError as error:
@@ -334,41 +361,3 @@ class PackedDocuments:
 
 def _bad_document(source: Source, document: int, error: SequenceError) -> SequenceError:
     return SequenceError(f"{source.label}: document {source.documents.keys[document]}: {error}; pretokenize again")
-
-
-def held_out_batches(
-    documents: Documents,
-    objective: CausalMasked,
-    config: DataConfig,
-    *,
-    micro_batch_size: int,
-    rank: int = 0,
-    world_size: int = 1,
-) -> Iterator[Batch]:
-    """Every document once, as it is stored, packed in order; without masks, dropout or changes of order.
-
-    Every rank gets the same number of batches of the same shape, the last ones filled up with empty rows, so that
-    ranks that must go in step do so; sums over all batches and ranks count each token once. Documents longer than
-    `config.seq_len` are skipped; their number is logged.
-    """
-    vocabulary = objective.vocabulary
-    too_long: list[str] = []
-
-    def samples() -> Iterator[Sample]:
-        for index in range(len(documents)):
-            ids = documents[index]
-            if len(ids) > config.seq_len:
-                too_long.append(documents.keys[index])
-            else:
-                yield Sample(documents.keys[index], ids, objective.weigh(ids))
-
-    rows = pack(samples(), config.seq_len)
-    while chunk := list(islice(rows, micro_batch_size * world_size)):
-        own = chunk[rank * micro_batch_size : (rank + 1) * micro_batch_size]
-        own += [[] for _ in range(micro_batch_size - len(own))]
-        yield build_batch(own, config.seq_len, vocabulary.pad)
-    if too_long:
-        logger.warning(
-            "%d of %d held-out documents, first %s, are longer than seq_len %d and are skipped",
-            len(too_long), len(documents), too_long[0], config.seq_len,
-        )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
+from mixmodal.data.retrieved import NOTHING, Retrieval, Retrieved
 from mixmodal.data.token_shards import TokenShards
 
 logger = logging.getLogger(__name__)
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 WhenDone = Literal["repeat", "stop", "drop"]
 PLAIN = ""
 """Name of the source that `data.tokens` is."""
-PLACE = ("epoch", "position", "done", "drawn", "used", "tokens", "too_long")
+PLACE = ("epoch", "position", "done", "drawn", "used", "tokens", "too_long", "retrieved", "left_out")
 """What a source's place in its documents is, and what it has counted."""
 REMEDY = "resume with the same data and seed, or start a new run folder"
 MIN_DOCUMENTS_TO_JUDGE = 1000
@@ -42,12 +43,14 @@ class SourceConfig:
     Args:
         tokens: folder with its token shards.
         weight: its share of the trained tokens, relative to the other weights; 0 leaves it out until a stage names it.
+        candidates: folder of `mixmodal retrieve` with what may stand before its documents, see `data.retrieval`.
         when_done: after its last document: `repeat` begins it again in a new order; `drop` leaves it out, and the
             others share what was its; `stop` ends training before the first step that would need more of it.
     """
 
     tokens: Path
     weight: float = 1.0
+    candidates: Path | None = None
     when_done: WhenDone = "repeat"
 
     def __post_init__(self) -> None:
@@ -59,7 +62,7 @@ class Randomness:
     """A stream of random numbers for every document of an epoch.
 
     Philox (Salmon et al. 2011) is keyed by seed, epoch and source, and the index stands in a high word of its counter:
-    each document has 2^128 numbers of its own. Setting the counter costs a tenth of seeding a generator.
+    each document has streams of 2^128 numbers of its own. Setting the counter costs a tenth of seeding a generator.
     """
 
     def __init__(self, entropy: tuple[int, ...]) -> None:
@@ -68,9 +71,14 @@ class Randomness:
         self._generator = np.random.Generator(self._philox)
         self._start: Any = self._philox.state
 
-    def of(self, index: int) -> np.random.Generator:
-        """The generator at the start of a document's stream; it is the same object for all of them."""
-        self._start["state"]["counter"][:] = (0, 0, index, 0)
+    def of(self, index: int, stream: int = 0) -> np.random.Generator:
+        """The generator at the start of a document's stream; it is the same object for all of them.
+
+        Args:
+            index: of the document.
+            stream: 0 is what it is varied by, 1 what is retrieved for it.
+        """
+        self._start["state"]["counter"][:] = (0, 0, index, stream)
         self._philox.state = self._start
         return self._generator
 
@@ -88,6 +96,7 @@ class Source:
         seq_len: length of a row in tokens.
         max_skipped_share: share of the documents that may be skipped.
         seed: of the run.
+        retrieval: what stands before its documents; None is nothing.
     """
 
     def __init__(
@@ -100,7 +109,9 @@ class Source:
         seq_len: int,
         max_skipped_share: float,
         seed: int,
+        retrieval: Retrieval | None = None,
     ) -> None:
+        self.retrieval = retrieval
         self.name, self.documents, self.config = name, documents, config
         self.label = f"data.sources.{name} ({config.tokens})" if name else f"data {config.tokens}"
         if not len(documents):
@@ -108,11 +119,13 @@ class Source:
         shards = {"manifest_sha256": "", "shards": ""}
         if isinstance(documents, TokenShards):
             shards = {"manifest_sha256": documents.digest, "shards": documents.shard_digests}
-        self.content = {"num_documents": len(documents), **shards}
+        found = {"retrieval_sha256": retrieval.digest if retrieval else None}
+        self.content = {"num_documents": len(documents), **shards, **found}
         self.lengths = documents.lengths
         self.done = False
         self.drawn = 0  # tokens since the weights are what they are
         self.used, self.tokens, self.too_long = 0, 0, 0
+        self.retrieved, self.left_out = 0, 0  # documents before those that were used, and those that did not fit
         self._shuffle, self._seq_len, self._max_skipped_share = shuffle, seq_len, max_skipped_share
         digest = hashlib.sha256(name.encode()).digest()
         self._seed, self._salt = seed, (int.from_bytes(digest[:8], "big"),) if name else ()
@@ -137,10 +150,26 @@ class Source:
         """What an epoch's documents are varied by."""
         return self._randomness if epoch == self.epoch else Randomness(self._entropy(epoch))
 
-    def use(self, tokens: int) -> None:
+    def retrieve(self, index: int, randomness: Randomness) -> Retrieved:
+        """What stands before a document in the epoch of `randomness`.
+
+        Raises:
+            ValueError: naming source and document, where not all of it fits and the config refuses that.
+        """
+        if self.retrieval is None:
+            return NOTHING
+        room = self._seq_len - int(self.lengths[index])
+        try:
+            return self.retrieval.draw(index, self.documents.keys[index], room, randomness.of(index, stream=1))
+        except ValueError as error:
+            raise ValueError(f"{self.label}: {error}") from error
+
+    def use(self, tokens: int, retrieved: Retrieved = NOTHING) -> None:
         """Counts a document that stands in a row."""
         self.used += 1
         self.tokens += tokens
+        self.retrieved += len(retrieved.documents)
+        self.left_out += retrieved.left_out
 
     def repeat(self) -> None:
         """Begins the next epoch."""
@@ -153,7 +182,7 @@ class Source:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._begin_epoch(state["epoch"])
         for key in PLACE:
-            setattr(self, key, state[key])
+            setattr(self, key, state.get(key, 0))  # counts that an earlier version did not keep begin at 0
         self.done = self.done and self.config.when_done == "drop"  # which may have been changed since
 
     def check_content(self, state: Mapping[str, Any]) -> None:

@@ -1,15 +1,17 @@
-"""How a stored document is varied before it is packed: captions dropped, pairs turned round, masks drawn."""
+"""How a stored document is varied before it is packed: captions dropped, pairs turned round, masks drawn.
+
+Documents that were retrieved for it stand before it and are turned round with it; masks are drawn in all of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 
 import numpy as np
 
 from mixmodal.data.packing import Sample
 from mixmodal.data.source import Documents, Randomness
-from mixmodal.document import Run, SequenceFormat
+from mixmodal.document import Run, SequenceFormat, group_texts
 from mixmodal.objectives.causal_masked import TOKENS_PER_MASK, CausalMasked
 
 
@@ -21,6 +23,7 @@ class Variation:
         objective: masks them.
         seq_len: length of a row in tokens; masks are drawn where they still fit.
         image_first_share, caption_dropout, first_part_weight: see `DataConfig`.
+        retrieved_weight: factor on the loss weights of retrieved documents.
     """
 
     def __init__(
@@ -32,22 +35,26 @@ class Variation:
         image_first_share: float,
         caption_dropout: float,
         first_part_weight: float,
+        retrieved_weight: float = 1.0,
     ) -> None:
         self.sequence_format, self.objective, self.seq_len = sequence_format, objective, seq_len
         self.image_first_share, self.caption_dropout = image_first_share, caption_dropout
-        self.first_part_weight = first_part_weight
+        self.first_part_weight, self.retrieved_weight = first_part_weight, retrieved_weight
         self._keeps_length = not caption_dropout and not objective.config.draws
         vocabulary = sequence_format.vocabulary
         every_id = np.arange(vocabulary.size)
         self._is_text = vocabulary.contains("text", every_id) | vocabulary.contains("sentinel", every_id)
         self._is_code = vocabulary.is_content(every_id) & ~self._is_text
 
-    def length(self, documents: Documents, index: int, randomness: Randomness) -> int:
+    def length(self, documents: Documents, index: int, randomness: Randomness, before: int = 0) -> int:
         """Tokens that `vary` gives, known without reading the document in all but a share of `caption_dropout`.
 
         A document with less content than masks gets fewer of them: it may be a few tokens shorter.
+
+        Args:
+            before: tokens of what was retrieved for it.
         """
-        stored = int(documents.lengths[index])
+        stored = int(documents.lengths[index]) + before
         if self._keeps_length:
             return stored
         rng = randomness.of(index)
@@ -59,36 +66,59 @@ class Variation:
                 return stored - int(np.count_nonzero(text)) + num_parts
         return stored + TOKENS_PER_MASK * self.objective.draw_num_masks(stored, rng, self.seq_len)
 
-    def vary(self, key: str, ids: np.ndarray, rng: np.random.Generator) -> Sample:
-        """Drops the caption, or changes the order and draws masks."""
+    def vary(self, key: str, ids: np.ndarray, rng: np.random.Generator, before: Sequence[np.ndarray] = ()) -> Sample:
+        """Drops the caption, or changes the order and draws masks.
+
+        Args:
+            key, ids: of the document.
+            rng: the source of all randomness.
+            before: ids of whole documents that stand before it in its segment.
+        """
         drop, turn = self._draws_order(rng)
-        if drop or turn:
-            parts = _parts(self.sequence_format.split(ids))
-            is_text = [part[0].modality == "text" for part in parts]
-            if drop and any(is_text) and not all(is_text):
-                mask = [Run("text", np.array([self.sequence_format.vocabulary.sentinel(0)]))]
-                kept = [mask if text else part for part, text in zip(parts, is_text)]
-                ids = self.sequence_format.join([run for part in kept for run in part])
-                return self._sample(key, ids, self.objective.weigh(ids))
-            if turn and sorted(is_text) == [False, True]:
-                ids = self.sequence_format.join([run for part in parts[::-1] for run in part])
-        return self._sample(key, *self.objective.apply(ids, rng, max_len=self.seq_len))
+        masked = drop and self._is_mixed(ids)
+        if masked:
+            ids = self._without_text(ids)
+        elif turn and (turned := self.sequence_format.turn_pair(ids)) is not None:
+            ids = turned
+            before = [one if (other := self.sequence_format.turn_pair(one)) is None else other for one in before]
+        factors = self._factors([*before, ids])
+        chain = self.sequence_format.chain([*before, ids]) if before else ids
+        if masked:
+            weights = self.objective.weigh(chain)
+            return Sample(key, chain, weights if factors is None else weights * factors)
+        return Sample(key, *self.objective.apply(chain, rng, self.seq_len, factors))
 
     def _draws_order(self, rng: np.random.Generator) -> tuple[bool, bool]:
         """Whether the caption is dropped and whether a pair is turned round."""
         return rng.random() < self.caption_dropout, rng.random() < self.image_first_share
 
-    def _sample(self, key: str, ids: np.ndarray, loss_weights: np.ndarray) -> Sample:
-        """With the first part's weights, up to the first token that ends a part."""
-        if self.first_part_weight != 1:
-            vocabulary = self.sequence_format.vocabulary
+    def _is_mixed(self, ids: np.ndarray) -> bool:
+        """Whether text stands beside codes."""
+        return bool(self._is_text[ids].any() and self._is_code[ids].any())
+
+    def _without_text(self, ids: np.ndarray) -> np.ndarray:
+        """With `<mask:0>` for every text."""
+        mask = [Run("text", np.array([self.sequence_format.vocabulary.sentinel(0)]))]
+        parts = group_texts(self.sequence_format.split(ids))
+        kept = [mask if part[0].modality == "text" else part for part in parts]
+        return self.sequence_format.join([run for part in kept for run in part])
+
+    def _factors(self, documents: Sequence[np.ndarray]) -> np.ndarray | None:
+        """On the loss weights of the documents' chain, float32 `(T,)`; None where all are 1.
+
+        The last document is the one that is trained on; the token behind a retrieved one counts to it.
+        """
+        if self.first_part_weight == 1 and (self.retrieved_weight == 1 or len(documents) == 1):
+            return None
+        vocabulary = self.sequence_format.vocabulary
+        factors = np.ones(sum(len(ids) - 1 for ids in documents) + 1, np.float32)
+        start = 0
+        for place, ids in enumerate(documents):
+            own = factors[start + 1 : start + len(ids)]  # without what stands before its first part
+            if place < len(documents) - 1:
+                own *= self.retrieved_weight
             ends = np.flatnonzero((ids[2:] == vocabulary.break_) | (ids[2:] == vocabulary.end_of_span))
             if len(ends) and vocabulary.break_ in ids:
-                loss_weights[: ends[0] + 2] *= self.first_part_weight
-        return Sample(key, ids, loss_weights)
-
-
-def _parts(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs with neighbouring texts (masks among them) taken together."""
-    numbered = groupby(enumerate(runs), key=lambda item: -1 if item[1].modality == "text" else item[0])
-    return [[run for _, run in part] for _, part in numbered]
+                own[: ends[0] + 1] *= self.first_part_weight
+            start += len(ids) - 1
+        return factors

@@ -7,6 +7,7 @@ from mixmodal.document.formats import (
     Run,
     SequenceFormat,
     build_format,
+    group_texts,
 )
 from mixmodal.document.parts import (
     PART_TYPES,
@@ -36,4 +37,5 @@ __all__ = [
     "Text",
     "TextCodec",
     "build_format",
+    "group_texts",
 ]

@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -157,6 +157,17 @@ class SequenceFormat(ABC):
                 wanted = self.blocks[run.modality].length
                 raise SequenceError(f"a part of modality {run.modality} has {len(run.ids)} codes instead of {wanted}")
         return runs
+
+    def turn_pair(self, ids: np.ndarray) -> np.ndarray | None:
+        """A document of one text, masks among it, and one coded part, with the other one first; None for any other.
+
+        Raises:
+            SequenceError: where the ids are not a whole sequence of this format.
+        """
+        parts = group_texts(self.split(ids))
+        if sorted(part[0].modality == "text" for part in parts) != [False, True]:
+            return None
+        return self.join([run for part in parts[::-1] for run in part])
 
     def parse(self, ids: np.ndarray) -> Document:
         """The inverse of `spell`.
@@ -336,6 +347,12 @@ class ChameleonFormat(SequenceFormat):
             runs += codes
             body = body[closes[0] + 1 :]
         return runs
+
+
+def group_texts(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs with neighbouring texts, masks among them, taken together."""
+    numbered = groupby(enumerate(runs), key=lambda item: -1 if item[1].modality == "text" else item[0])
+    return [[run for _, run in part] for _, part in numbered]
 
 
 FORMATS: dict[FormatName, type[SequenceFormat]] = {"cm3leon": CM3LeonFormat, "chameleon": ChameleonFormat}

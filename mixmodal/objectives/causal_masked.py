@@ -9,6 +9,7 @@ Masks are drawn in a document before it is packed and nothing is cut afterwards,
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,14 +78,20 @@ class CausalMasked:
         self._weights = 1 - self._is_sentinel.astype(np.float32)
 
     def apply(
-        self, ids: np.ndarray, rng: np.random.Generator, max_len: int | None = None
+        self,
+        ids: np.ndarray,
+        rng: np.random.Generator,
+        max_len: int | None = None,
+        factors: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Masks one document.
+        """Masks one document, or a chain of them.
 
         Args:
             ids: `(T,)` int64, from `<s>` to `</s>`; sentinels that stand in it already are kept and left alone.
             rng: the source of all randomness.
             max_len: fewer masks are drawn where the result would be longer, in tokens.
+            factors: on the weights of the tokens, float32 `(T,)`; they move with their tokens, and the `<eoss>` behind
+                a span has that of the token before it. None is 1 for all.
 
         Returns:
             ids `(T + 3 n,)` int64 and their `weigh`ts.
@@ -96,8 +103,13 @@ class CausalMasked:
         self._check_ends(ids)
         spans = self.draw_spans(ids, rng, max_len)
         if spans:
-            ids = self._move(ids, spans)
-        return ids, self.weigh(ids)
+            if factors is not None:
+                factors = _move(factors, spans, [factors[start] for start, _ in spans])
+            first = len(self.vocabulary.ids("sentinel")) - self._num_fresh_sentinels(ids)
+            sentinels = [self.vocabulary.sentinel(first + index) for index in range(len(spans))]
+            ids = _move(ids, spans, sentinels, self.vocabulary.end_of_span)
+        weights = self.weigh(ids)
+        return ids, weights if factors is None else weights * factors
 
     def weigh(self, ids: np.ndarray) -> np.ndarray:
         """The weights of predicting the tokens of one document, float32 `(T,)`.
@@ -176,17 +188,6 @@ class CausalMasked:
             start -= 1
         return start if self._is_sentinel[ids[start]] else None
 
-    def _move(self, ids: np.ndarray, spans: list[tuple[int, int]]) -> np.ndarray:
-        first = len(self.vocabulary.ids("sentinel")) - self._num_fresh_sentinels(ids)
-        end_of_span = [self.vocabulary.end_of_span]
-        body, tail, done = [], [], 0
-        for index, (start, stop) in enumerate(spans):
-            sentinel = [self.vocabulary.sentinel(first + index)]
-            body += [ids[done:start], sentinel]
-            tail += [sentinel, ids[start:stop], end_of_span]
-            done = stop
-        return np.concatenate([*body, ids[done:-1], *tail, ids[-1:]])
-
     def _num_fresh_sentinels(self, ids: np.ndarray) -> int:
         """Sentinels above all that stand in the document: only fresh ones can tell a span's place."""
         sentinels = self.vocabulary.ids("sentinel")
@@ -196,6 +197,23 @@ class CausalMasked:
     def _check_ends(self, ids: np.ndarray) -> None:
         if len(ids) < 2 or ids[0] != self.vocabulary.bos or ids[-1] != self.vocabulary.eos:
             raise SequenceError("masks are drawn in one whole document, from <s> to </s>")
+
+
+def _move(
+    values: np.ndarray, spans: list[tuple[int, int]], marks: Sequence[float], end: float | None = None
+) -> np.ndarray:
+    """Values of the tokens `(T,)` with those of every span moved to before the last; `(T + 3 * spans,)`.
+
+    Args:
+        marks: what stands in a span's old place and before it in its new one.
+        end: what stands behind it; None is the value of its last token.
+    """
+    body, tail, done = [], [], 0
+    for mark, (start, stop) in zip(marks, spans, strict=True):
+        body += [values[done:start], [mark]]
+        tail += [[mark], values[start:stop], [values[stop - 1] if end is None else end]]
+        done = stop
+    return np.concatenate([*body, values[done:-1], *tail, values[-1:]]).astype(values.dtype)
 
 
 def _place(length: int, count: int, rng: np.random.Generator) -> list[tuple[int, int]]:

@@ -15,9 +15,10 @@ import torch
 from PIL.Image import Image as Picture
 from torch import Tensor, nn
 
+from mixmodal.data.held_out import held_out_batches
 from mixmodal.data.mixture import counters
 from mixmodal.data.packing import Batch
-from mixmodal.data.pipeline import DataConfig, PackedDocuments, held_out_batches, open_sources
+from mixmodal.data.pipeline import DataConfig, PackedDocuments, open_retrievals, open_sources
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.files import write_whole
 from mixmodal.interop.export import CONFIG, WEIGHTS, save_export
@@ -131,6 +132,7 @@ class PretrainTask(Task):
             )
         self.sources = open_sources(config.data)
         self.shards = next(iter(self.sources.values()))
+        self.retrievals = open_retrievals(config.data, self.sources)
         self.vocabulary = self.shards.vocabulary
         self.held_out = TokenShards.open(config.data.held_out_tokens) if config.data.held_out_tokens else None
         if self.held_out:
@@ -210,6 +212,7 @@ class PretrainTask(Task):
             rank=rank,
             world_size=world_size,
             seed=self.config.trainer.seed,
+            retrieval=self.retrievals,
         )
 
     def counters(self, state: Mapping[str, Any]) -> Mapping[str, float]:

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from mixmodal.data.held_out import held_out_batches
 from mixmodal.data.packing import Batch
-from mixmodal.data.pipeline import DataConfig, Documents, PackedDocuments, held_out_batches
+from mixmodal.data.pipeline import DataConfig, Documents, PackedDocuments
 from mixmodal.data.token_shards import TokenShards, build_manifest, write_manifest, write_token_shard
 from mixmodal.document import FORMATS, Run, SequenceError, build_format
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
