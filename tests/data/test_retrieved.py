@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -118,6 +119,17 @@ def numbers(ids: np.ndarray) -> list[int]:
     return VOCABULARY.from_ids("text", ids[starts]).tolist()
 
 
+def variants_in(ids: np.ndarray) -> list[int]:
+    """Of the documents in a chain, by their first codes, in order."""
+    codes = ids[VOCABULARY.contains("image", ids)]
+    return [int(first) - 9 for first in codes[::6]]
+
+
+def documents_in(name: str, ids: np.ndarray) -> list[np.ndarray]:
+    """The whole documents that a chain must be made of."""
+    return [document(name, number, variant) for number, variant in zip(numbers(ids), variants_in(ids), strict=True)]
+
+
 @every_format
 def test_candidates_stand_whole_before_their_document_in_one_segment(name: str) -> None:
     seen: set[tuple[int, ...]] = set()
@@ -126,9 +138,8 @@ def test_candidates_stand_whole_before_their_document_in_one_segment(name: str) 
         assert found[-1] == number
         assert len(found) == len(set(found)) == 3
         assert set(found[:-1]) <= set(np.concatenate(CANDIDATES[number]).tolist())
-        variants = [[0, 1][int(codes[0]) - 9] for codes in np.split(ids[VOCABULARY.contains("image", ids)], 3)]
-        spelled = [document(name, one, variant) for one, variant in zip(found, variants)]
-        assert np.array_equal(ids, FORMAT[name].chain(spelled))
+        variants = variants_in(ids)
+        assert np.array_equal(ids, FORMAT[name].chain(documents_in(name, ids)))
         assert np.array_equal(positions, np.arange(len(ids)))
         assert np.array_equal(weights, [0] + [1] * (len(ids) - 1))  # CM3Leon: uniform
         seen.add((number, *found[:-1], *variants[:-1]))
@@ -188,13 +199,16 @@ def test_masks_never_cross_a_document_and_their_weights_go_with_them(name: str) 
 
 def test_what_does_not_fit_is_left_out_whole_and_counted() -> None:
     packed = stream(replace(CONFIG, seq_len=30))
-    lengths = {len(document("cm3leon", number)) for number in range(NUM)}
-    assert 3 * min(lengths) - 2 > 30 - 3  # two never fit beside a third
+    counts: Counter[int] = Counter()
     for _, ids, _, _ in taken(packed, 24):
-        assert len(numbers(ids)) == (ids == VOCABULARY.break_).sum() + 1 - (len(numbers(ids)) - 0)
+        assert np.array_equal(ids, FORMAT["cm3leon"].chain(documents_in("cm3leon", ids)))
+        counts[len(numbers(ids)) - 1] += 1
     place = packed.state_dict()["sources"][""]
-    assert place["retrieved"] + place["left_out"] == 2 * place["used"]
+    assert set(counts) == {0, 1} or set(counts) == {1}
     assert place["left_out"] > 0
+    assert place["retrieved"] + place["left_out"] == 2 * place["used"]
+    assert place["used"] == counts.total()
+    assert place["retrieved"] == sum(count * times for count, times in counts.items())
 
 
 def test_a_config_can_refuse_what_does_not_fit() -> None:
