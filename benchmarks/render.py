@@ -1,4 +1,6 @@
-"""Renders docs/results.md from benchmarks/results/*.jsonl:  python benchmarks/render.py
+"""Renders docs/results.md, and the tables of docs/retrieval.md, from benchmarks/results/*.jsonl:
+
+    python benchmarks/render.py
 
 Each line of those files is one measurement, written by the script that made it (see record.py). A table shows the
 newest line for each benchmark, subject and kind of device, and says "not run" where there is none; below it stands what
@@ -8,12 +10,16 @@ measured them.
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
+RETRIEVAL_PAGE = ROOT / "docs" / "retrieval.md"
+MARK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+"""In a page that is written by hand, what stands between is rendered."""
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
 DEVICES = [*NAMES]
 TITLES = {
@@ -24,15 +30,28 @@ TITLES = {
     "ranks": "Trainings shared among processes, against one process: the worst difference",
     "saving": "What a checkpoint costs",
     "data": "Packed rows of a mixture: what they cost and how full they are",
-    "memory": "A retrieval memory: building, queries, recall against the flat index",
     "decode": "Generating with the tiny model",
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",
     "stability": "Stability at a high learning rate: a value for each seed (docs/stability.md)",
 }
 ORDER = [*TITLES]
-PIVOTED = ("tokenizer_comparison", "stability", "ranks", "train_length")
+PIVOTED = (
+    "tokenizer_comparison",
+    "stability",
+    "ranks",
+    "train_length",
+    "retrieval_encoder",
+    "retrieval_image",
+    "retrieval_text",
+    "retrieval_drawn",
+    "retrieval_leaks",
+)
 """Benchmarks whose subjects are `ARM: FIGURE`: a row for each arm, a column for each figure, all repeats in a cell."""
+
+
+ON_CPU = ("memory", "retrieval_encoder", "retrieval_image", "retrieval_text", "retrieval_drawn", "retrieval_leaks")
+"""Benchmarks of which a GPU would change nothing but the time they take, or nothing at all."""
 
 
 def read_lines(folder: Path = RESULTS) -> list[dict[str, Any]]:
@@ -54,6 +73,16 @@ def render(lines: list[dict[str, Any]]) -> str:
     return "\n".join(page) + "\n"
 
 
+def fill(page: str, lines: list[dict[str, Any]]) -> str:
+    """The page with a table between each `<!-- figures: BENCHMARK -->` and the `<!-- end -->` behind it."""
+
+    def draw(match: re.Match[str]) -> str:
+        rows = (pivot if match[2] in PIVOTED else table)(match[2], lines)
+        return "\n".join([match[1], *rows, "", match[3]])
+
+    return MARK.sub(draw, page)
+
+
 def table(benchmark: str, lines: list[dict[str, Any]]) -> list[str]:
     """Rows of one benchmark: the newest line for each subject and device."""
     newest: dict[tuple[str, str], dict[str, Any]] = {}
@@ -65,7 +94,7 @@ def table(benchmark: str, lines: list[dict[str, Any]]) -> list[str]:
     for (subject, kind), line in sorted(newest.items(), key=lambda item: DEVICES.index(item[0][1])):
         cells = [subject, NAMES[kind], short(line["median"]), line["unit"], str(len(line["repeats"]))]
         rows.append(f"| {' | '.join(cells)} | {1 + origins.index(origin(line))} |")
-    missing = [kind for kind in DEVICES if all(found != kind for _, found in newest)]
+    missing = [kind for kind in devices_of(benchmark) if all(found != kind for _, found in newest)]
     rows += [f"| all | {NAMES[kind]} | not run | | | |" for kind in missing]
     return [*rows, *notes(origins)]
 
@@ -73,7 +102,7 @@ def table(benchmark: str, lines: list[dict[str, Any]]) -> list[str]:
 def pivot(benchmark: str, lines: list[dict[str, Any]]) -> list[str]:
     """A row for each arm, a column for each figure, then what measured them; devices apart."""
     rows: list[str] = []
-    for kind in DEVICES:
+    for kind in devices_of(benchmark):
         newest = {
             line["subject"]: line for line in lines if line["benchmark"] == benchmark and line["device_kind"] == kind
         }
@@ -88,6 +117,11 @@ def pivot(benchmark: str, lines: list[dict[str, Any]]) -> list[str]:
             rows.append(f"| {arm} | {' | '.join(', '.join(map(short, found)) for found in values)} |")
         rows += notes(list(dict.fromkeys(map(origin, newest.values()))))
     return rows
+
+
+def devices_of(benchmark: str) -> list[str]:
+    """The kinds of device that it is worth running on."""
+    return ["cpu"] if benchmark in ON_CPU else DEVICES
 
 
 def origin(line: dict[str, Any]) -> str:
@@ -105,5 +139,8 @@ def short(value: float) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(read_lines()), encoding="utf-8")
-    print(f"wrote {PAGE.relative_to(ROOT)}")
+    measured = read_lines()
+    filled = fill(RETRIEVAL_PAGE.read_text(encoding="utf-8"), measured)
+    for page, text in ((PAGE, render(measured)), (RETRIEVAL_PAGE, filled)):
+        page.write_text(text, encoding="utf-8")
+        print(f"wrote {page.relative_to(ROOT)}")

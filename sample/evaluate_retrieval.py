@@ -1,6 +1,6 @@
 """What retrieved documents are worth to a model: nats a token with 0, 1, 2 .. of them, and with random ones.
 
-python sample/evaluate_retrieval.py --model runs/NAME/export --memory DIR --tokens DIR --candidates DIR --out report.json
+python sample/evaluate_retrieval.py --model runs/NAME/export --memory DIR --tokens DIR --candidates DIR --out FILE.json
 """
 
 from mixmodal.cli import command

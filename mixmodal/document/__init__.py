@@ -3,6 +3,8 @@
 from mixmodal.document.formats import (
     FORMATS,
     Block,
+    ChameleonFormat,
+    CM3LeonFormat,
     FormatName,
     Run,
     SequenceFormat,
@@ -25,6 +27,8 @@ __all__ = [
     "FORMATS",
     "PART_TYPES",
     "Block",
+    "CM3LeonFormat",
+    "ChameleonFormat",
     "Coded",
     "Document",
     "FormatName",
