@@ -132,27 +132,30 @@ def segment_mask(segment_ids: Tensor) -> Tensor:
 
 def block_mask(segment_ids: Tensor) -> BlockMask:
     """The same as blocks, of which empty ones are skipped."""
-    from torch.nn.attention.flex_attention import create_block_mask
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (segment_ids[batch, query] == segment_ids[batch, key])
 
     device, (size, length) = segment_ids.device, segment_ids.shape
-    compiles = device.type == "cuda"
-    return create_block_mask(sees, size, None, length, length, device=str(device), _compile=compiles)
+    return _flex("create_block_mask", device.type == "cuda")(sees, size, None, length, length, device=str(device))
 
 
 def attend_blocks(mask: BlockMask, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """Attention through a block mask; `(B, N, T, H)`, `(B, K, T, H)` and the same to `(B, N, T, H)`."""
-    attend = _flex_attention(compiled=queries.device.type == "cuda" and not torch.compiler.is_compiling())
+    if torch.compiler.is_compiling():  # a part of what is compiled
+        from torch.nn.attention.flex_attention import flex_attention as attend
+    else:
+        attend = _flex("flex_attention", queries.device.type == "cuda")
     return attend(queries, keys, values, block_mask=mask, enable_gqa=keys.shape[1] < queries.shape[1])
 
 
 @functools.cache
-def _flex_attention(compiled: bool) -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
+def _flex(name: str, compiled: bool) -> Callable[..., Any]:
+    """A function of FlexAttention, compiled for fixed shapes where that is asked for."""
+    from torch.nn.attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    function = getattr(flex_attention, name)
+    return torch.compile(function, dynamic=False) if compiled else function
 
 
 def is_readable(tensor: Tensor) -> bool:
