@@ -149,6 +149,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--dry_run", action="store_true", help="record nothing")
     arguments = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a copied process can not use a GPU: on the CPU, as it is recorded
     load_deepspeed()
     different = 0
     with tempfile.TemporaryDirectory() as name:

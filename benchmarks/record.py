@@ -33,7 +33,7 @@ def record(
         subject=subject,
         repeats=list(repeats),
         unit=unit,
-        device=device(),
+        device=device(device_kind),
         device_kind=device_kind,
         commit=commit(),
         versions=versions(),

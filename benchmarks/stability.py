@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from curves import draw_curves
 from record import RESULTS, record
 
@@ -143,10 +144,11 @@ def main(arguments: argparse.Namespace) -> None:
         return
     draw_picture(found, PICTURE)
     settings = {**vars(SHAPE), "seq_len": SEQ_LEN, "rows": ROWS, "steps": arguments.steps, "lr": arguments.lr}
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
     settings |= {"warmup_steps": WARMUP_STEPS, "z_loss_weight": Z_LOSS, "seeds": arguments.seeds}
     for arm, of_seeds in found.items():
         for name, (_, unit) in figures(of_seeds[0]).items():
-            record("stability", f"{arm}: {name}", [figures(run)[name][0] for run in of_seeds], unit, "cpu", settings)
+            record("stability", f"{arm}: {name}", [figures(run)[name][0] for run in of_seeds], unit, kind, settings)
 
 
 def draw_picture(found: dict[str, list[dict[str, Any]]], path: Path) -> None:

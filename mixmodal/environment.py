@@ -12,16 +12,24 @@ from pathlib import Path
 PACKAGES = ("torch", "deepspeed", "faiss-cpu", "numpy", "sentencepiece", "vector-quantize-pytorch", "webdataset")
 
 
+COMMIT_VARIABLE = "MIXMODAL_COMMIT"
+"""Environment variable that names the commit of a copy of the source tree that is no git clone."""
+
+
 def commit() -> str:
-    """The commit of the source tree, `+` behind it where tracked files differ; "unknown" outside a git clone."""
+    """The commit of the source tree, `+` behind it where tracked files differ.
+
+    Outside a git clone what `MIXMODAL_COMMIT` says, else "unknown".
+    """
     root = Path(__file__).resolve().parents[1]
+    told = os.environ.get(COMMIT_VARIABLE, "unknown")
     if not (root / ".git").exists():
-        return "unknown"
+        return told
     try:
         head = _git(root, "rev-parse", "HEAD")
         return f"{head}+" if _git(root, "status", "--porcelain", "--untracked-files=no") else head
     except (OSError, subprocess.CalledProcessError):  # no git here, or a clone that it does not trust
-        return "unknown"
+        return told
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -40,11 +48,15 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
     return found
 
 
-def device() -> str:
-    """The accelerator, else the processor and the number of cores that this process may use."""
+def device(kind: str | None = None) -> str:
+    """The accelerator, else the processor and the number of cores that this process may use.
+
+    Args:
+        kind: `cpu` names the processor, also where there is an accelerator.
+    """
     import torch
 
-    if torch.cuda.is_available():
+    if kind != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{processor()}, {num_cores()} cores"
 

@@ -78,9 +78,19 @@ def test_free_memory_is_within_the_limit_of_a_container(tmp_path: Path) -> None:
         assert environment.free_memory_bytes(tmp_path) == free
 
 
+def test_a_figure_of_the_processor_names_it_also_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
+    assert environment.device() == environment.device("cuda") == "a GPU"
+    assert environment.device("cpu").endswith(" cores")
+
+
 def test_commit_is_unknown_outside_a_clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "mixmodal" / "environment.py"))
+    monkeypatch.delenv("MIXMODAL_COMMIT", raising=False)
     assert environment.commit() == "unknown"
+    monkeypatch.setenv("MIXMODAL_COMMIT", "a" * 40)  # of a copy without its history
+    assert environment.commit() == "a" * 40
 
 
 def test_floors_hold_for_the_better_direction_and_not_without_a_figure(
