@@ -89,10 +89,13 @@ def arrays(folder: Path) -> list[list[Any]]:
     return np.concatenate([np.load(path) for path in sorted(folder.glob("part_*.npy"))]).tolist()
 
 
+@pytest.mark.parametrize("prefer_both", [False, True])
 @pytest.mark.parametrize("heldout", [False, True])
-def test_no_candidate_gives_its_document_away(tmp_path: Path, corpus: Corpus, write_tokens: Any, heldout: bool) -> None:
+def test_no_candidate_gives_its_document_away(
+    tmp_path: Path, corpus: Corpus, write_tokens: Any, heldout: bool, prefer_both: bool
+) -> None:
     queries = samples("held-") if heldout else samples()
-    config = config_of(corpus)
+    config = config_of(corpus, selection=SelectionConfig(prefer_both=prefer_both))
     if heldout:  # the same contents under other names, which are not in the memory
         write_shards(queries, tmp_path / "heldout")
         tokens = write_tokens((tmp_path / "heldout",), out=tmp_path / "heldout_tokens")
