@@ -12,7 +12,8 @@ import torch
 from PIL.Image import Image as Picture
 from PIL.PngImagePlugin import PngInfo
 
-from mixmodal.pipeline.mixed_modal import DEFAULT_SAMPLING, MixedModal
+from mixmodal.pipeline.mixed_modal import MixedModal
+from mixmodal.pipeline.options import DEFAULT_SAMPLING
 from mixmodal.sampling.guidance import TokenSampling
 from mixmodal.tokenization.preprocessing import open_picture
 
