@@ -25,11 +25,16 @@ from record import record
 from mixmodal.environment import num_cores
 from mixmodal.retrieval.building import MemoryDocument, MemoryWriter, write_memory
 from mixmodal.retrieval.index import IndexConfig
-from mixmodal.retrieval.memory import HAS_IMAGE, HAS_TEXT, open_memory
+from mixmodal.retrieval.memory import HAS_IMAGE, HAS_TEXT, TOKEN_KEYS, open_memory
 
 NEIGHBOURS = 10
 NOISE = (1 / 0.7 - 1) ** 0.5
 CLUSTER = 100
+NAMES: dict[str, Any] = {
+    "encoder_identity": "benchmark",
+    "encoder": "benchmark",
+    "tokens": {**dict.fromkeys(TOKEN_KEYS, "none"), "num_variants": 1},
+}
 SEARCHED_ALONE = 100
 """Queries that are timed one by one."""
 
@@ -58,7 +63,7 @@ def build(folder: Path, num_documents: int, dim: int, config: IndexConfig) -> tu
     import faiss  # noqa: F401  # libraries are not counted
     import torch  # noqa: F401
 
-    writer = MemoryWriter(folder, encoder_identity="benchmark", dim=dim)
+    writer = MemoryWriter(folder, dim=dim, **NAMES)
     assert sum(part["documents"] for part in writer.parts) == num_documents
     before = memory_bytes("VmRSS")
     started = time.perf_counter()
@@ -102,10 +107,11 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     clusters = max(1, options.documents // CLUSTER)
     embed = partial(draw_vectors, num_clusters=clusters, dim=options.dim)
     shape: dict[str, Any] = {"documents": options.documents, "dim": options.dim}
-    documents = (MemoryDocument(str(n), HAS_TEXT | HAS_IMAGE, (0, n)) for n in range(options.documents))
+    ids = np.arange(2)  # the tokens, which are not measured
+    documents = (MemoryDocument(str(n), HAS_TEXT | HAS_IMAGE, (0, n), [ids]) for n in range(options.documents))
     flat = IndexConfig(kind="flat")
     started = time.perf_counter()
-    write_memory(folder, documents, embed, encoder_identity="benchmark", dim=options.dim, index=flat)
+    write_memory(folder, documents, embed, dim=options.dim, index=flat, **NAMES)
     print(f"{options.documents:,} vectors of {options.dim} in {time.perf_counter() - started:.0f} s")
     queries = embed([(1, n) for n in range(options.queries)])
     exact = in_process(query, folder, queries, 1).numbers

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,17 +26,21 @@ from mixmodal.retrieval.index import (
     write_index,
 )
 from mixmodal.retrieval.memory import (
+    FILE_KINDS,
     FORMAT_VERSION,
     HAS_IMAGE,
     HAS_TEXT,
     MANIFEST_NAME,
+    TOKEN_KEYS,
     check_encoder,
     check_part,
+    check_section,
     find_wrong,
     map_part,
     part_path,
     read_manifest,
 )
+from mixmodal.retrieval.token_rows import TokenRows, Variants
 
 Embed = Callable[[Sequence[Any]], np.ndarray]
 """Contents of documents to vectors of length 1, float32 `(n, dim)`."""
@@ -46,14 +50,16 @@ class MemoryDocument(NamedTuple):
     """A document on its way into a memory.
 
     Args:
-        key: its name.
+        key: its name; shards of several folders may have the same ones.
         modalities: HAS_TEXT, HAS_IMAGE or both.
         content: what `embed` takes; asked for only where the document is not there yet, if it is given as a function.
+        variants: its tokens, or a function that reads them, which is called more than once.
     """
 
     key: str
     modalities: int
     content: Any
+    variants: Variants
 
 
 class MemoryWriter:
@@ -63,47 +69,67 @@ class MemoryWriter:
         folder: of the memory; made with the first part.
         encoder_identity: of the encoder that the vectors come from.
         dim: of the vectors.
+        tokens: what the documents are spelled with, the section `tokens` of the manifest: TOKEN_KEYS as they stand in
+            the manifest of token shards.
+        encoder: where the encoder was loaded from, a folder or a hub id.
 
     Raises:
-        ValueError: where the folder holds a memory of another encoder, or is no memory.
+        ValueError: where the folder holds a memory of another encoder or of other tokens, or is no memory.
     """
 
-    def __init__(self, folder: Path | str, *, encoder_identity: str, dim: int) -> None:
+    def __init__(
+        self, folder: Path | str, *, encoder_identity: str, dim: int, tokens: Mapping[str, Any], encoder: str
+    ) -> None:
         self.folder = Path(folder)
         path = self.folder / MANIFEST_NAME
-        new = {"format_version": FORMAT_VERSION, "encoder_identity": encoder_identity, "dim": dim, "index": None}
-        self.manifest: dict[str, Any] = read_manifest(self.folder) if path.exists() else {**new, "parts": []}
+        # as JSON gives it back, so that tuples are compared as lists
+        section = json.loads(json.dumps({key: tokens[key] for key in TOKEN_KEYS}))
+        new = {"format_version": FORMAT_VERSION, "encoder": encoder, "encoder_identity": encoder_identity, "dim": dim}
+        new |= {"tokens": section, "index": None, "parts": []}
+        self.manifest: dict[str, Any] = read_manifest(self.folder) if path.exists() else new
         check_encoder(path, self.manifest, encoder_identity)
+        check_section(path, self.manifest["tokens"], section)
         if self.manifest["dim"] != dim:
             raise ValueError(f"{path}: the memory has vectors of {self.manifest['dim']} dimensions, not {dim}")
+        self.manifest["encoder"] = encoder  # the same one, by its identity, may stand elsewhere by now
+
+    @property
+    def num_variants(self) -> int:
+        """Rows of tokens that a document has."""
+        return self.manifest["tokens"]["num_variants"]
 
     @property
     def parts(self) -> list[dict[str, Any]]:
         """The manifest's entries of the parts that are there, in order."""
         return self.manifest["parts"]
 
-    def has_part(self, number: int, keys: Sequence[str]) -> bool:
-        """Whether a part is there as it was written; a damaged one is not, and can be written again.
-
-        Raises:
-            ValueError: where the part that is there holds other documents.
-        """
+    def is_whole(self, number: int) -> bool:
+        """Whether a part is there as it was written; a damaged one is not, and can be written again."""
         if number >= len(self.parts):
             return False
-        part = self.parts[number]
-        wanted = {kind: _digest(_npy(array)) for kind, array in _key_arrays(keys).items()}
-        if any(part["sha256"][kind] != digest for kind, digest in wanted.items()):
-            raise ValueError(
-                f"{self.folder}: {part['name']} holds other documents than those given; give all documents that are "
-                "there, in their order, before new ones, or choose another folder"
-            )
         try:
-            check_part(self.folder, part)
+            check_part(self.folder, self.parts[number])
         except ValueError:
             return False
         return True
 
-    def write_part(self, number: int, keys: Sequence[str], vectors: np.ndarray, modalities: Sequence[int]) -> None:
+    def check_documents(self, number: int, keys: Sequence[str], variants: Sequence[Variants]) -> None:
+        """Whether a part that is there is of these documents.
+
+        Raises:
+            ValueError: naming the part, where it is not.
+        """
+        self._check_digests(number, _key_arrays(keys), ("keys", "key_offsets"))
+        self._check_rows(number, TokenRows(keys, variants, self.num_variants))
+
+    def write_part(
+        self,
+        number: int,
+        keys: Sequence[str],
+        vectors: np.ndarray,
+        modalities: Sequence[int],
+        variants: Sequence[Variants],
+    ) -> None:
         """Writes the next part, or one that is there again.
 
         Args:
@@ -111,26 +137,31 @@ class MemoryWriter:
             keys: one a document.
             vectors: float32 `(documents, dim)` of length 1.
             modalities: HAS_TEXT, HAS_IMAGE or both, one a document.
+            variants: tokens, one entry a document.
 
         Raises:
-            ValueError: naming the document whose vector or modalities are wrong; nothing is written then.
+            ValueError: naming the document that is wrong, or a part of other documents; nothing is written then.
         """
         assert number <= len(self.parts)
         self._check(keys, vectors, modalities)
-        name = f"part_{number:05d}"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = TokenRows(keys, variants, self.num_variants)
+        name, there = f"part_{number:05d}", number < len(self.parts)
         arrays = {
             "vectors": np.ascontiguousarray(vectors, np.float32),
             "modalities": np.asarray(modalities, np.uint8),
             **_key_arrays(keys),
+            "token_offsets": rows.offsets,
         }
-        sha256 = {}
+        if there:
+            self._check_digests(number, arrays, ("keys", "key_offsets"))
+            self._check_rows(number, rows)
+        self.folder.mkdir(parents=True, exist_ok=True)
         for kind, array in arrays.items():
-            path = part_path(self.folder, name, kind)
-            with replacing(path) as part, part.open("wb") as file:
+            with replacing(part_path(self.folder, name, kind)) as part, part.open("wb") as file:
                 np.save(file, array, allow_pickle=False)
-            sha256[kind] = sha256_of(path)
-        if number < len(self.parts) and self.parts[number]["sha256"] != sha256:
+        rows.save(part_path(self.folder, name, "tokens"))
+        sha256 = {kind: sha256_of(part_path(self.folder, name, kind)) for kind in FILE_KINDS}
+        if there and self.parts[number]["sha256"] != sha256:
             self.manifest["index"] = None  # it was built from other vectors
         self.parts[number : number + 1] = [{"name": name, "documents": len(keys), "sha256": sha256}]
         self._write_manifest()
@@ -150,7 +181,7 @@ class MemoryWriter:
         dim, before = self.manifest["dim"], self.manifest["index"]
         build = build_settings(config, dim, total, before and before["build"])
         search = search_settings(config, build["kind"])
-        covered = before["parts"] if before and before["build"] == build and self._is_whole(before) else 0
+        covered = before["parts"] if before and before["build"] == build and self._index_is_whole(before) else 0
         if before and covered == len(self.parts):
             self.manifest["index"] = {**before, "search": search}
             self._write_manifest()
@@ -195,15 +226,27 @@ class MemoryWriter:
         wrong = find_wrong(vectors)
         if wrong is not None:
             raise ValueError(f"{self.folder}: document {keys[wrong[0]]!r}: {wrong[1]}; its part was not written")
-        seen: set[str] = set()
         for key, kinds in zip(keys, modalities):
-            if key in seen:
-                raise ValueError(f"{self.folder}: two documents have the key {key!r}; their part was not written")
-            seen.add(key)
             if not HAS_TEXT <= kinds <= HAS_TEXT | HAS_IMAGE:
                 raise ValueError(f"{self.folder}: document {key!r} has neither text nor image (modalities {kinds})")
 
-    def _is_whole(self, entry: dict[str, Any]) -> bool:
+    def _check_digests(self, number: int, arrays: Mapping[str, np.ndarray], kinds: Sequence[str]) -> None:
+        part = self.parts[number]
+        if any(part["sha256"][kind] != _digest(_npy(arrays[kind])) for kind in kinds):
+            raise ValueError(
+                f"{self.folder}: {part['name']} holds other documents than those given; give all documents that are "
+                "there, in their order, before new ones, or choose another folder"
+            )
+
+    def _check_rows(self, number: int, rows: TokenRows) -> None:
+        part = self.parts[number]
+        if part["sha256"]["tokens"] != rows.sha256() or part["sha256"]["token_offsets"] != _digest(_npy(rows.offsets)):
+            raise ValueError(
+                f"{self.folder}: {part['name']} holds other tokens of its documents than those given; give the token "
+                "shards that it was made of, or choose another folder"
+            )
+
+    def _index_is_whole(self, entry: dict[str, Any]) -> bool:
         path = self.folder / entry["file"]
         return path.is_file() and sha256_of(path) == entry["sha256"]
 
@@ -233,6 +276,8 @@ def write_memory(
     *,
     encoder_identity: str,
     dim: int,
+    tokens: Mapping[str, Any],
+    encoder: str,
     index: IndexConfig | None = None,
     part_documents: int = 16384,
     batch_size: int = 256,
@@ -246,6 +291,7 @@ def write_memory(
     Args:
         documents: all of them, those that are there first, in the same order.
         embed: contents to vectors of length 1.
+        encoder_identity, dim, tokens, encoder: see `MemoryWriter`.
         part_documents: documents of a new part.
         batch_size: contents that `embed` takes at a time.
 
@@ -254,22 +300,25 @@ def write_memory(
     """
     if part_documents < 1 or batch_size < 1:
         raise ValueError(f"part_documents is {part_documents} and batch_size {batch_size}; both must be at least 1")
-    writer = MemoryWriter(folder, encoder_identity=encoder_identity, dim=dim)
+    writer = MemoryWriter(folder, encoder_identity=encoder_identity, dim=dim, tokens=tokens, encoder=encoder)
     stream = iter(documents)
     for number in count():
         there = number < len(writer.parts)
-        entries = list(islice(stream, writer.parts[number]["documents"])) if there else []
-        if there and writer.has_part(number, [entry.key for entry in entries]):
-            continue
-        batches = _batches(iter(entries) if there else islice(stream, part_documents), batch_size)
-        keys, modalities, rows = [], [], []
-        for batch in batches:
+        entries = islice(stream, writer.parts[number]["documents"] if there else part_documents)
+        keys, modalities, variants, rows = [], [], [], []
+        embeds = not writer.is_whole(number)
+        for batch in _batches(entries, batch_size):
             keys += [entry.key for entry in batch]
             modalities += [entry.modalities for entry in batch]
-            rows.append(embed([entry.content() if callable(entry.content) else entry.content for entry in batch]))
-        if not keys:
+            variants += [entry.variants for entry in batch]
+            if embeds:
+                rows.append(embed([entry.content() if callable(entry.content) else entry.content for entry in batch]))
+        if not embeds or (there and not keys):
+            writer.check_documents(number, keys, variants)
+        elif keys:
+            writer.write_part(number, keys, np.concatenate(rows), modalities, variants)
+        else:
             break
-        writer.write_part(number, keys, np.concatenate(rows), modalities)
     writer.finish(index or IndexConfig())
 
 

@@ -1,8 +1,9 @@
-"""The memory that documents are retrieved from: vectors and keys of all documents, and an index over the vectors.
+"""The memory that documents are retrieved from: their vectors, keys and tokens, and an index over the vectors.
 
 manifest.json
 part_00000.vectors.npy (float32, documents x dim)  part_00000.modalities.npy (uint8: 1 has text, 2 has image, 3 both)
 part_00000.keys.npy (uint8, UTF-8 of all keys)  part_00000.key_offsets.npy (int64, documents + 1)
+part_00000.tokens.npy (uint16 or uint32)  part_00000.token_offsets.npy (int64, documents x variants + 1)
 index_00001.faiss (over the first 1 part; the manifest names it)
 
 The index has a new name each time, and the manifest, which is written last, says which one counts: a reader finds the
@@ -11,8 +12,10 @@ old state or the new one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +25,17 @@ from mixmodal.files import sha256_of
 from mixmodal.ragged import RaggedArray, RaggedShard, Strings, map_npy
 from mixmodal.retrieval.index import check_fits, read_index, search_index
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
-FILE_KINDS = ("vectors", "modalities", "keys", "key_offsets")
+FILE_KINDS = ("vectors", "modalities", "keys", "key_offsets", "tokens", "token_offsets")
+TOKEN_KEYS = (
+    "vocabulary_digest",
+    "sequence_format",
+    "text_tokenizer_sha256",
+    "image_tokenizer_sha256",
+    "num_variants",
+)
+"""What the section `tokens` of the manifest holds, as in the manifest of token shards."""
 HAS_TEXT, HAS_IMAGE = 1, 2
 REMEDY = "index again"
 UNIT_TOLERANCE = 1e-3
@@ -49,20 +60,73 @@ class Memory:
     Attributes:
         keys: key of each document, read from disk when it is asked for.
         modalities: uint8 `(documents,)`: bits HAS_TEXT and HAS_IMAGE.
+        num_variants: spellings of a document; the first has its pictures as they are.
+        encoder: where the encoder of its vectors was loaded from, a folder or a hub id.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], index: Any) -> None:
         self.folder, self.manifest = folder, manifest
         self.dim: int = manifest["dim"]
+        self.num_variants: int = manifest["tokens"]["num_variants"]
+        self.encoder: str = manifest["encoder"]
         names = [part["name"] for part in manifest["parts"]]
         self._vectors = [map_part(folder, name, "vectors", num_dims=2, kinds="f") for name in names]
         self._starts = np.cumsum([0, *map(len, self._vectors)])
-        self.keys = Strings(RaggedArray([map_keys(folder, name) for name in names]))
+        self.keys = Strings(RaggedArray([_map_rows(folder, name, "keys", "key_offsets") for name in names]))
+        self._tokens = RaggedArray([_map_rows(folder, name, "tokens", "token_offsets") for name in names])
         self.modalities = np.concatenate([map_part(folder, name, "modalities") for name in names])
         self._index = index
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of what is retrieved: the documents with their vectors and tokens; the index is left out."""
+        content = {key: self.manifest[key] for key in ("encoder_identity", "tokens", "parts")}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document in each variant, uint32 `(documents, num_variants)`."""
+        return self._tokens.lengths().reshape(-1, self.num_variants)
+
+    def ids(self, number: int, variant: int = 0) -> np.ndarray:
+        """The tokens of a document in one of its variants, int64 `(T,)`.
+
+        Raises:
+            IndexError: where there is no such document or variant.
+        """
+        if not (0 <= number < len(self) and 0 <= variant < self.num_variants):
+            raise IndexError(
+                f"{self.folder}: no document {number}, variant {variant}; there are {len(self)} of {self.num_variants}"
+            )
+        return self._tokens[number * self.num_variants + variant].astype(np.int64)
+
+    def check_tokens(
+        self,
+        *,
+        vocabulary_digest: str,
+        sequence_format: Mapping[str, Any],
+        text_tokenizer_sha256: str | None = None,
+        image_tokenizer_sha256: str | None = None,
+    ) -> None:
+        """Whether the documents are spelled in this vocabulary and format, by these tokenizers where they are given.
+
+        Args:
+            sequence_format: `{"name": ..., "grids": {modality: (h, w)}}`, as in the manifest of token shards.
+
+        Raises:
+            ValueError: naming the manifest and the key that differs.
+        """
+        grids = {modality: list(grid) for modality, grid in sequence_format["grids"].items()}
+        wanted = {
+            "vocabulary_digest": vocabulary_digest,
+            "sequence_format": {"name": sequence_format["name"], "grids": grids},
+            "text_tokenizer_sha256": text_tokenizer_sha256,
+            "image_tokenizer_sha256": image_tokenizer_sha256,
+        }
+        check_section(self.folder / MANIFEST_NAME, self.manifest["tokens"], wanted)
 
     def vectors(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """Vectors of documents, float32 `(n, dim)`.
@@ -176,10 +240,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not the manifest of a memory ({error!r})") from error
     if version != FORMAT_VERSION:
         raise ValueError(f"{path}: format_version is {version}, this version reads {FORMAT_VERSION}; {REMEDY}")
-    missing = sorted({"encoder_identity", "dim", "parts", "index"} - set(manifest))
+    needed = {"encoder", "encoder_identity", "dim", "tokens", "parts", "index"}
+    missing = sorted(needed - set(manifest)) or sorted(set(TOKEN_KEYS) - set(manifest["tokens"]))
     if missing:
         raise ValueError(f"{path}: the key {missing[0]} is missing; {REMEDY}")
     return manifest
+
+
+def check_section(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Whether a memory's section `tokens` is as wanted; what is None is not compared.
+
+    Raises:
+        ValueError: naming the manifest, the key and both values.
+    """
+    for key, value in wanted.items():
+        if value is not None and found[key] != value:
+            name = "number of variants" if key == "num_variants" else key.rsplit("_", 1)[0].replace("_", " ")
+            name = "sequence format" if key == "sequence_format" else name
+            raise ValueError(
+                f"{path}: tokens.{key} is {_short(found[key])}, not {_short(value)}: the memory was built with another "
+                f"{name}; give token shards like those that it was built of, or {REMEDY} into another folder"
+            )
+
+
+def _short(value: Any) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) else str(value)
 
 
 def check_encoder(path: Path, manifest: Mapping[str, Any], encoder_identity: str) -> None:
@@ -226,7 +311,7 @@ def map_part(folder: Path, name: str, kind: str, **wanted: Any) -> np.ndarray:
     return map_npy(part_path(folder, name, kind), **wanted, remedy=REMEDY)
 
 
-def map_keys(folder: Path, name: str) -> RaggedShard:
-    """The keys of a part, for `Strings`."""
-    values, offsets = (map_part(folder, name, kind) for kind in ("keys", "key_offsets"))
-    return RaggedShard(part_path(folder, name, "keys"), values, offsets, REMEDY)
+def _map_rows(folder: Path, name: str, values: str, offsets: str) -> RaggedShard:
+    """The rows of a part."""
+    mapped, ends = map_part(folder, name, values), map_part(folder, name, offsets)
+    return RaggedShard(part_path(folder, name, values), mapped, ends, REMEDY)

@@ -6,7 +6,7 @@ of the query or of each other, those with both modalities first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 from mixmodal.retrieval.memory import HAS_IMAGE, HAS_TEXT, Memory
 
 BOTH = HAS_TEXT | HAS_IMAGE
+NONE = np.empty(0, np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,22 @@ class Candidates(NamedTuple):
     image: np.ndarray
 
 
+Refuse = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Rows of a batch, int64 `(m,)`, and found documents of each, int64 `(m, k)` with -1 for none, to bool `(m, k)`."""
+
+
+class Chosen(NamedTuple):
+    """The candidates of a batch: of the text queries at index 0 of the second axis, of the image queries at index 1.
+
+    Args:
+        numbers: in the memory, int64 `(n, 2, num_candidates)`, best first, then -1.
+        scores: inner products with the query, float32, likewise; -inf where there is none.
+    """
+
+    numbers: np.ndarray
+    scores: np.ndarray
+
+
 def choose(
     numbers: np.ndarray,
     scores: np.ndarray,
@@ -98,23 +115,46 @@ def choose(
         own_vector: its vector `(dim,)`, or any that stands for it; what is too near to it would give it away.
         taken: vectors `(n, dim)` of documents that are chosen already.
     """
-    allowed = (numbers >= 0) & (scores <= config.max_score)
-    if own is not None:
-        allowed &= numbers != own
-    if own_vector is not None:
-        allowed &= vectors @ own_vector <= config.max_score
-    places = np.flatnonzero(allowed)
-    if config.prefer_both:
-        places = places[np.argsort(modalities[places] != BOTH, kind="stable")]
-    before = list(taken) if taken is not None else []
-    chosen: list[int] = []
-    for place in places:
-        if len(chosen) == config.num_candidates:
+    allowed = np.ones(len(numbers), bool) if own is None else numbers != own
+    near = [*([own_vector] if own_vector is not None else []), *(taken if taken is not None else [])]
+    for vector in near:
+        allowed &= vectors @ vector <= config.max_score
+    places = _choose(numbers[None], scores[None], vectors[None], modalities[None], allowed[None], config)[0]
+    return numbers[places[places >= 0]].astype(np.int64)
+
+
+def _choose(
+    numbers: np.ndarray,
+    scores: np.ndarray,
+    vectors: np.ndarray,
+    modalities: np.ndarray,
+    allowed: np.ndarray,
+    config: SelectionConfig,
+) -> np.ndarray:
+    """Places of the candidates among the found ones, int64 `(n, num_candidates)`, best first, then -1.
+
+    Args:
+        numbers, scores, modalities: `(n, k)`, see `choose`; vectors are `(n, k, dim)`.
+        allowed: which of them may be chosen, beside what the numbers and scores say, bool `(n, k)`.
+    """
+    allowed = allowed & (numbers >= 0) & (scores <= config.max_score)
+    rows, places = np.arange(len(numbers)), np.arange(numbers.shape[1])
+    rank = places + (modalities != BOTH) * (len(places) if config.prefer_both else 0)
+    chosen = np.full((len(numbers), config.num_candidates), -1, np.int64)
+    for slot in range(config.num_candidates):
+        place = np.where(allowed, rank, 2 * len(places)).argmin(axis=1)
+        there = allowed[rows, place]
+        if not there.any():
             break
-        if all(vectors[place] @ other <= config.max_score for other in before):
-            before.append(vectors[place])
-            chosen.append(int(numbers[place]))
-    return np.asarray(chosen, np.int64)
+        chosen[there, slot] = place[there]
+        allowed &= _products(vectors, vectors[rows, place]) <= config.max_score
+        allowed[rows, place] = False
+    return chosen
+
+
+def _products(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Inner products of `(n, k, dim)` with `(n, dim)`: float32 `(n, k)`, equal ones for equal vectors in any batch."""
+    return np.einsum("nkd,nd->nk", vectors, others)
 
 
 def find_candidates(
@@ -125,40 +165,79 @@ def find_candidates(
     image_queries: np.ndarray | None,
     own: Sequence[int] | None = None,
 ) -> list[Candidates]:
+    """The candidates of a batch of documents; see `select`."""
+    found = select(memory, config, text_queries=text_queries, image_queries=image_queries, own=own).numbers
+    return [Candidates(*(numbers[numbers >= 0] for numbers in row)) for row in found]
+
+
+def select(
+    memory: Memory,
+    config: SelectionConfig,
+    *,
+    text_queries: np.ndarray | None,
+    image_queries: np.ndarray | None,
+    own: Sequence[int] | None = None,
+    own_vectors: np.ndarray | None = None,
+    asks: np.ndarray | None = None,
+    refuse: Refuse | None = None,
+) -> Chosen:
     """The candidates of a batch of documents.
 
     Args:
         text_queries: vectors of their texts, float32 `(n, dim)` of length 1; None where they have none.
         image_queries: vectors of their pictures, likewise.
         own: their numbers in the memory; None where they do not stand there, as at inference.
+        own_vectors: their vectors, float32 `(n, dim)`; None takes those of `own` from the memory.
+        asks: which of them have a text and which a picture, bool `(n, 2)`; the others' queries are not read. None has
+            them all.
+        refuse: what else may not be chosen.
 
     Raises:
         ValueError: without queries, or with different numbers of them.
     """
-    queries = {"text": text_queries, "image": image_queries}
-    given = {name: rows for name, rows in queries.items() if rows is not None}
-    counts = {len(rows) for rows in given.values()} | ({len(own)} if own is not None else set())
-    if not given or len(counts) > 1:
+    queries = (text_queries, image_queries)
+    counts = {len(rows) for rows in (*queries, own, own_vectors, asks) if rows is not None}
+    if (text_queries is None and image_queries is None) or len(counts) > 1:
         raise ValueError(f"queries and own documents in different numbers ({sorted(counts)}), or no queries")
-    found = {name: memory.search(rows, config.search_depth) for name, rows in given.items()}
-    own_vectors = memory.vectors(own) if own is not None else None
-    candidates = []
-    for row in range(counts.pop()):
-        chosen = {name: np.empty(0, np.int64) for name in queries}
-        for name, (scores, numbers) in found.items():
-            vectors = memory.vectors(np.maximum(numbers[row], 0))
-            chosen[name] = choose(
-                numbers[row],
-                scores[row],
-                vectors,
-                memory.modalities[np.maximum(numbers[row], 0)],
-                config,
-                own=own[row] if own is not None else None,
-                own_vector=own_vectors[row] if own_vectors is not None else None,
-                taken=memory.vectors(chosen["text"]),
-            )
-        candidates.append(Candidates(**chosen))
-    return candidates
+    count = counts.pop()
+    if own_vectors is None and own is not None:
+        own_vectors = memory.vectors(own)
+    chosen = Chosen(
+        np.full((count, 2, config.num_candidates), -1, np.int64),
+        np.full((count, 2, config.num_candidates), -np.inf, np.float32),
+    )
+    for place, queries_of_kind in enumerate(queries):
+        if queries_of_kind is None:
+            continue
+        rows = np.arange(count) if asks is None else np.flatnonzero(asks[:, place])
+        numbers, scores, vectors = _search(memory, queries_of_kind[rows], config.search_depth)
+        allowed = np.ones(numbers.shape, bool)
+        if own is not None:
+            allowed &= numbers != np.asarray(own)[rows, None]
+        if own_vectors is not None:
+            allowed &= _products(vectors, own_vectors[rows]) <= config.max_score
+        if refuse is not None:
+            allowed &= ~refuse(rows, numbers)
+        for taken in chosen.numbers[rows, :place].reshape(len(rows), -1).T:
+            near = _products(vectors, memory.vectors(np.maximum(taken, 0))) > config.max_score
+            allowed &= ~(near | (numbers == taken[:, None])) | (taken < 0)[:, None]
+        places = _choose(numbers, scores, vectors, memory.modalities[np.maximum(numbers, 0)], allowed, config)
+        for into, values, none in ((chosen.numbers, numbers, -1), (chosen.scores, scores, -np.inf)):
+            into[rows, place] = np.where(places < 0, none, np.take_along_axis(values, np.maximum(places, 0), 1))
+    return chosen
+
+
+def _search(memory: Memory, queries: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers, scores and vectors of what is nearest to each query, `(n, depth)` and `(n, depth, dim)`.
+
+    Documents with equal scores come in the order of their numbers, whatever the batch is in which they are found.
+    """
+    numbers = memory.search(queries, depth).numbers
+    vectors = memory.vectors(np.maximum(numbers, 0).ravel()).reshape(*numbers.shape, memory.dim)
+    scores = np.where(numbers < 0, -np.inf, _products(vectors, queries)).astype(np.float32)
+    order = np.lexsort((numbers, -scores))
+    numbers, scores = np.take_along_axis(numbers, order, 1), np.take_along_axis(scores, order, 1)
+    return numbers, scores, np.take_along_axis(vectors, order[..., None], 1)
 
 
 def drop_words(text: str, share: float, generator: np.random.Generator) -> str:
@@ -179,15 +258,20 @@ def drop_words(text: str, share: float, generator: np.random.Generator) -> str:
     return " ".join(word for word, keep in zip(words, kept) if keep)
 
 
-def draw(candidates: Candidates, config: DrawConfig, *, seed: int, epoch: int, document: int) -> np.ndarray:
-    """The documents that stand before a document in this epoch, int64, in random order.
+def draw(candidates: Candidates, config: DrawConfig, generator: np.random.Generator) -> np.ndarray:
+    """The documents that stand before a document, int64, in random order; a few microseconds.
 
-    A pure function of its arguments: of the seed, the epoch and the document's number.
+    A pure function of its arguments, where the generator is at the start of a stream of the document's own.
     """
-    generator = np.random.default_rng((seed, epoch, document))
-    count = int(generator.choice(config.counts))
-    pool = np.concatenate(candidates)
-    if config.queries == "one":
-        pools = [numbers for numbers in candidates if len(numbers)]
-        pool = pools[generator.integers(len(pools))] if pools else pool
-    return generator.permutation(pool)[:count]
+    text, image = candidates
+    draws = generator.random(2 + len(text) + len(image))
+    count = config.counts[int(draws[0] * len(config.counts))]
+    if not count:
+        return NONE
+    if not (len(text) and len(image)):
+        pool = text if len(text) else image
+    elif config.queries == "one":
+        pool = text if draws[1] < 0.5 else image
+    else:
+        pool = np.concatenate(candidates)
+    return pool[draws[2 : 2 + len(pool)].argsort()[:count]]

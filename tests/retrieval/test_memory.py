@@ -20,6 +20,14 @@ from mixmodal.retrieval.memory import HAS_IMAGE, HAS_TEXT, open_memory
 
 DIM = 32
 ENCODER = "e" * 64
+TOKENS = {
+    "vocabulary_digest": "d" * 64,
+    "sequence_format": {"name": "cm3leon", "grids": {"image": [4, 4]}},
+    "text_tokenizer_sha256": "a" * 64,
+    "image_tokenizer_sha256": "b" * 64,
+    "num_variants": 2,
+}
+GIVEN: dict[str, Any] = {"encoder_identity": ENCODER, "dim": DIM, "tokens": TOKENS, "encoder": "org/clip"}
 CONFIGS = {
     "flat": IndexConfig(kind="flat"),
     "hnsw": IndexConfig(kind="hnsw", hnsw_links=8, hnsw_build_width=32, hnsw_search_width=48),
@@ -46,7 +54,12 @@ QUERIES = unit(clustered(40, seed=1) + clustered(40, seed=2))
 
 def documents(count: int) -> list[MemoryDocument]:
     kinds = (HAS_TEXT, HAS_IMAGE, HAS_TEXT | HAS_IMAGE)
-    return [MemoryDocument(f"key {number}", kinds[number % 3], number) for number in range(count)]
+    return [MemoryDocument(f"key {number}", kinds[number % 3], number, spell(number)) for number in range(count)]
+
+
+def spell(number: int) -> list[np.ndarray]:
+    """Tokens of both variants; those of the second part need 32 bits."""
+    return [np.arange(number % 5 + 1) + 70 * number, np.array([number])]
 
 
 def embed(contents: Sequence[int]) -> np.ndarray:
@@ -54,7 +67,7 @@ def embed(contents: Sequence[int]) -> np.ndarray:
 
 
 def write(folder: Path, count: int = len(VECTORS), kind: str = "flat", **options: Any) -> None:
-    given = {"encoder_identity": ENCODER, "dim": DIM, "index": CONFIGS[kind], "part_documents": 500, "batch_size": 64}
+    given = {**GIVEN, "index": CONFIGS[kind], "part_documents": 500, "batch_size": 64}
     write_memory(folder, documents(count), **{"embed": embed, **given, **options})
 
 
@@ -217,8 +230,8 @@ def test_contents_are_not_asked_for_where_documents_are_there(copy: Path) -> Non
         raise AssertionError("asked for a document that is there")
 
     entries = [document._replace(content=never) for document in documents(len(VECTORS))]
-    entries.append(MemoryDocument("new", HAS_TEXT, lambda: 3))
-    write_memory(copy, entries, embed, encoder_identity=ENCODER, dim=DIM)
+    entries.append(MemoryDocument("new", HAS_TEXT, lambda: 3, spell(0)))
+    write_memory(copy, entries, embed, **GIVEN)
     found = open_memory(copy, encoder_identity=ENCODER).search(VECTORS[[3]], 2)
     assert sorted(found.numbers[0].tolist()) == [3, len(VECTORS)]
 
@@ -228,7 +241,7 @@ def test_other_documents_than_those_there_are_refused(copy: Path) -> None:
     swapped = [*documents(2)[::-1], *documents(len(VECTORS))[2:]]
     for given in (swapped, documents(700), documents(500), documents(1100)):
         with pytest.raises(ValueError, match=r"part_0000\d holds other documents than those given"):
-            write_memory(copy, given, embed, encoder_identity=ENCODER, dim=DIM)
+            write_memory(copy, given, embed, **GIVEN)
     assert contents(copy) == before
 
 
@@ -285,17 +298,16 @@ def test_vectors_that_are_none_name_the_document_and_nothing_is_written(tmp_path
 
 
 def test_documents_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    writer = MemoryWriter(tmp_path / "new", encoder_identity=ENCODER, dim=DIM)
+    writer = MemoryWriter(tmp_path / "new", **GIVEN)
     for keys, rows, modalities, message in (
         (["a"], VECTORS[:1, :7], [1], r"vectors of shape \(1, 7\)"),
         (["a", "b"], VECTORS[:1], [1, 1], r"2 documents with vectors of shape \(1, 32\)"),
         (["a"], VECTORS[:1], [0], "document 'a' has neither text nor image"),
         (["a"], VECTORS[:1], [4], "document 'a' has neither text nor image"),
-        (["a", "a"], VECTORS[:2], [1, 1], "two documents have the key 'a'"),
         ([], VECTORS[:0], [], "a part without documents"),
     ):
         with pytest.raises(ValueError, match=message):
-            writer.write_part(0, keys, rows, modalities)
+            writer.write_part(0, keys, rows, modalities, [spell(1)] * len(keys))
     with pytest.raises(ValueError, match="there are no documents, so there is no memory to build"):
         write(tmp_path / "new", 0)
     assert not (tmp_path / "new").exists()
@@ -335,7 +347,7 @@ def test_empty_and_foreign_folders_are_named(copy: Path, tmp_path: Path) -> None
     manifest = json.loads(path.read_bytes())
     changes: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
         (lambda found: found.update(parts=[], index=None), "the memory is empty; index again"),
-        (lambda found: found.update(format_version=9), "format_version is 9, this version reads 1"),
+        (lambda found: found.update(format_version=9), "format_version is 9, this version reads 2"),
         (lambda found: found.pop("dim"), "the key dim is missing"),
         (lambda found: found.clear(), "not the manifest of a memory"),
     ]

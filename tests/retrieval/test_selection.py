@@ -25,6 +25,13 @@ from mixmodal.retrieval.selection import (
 
 DIM = 16
 ENCODER = "e" * 64
+TOKENS = {
+    "vocabulary_digest": "d" * 64,
+    "sequence_format": {"name": "cm3leon", "grids": {"image": [4, 4]}},
+    "text_tokenizer_sha256": "a" * 64,
+    "image_tokenizer_sha256": "b" * 64,
+    "num_variants": 1,
+}
 
 
 def at(*angles: float) -> np.ndarray:
@@ -88,9 +95,18 @@ def test_a_planted_duplicate_of_every_query_is_never_retrieved(tmp_path: Path, k
     documents = unit(rng.normal(size=(20, DIM))[rng.integers(20, size=count)] + 0.8 * rng.normal(size=(count, DIM)))
     planted = unit(documents + 0.02 * rng.normal(size=documents.shape))
     rows = np.concatenate([documents, planted])
-    entries = [MemoryDocument(str(number), BOTH, number) for number in range(len(rows))]
+    entries = [MemoryDocument(str(number), BOTH, number, [np.array([number])]) for number in range(len(rows))]
     index = IndexConfig(kind=kind)  # type: ignore[arg-type]
-    write_memory(tmp_path, entries, lambda found: rows[found], encoder_identity=ENCODER, dim=DIM, index=index)
+    write_memory(
+        tmp_path,
+        entries,
+        lambda found: rows[found],
+        encoder_identity=ENCODER,
+        dim=DIM,
+        tokens=TOKENS,
+        encoder="e",
+        index=index,
+    )
     memory = open_memory(tmp_path, encoder_identity=ENCODER)
     # as texts and pictures do, queries lie apart from the vector of their document, below the ceiling
     texts, images = (unit(documents + 0.25 * rng.normal(size=documents.shape)) for _ in range(2))
@@ -112,8 +128,10 @@ def test_a_planted_duplicate_of_every_query_is_never_retrieved(tmp_path: Path, k
 
 def test_candidates_of_one_query_and_without_an_own_document(tmp_path: Path) -> None:
     rows = at(0, 40, -40, 80)
-    entries = [MemoryDocument(str(number), BOTH, number) for number in range(4)]
-    write_memory(tmp_path, entries, lambda found: rows[found], encoder_identity=ENCODER, dim=2)
+    entries = [MemoryDocument(str(number), BOTH, number, [np.array([number])]) for number in range(4)]
+    write_memory(
+        tmp_path, entries, lambda found: rows[found], encoder_identity=ENCODER, dim=2, tokens=TOKENS, encoder="e"
+    )
     memory = open_memory(tmp_path, encoder_identity=ENCODER)
     config = SelectionConfig(max_score=1.0)
     (found,) = find_candidates(memory, config, text_queries=at(10), image_queries=None)
@@ -139,11 +157,15 @@ def test_a_fifth_of_the_words_is_dropped() -> None:
     assert drop_words("", 0.2, rng) == ""
 
 
+def generator(*entropy: int) -> np.random.Generator:
+    return np.random.default_rng(entropy or 0)
+
+
 POOL = Candidates(np.array([10, 11]), np.array([20, 21]))
 
 
 def test_ra_cm3_draws_up_to_two_documents_of_one_query() -> None:
-    drawn = [draw(POOL, RA_CM3, seed=0, epoch=0, document=number).tolist() for number in range(600)]
+    drawn = [draw(POOL, RA_CM3, generator(number)).tolist() for number in range(600)]
     for count in (0, 1, 2):
         assert sum(len(found) == count for found in drawn) == pytest.approx(200, abs=40)
     assert {tuple(sorted(found)) for found in drawn if len(found) == 2} == {(10, 11), (20, 21)}
@@ -151,29 +173,26 @@ def test_ra_cm3_draws_up_to_two_documents_of_one_query() -> None:
 
 
 def test_cm3leon_draws_three_of_the_pool() -> None:
-    drawn = [draw(POOL, CM3LEON, seed=0, epoch=0, document=number).tolist() for number in range(200)]
+    drawn = [draw(POOL, CM3LEON, generator(number)).tolist() for number in range(200)]
     assert all(len(set(found)) == 3 for found in drawn)
     assert {tuple(sorted(found)) for found in drawn} == {(10, 11, 20), (10, 11, 21), (10, 20, 21), (11, 20, 21)}
 
 
-def test_a_draw_follows_from_seed_epoch_and_document() -> None:
-    def drawn(**changes: int) -> list[list[int]]:
-        given = {"seed": 1, "epoch": 2, **changes}
-        return [draw(POOL, CM3LEON, **given, document=number).tolist() for number in range(20)]
-
-    assert drawn() == drawn()
-    assert drawn() != drawn(epoch=3)
-    assert drawn() != drawn(seed=2)
-    assert len({tuple(found) for found in drawn()}) > 5
+def test_a_draw_follows_from_its_generator() -> None:
+    drawn = [
+        [draw(POOL, CM3LEON, generator(*key, number)).tolist() for number in range(20)] for key in ((1,), (1,), (2,))
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert len({tuple(found) for found in drawn[0]}) > 5
 
 
 def test_fewer_candidates_are_all_taken_and_an_empty_query_is_not_drawn() -> None:
     none = np.empty(0, np.int64)
     two = DrawConfig(counts=(2,))
-    assert draw(Candidates(none, none), CM3LEON, seed=0, epoch=0, document=0).tolist() == []
-    assert draw(Candidates(none, none), two, seed=0, epoch=0, document=0).tolist() == []
+    assert draw(Candidates(none, none), CM3LEON, generator()).tolist() == []
+    assert draw(Candidates(none, none), two, generator()).tolist() == []
     for number in range(10):
-        assert draw(Candidates(none, np.array([7])), two, seed=0, epoch=0, document=number).tolist() == [7]
+        assert draw(Candidates(none, np.array([7])), two, generator(number)).tolist() == [7]
 
 
 @pytest.mark.parametrize(
