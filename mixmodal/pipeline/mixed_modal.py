@@ -25,6 +25,7 @@ from mixmodal.pipeline.options import PerModality, build_sampling
 from mixmodal.pipeline.prompts import (
     Before,
     Query,
+    check_memory,
     find_documents,
     fit_documents,
     output_room,
@@ -32,10 +33,10 @@ from mixmodal.pipeline.prompts import (
     sample_seed,
     spell_documents,
     spell_prompts,
-    turn_round,
     without_text,
 )
-from mixmodal.retrieval.retriever import Retrieved, Retriever, load_retriever
+from mixmodal.pipeline.reranking import keep_best
+from mixmodal.retrieval.retriever import DEFAULT_SELECTION, Retrieved, Retriever, load_retriever
 from mixmodal.retrieval.selection import SelectionConfig
 from mixmodal.sampling.generator import SequenceGenerator
 from mixmodal.sampling.grammar import MIXED
@@ -66,18 +67,24 @@ class MixedModal:
         codec: its tokenizers and sequence format.
         batch_size: most rows in one forward; samples do not depend on it.
         retriever: finds documents of a memory to stand before prompts; see `attach_memory`.
+        folder: that it was loaded from; a memory must be of the image tokenizer in it.
 
     Raises:
-        ValueError: for a memory of another vocabulary.
+        ValueError: for a memory of another vocabulary, sequence format or tokenizer.
     """
 
     def __init__(
-        self, model: Transformer, codec: Codec, batch_size: int = 64, retriever: Retriever | None = None
+        self,
+        model: Transformer,
+        codec: Codec,
+        batch_size: int = 64,
+        retriever: Retriever | None = None,
+        folder: Path | None = None,
     ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         self.model, self.codec, self.batch_size = model, codec, batch_size
-        self.format = codec.format
+        self.format, self.folder = codec.format, folder
         self.retriever = retriever
         self._generator = SequenceGenerator(model, codec.format)
         self._scorer = SequenceScorer(model, codec.format, batch_size)
@@ -103,8 +110,9 @@ class MixedModal:
         """
         if str(device) == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        export = load_export(find_export(source), device, dtype)
-        return cls(export.model, export.codec, batch_size)
+        folder = find_export(source)
+        export = load_export(folder, device, dtype)
+        return cls(export.model, export.codec, batch_size, folder=folder)
 
     # retrieval
 
@@ -116,18 +124,14 @@ class MixedModal:
     @retriever.setter
     def retriever(self, retriever: Retriever | None) -> None:
         if retriever is not None:
-            grids = {modality: list(grid) for modality, grid in self.format.grids.items()}
-            retriever.memory.check_tokens(
-                vocabulary_digest=self.format.vocabulary.digest,
-                sequence_format={"name": self.format.name, "grids": grids},
-            )
+            check_memory(retriever.memory, self.codec, self.folder)
         self._retriever = retriever
 
     def attach_memory(
         self,
         folder: Path | str,
         encoder: Path | str | None = None,
-        selection: SelectionConfig = SelectionConfig(),
+        selection: SelectionConfig = DEFAULT_SELECTION,
     ) -> None:
         """Lets `retrieve` take documents from the memory in a folder, which `mixmodal index` writes.
 
@@ -282,32 +286,10 @@ class MixedModal:
             )
             found += [self._parse(rows[row], ids) for (row, _), ids in zip(chosen, continuations)]
         if best_of > 1:
-            found = self._keep_best([(spelled[row].document, read[row]) for row, _ in order], found, best_of)
+            asked = [(spelled[row].document, read[row]) for row, _ in order]
+            found = keep_best(self._scorer, asked, found, best_of)
         samples = [_sample(parts, output) for parts in self.codec.from_documents(found)]
         return [samples[start : start + num] for start in range(0, len(samples), num)]
-
-    def _keep_best(
-        self, prompts: Sequence[tuple[Document, list[np.ndarray]]], found: Sequence[Document], best_of: int
-    ) -> list[Document]:
-        """Of every `best_of` candidates the one from which the model reads the text of its prompt best.
-
-        Args:
-            prompts: each with the documents before it, which are turned as the candidate stands: picture first.
-        """
-        sequences: list[ScoredSequence] = []
-        for (prompt, read), candidate in zip(prompts, found, strict=True):
-            texts = [part for part in prompt.parts if isinstance(part, Text)]
-            if not texts:
-                raise ValueError(
-                    "best_of compares images with the prompt's text, and the prompt has none; leave it at 1"
-                )
-            pictures = [part for part in prompt.parts if not isinstance(part, Text)]
-            context = Document([*pictures, *candidate.parts])
-            prefix = self.format.prefix([turn_round(self.format, ids, text_first=False) for ids in read])
-            sequence = ScoredSequence(*self.format.spell_continuation(context, Document(texts)))
-            sequences.append(sequence.behind(prefix))
-        totals = self._scorer.score(sequences).totals.reshape(-1, best_of)
-        return [found[group * best_of + int(place)] for group, place in enumerate(totals.argmax(axis=1))]
 
     def _parse(self, prompt: np.ndarray, continuation: np.ndarray) -> Document:
         """The generated parts; a sample that ran out of room, or stopped before a block, is ended here."""

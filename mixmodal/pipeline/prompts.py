@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from PIL.Image import Image as Picture
 
 from mixmodal.document import Coded, Document, Mask, SequenceFormat, Text
+from mixmodal.interop.export import IMAGE_TOKENIZER
 from mixmodal.retrieval.encoder import DocumentParts
+from mixmodal.retrieval.memory import Memory
 from mixmodal.retrieval.retriever import Retrieved, Retriever
 from mixmodal.sampling.grammar import MIXED
 from mixmodal.tokenization.codec import Codec, Content
+from mixmodal.tokenization.image import ImageTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +114,27 @@ def sample_seed(seed: int, sample: int, prompt: np.ndarray) -> list[int]:
 
 
 # documents before a prompt
+
+
+def check_memory(memory: Memory, codec: Codec, folder: Path | None) -> None:
+    """Whether the documents of a memory are spelled as a model reads them.
+
+    Args:
+        folder: of the exported model, whose image tokenizer must be the memory's; None is not compared.
+
+    Raises:
+        ValueError: naming the memory's manifest and what differs.
+    """
+    format = codec.format
+    try:
+        memory.check_tokens(
+            vocabulary_digest=format.vocabulary.digest,
+            sequence_format={"name": format.name, "grids": format.grids},
+            text_tokenizer_sha256=codec.text_tokenizer.sha256,
+            image_tokenizer_sha256=None if folder is None else ImageTokenizer.sha256(folder / IMAGE_TOKENIZER),
+        )
+    except ValueError as error:
+        raise ValueError(f"the memory can not be read by this model: {error}") from error
 
 
 def output_room(format: SequenceFormat, output: str, max_new_tokens: int | None) -> int:

@@ -11,16 +11,18 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from mixmodal.retrieval.encoder import DocumentEncoder, DocumentParts, find_folder, load_encoder
-from mixmodal.retrieval.memory import MANIFEST_NAME, Found, Memory, check_encoder, open_memory
-from mixmodal.retrieval.selection import SelectionConfig, choose
+from mixmodal.retrieval.memory import MANIFEST_NAME, Memory, check_encoder, open_memory
+from mixmodal.retrieval.selection import SelectionConfig, choose, select
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_SELECTION = SelectionConfig()
 
 
 class Retrieved(NamedTuple):
@@ -38,6 +40,10 @@ class Retrieved(NamedTuple):
     score: float
     ids: np.ndarray
 
+    def to_dict(self) -> dict[str, Any]:
+        """Key and score, for a report."""
+        return {"key": self.key, "score": self.score}
+
 
 class Retriever:
     """Finds documents of a memory for queries of text and pictures; see `load_retriever`.
@@ -52,7 +58,7 @@ class Retriever:
     """
 
     def __init__(
-        self, memory: Memory, encoder: DocumentEncoder, selection: SelectionConfig = SelectionConfig()
+        self, memory: Memory, encoder: DocumentEncoder, selection: SelectionConfig = DEFAULT_SELECTION
     ) -> None:
         check_encoder(memory.folder / MANIFEST_NAME, memory.manifest, encoder.identity)
         self.memory, self.encoder, self.selection = memory, encoder, selection
@@ -67,77 +73,68 @@ class Retriever:
         Args:
             queries: prompts; each has one vector, of all its texts and pictures.
             count: fewer are found where fewer may be taken.
-            own: the queries' numbers in the memory, where they stand there; neither they nor what is near them is found.
+            own: the queries' numbers in the memory, where they stand there; they and what is near them are left out.
 
         Raises:
             ValueError: for a query without text and picture, or a count below 1.
         """
-        if not queries:
-            return []
-        vectors = self._embed(queries)
-        found = self.memory.search(vectors, self.selection.search_depth)
-        return self._take(vectors, found, count, own)
+        vectors = self._embed(queries, count)
+        config = replace(self.selection, num_candidates=count)
+        found = select(self.memory, config, text_queries=vectors, image_queries=None, own=own)
+        return self._read(found.numbers[:, 0].tolist(), found.scores[:, 0].tolist(), count)
 
     def random(self, queries: Sequence[DocumentParts], count: int, seed: int) -> list[list[Retrieved]]:
         """The control that tells what nearness is worth: documents drawn at random, under the same rules otherwise.
 
         A query's documents are a function of the seed and the query, whatever else is asked for beside it.
         """
-        if not queries:
-            return []
-        vectors = self._embed(queries)
-        most = min(self.selection.search_depth, len(self.memory))
-        generators = [np.random.default_rng((seed, _digest(query))) for query in queries]
-        numbers = np.stack([one.choice(len(self.memory), most, replace=False) for one in generators])
-        scores = np.stack([self.memory.vectors(row) @ vector for row, vector in zip(numbers, vectors)])
-        return self._take(vectors, Found(scores, numbers), count, None)
+        vectors, memory = self._embed(queries, count), self.memory
+        config = replace(self.selection, num_candidates=count)
+        chosen: list[list[int]] = []
+        scores: list[list[float]] = []
+        for query, vector in zip(queries, vectors):
+            generator = np.random.default_rng((seed, _digest(query)))
+            numbers = generator.choice(len(memory), min(config.search_depth, len(memory)), replace=False)
+            drawn = memory.vectors(numbers)
+            taken = choose(numbers, drawn @ vector, drawn, memory.modalities[numbers], config)
+            chosen.append(taken.tolist())
+            scores.append((memory.vectors(taken) @ vector).tolist())
+        return self._read(chosen, scores, count)
 
-    def _embed(self, queries: Sequence[DocumentParts]) -> np.ndarray:
+    def _embed(self, queries: Sequence[DocumentParts], count: int) -> np.ndarray:
+        if count < 1:
+            raise ValueError(f"the number of documents to retrieve is {count}; it must be at least 1")
         for place, query in enumerate(queries):
             if not query.texts and not query.images:
                 raise ValueError(f"query {place} has neither text nor picture: nothing can be retrieved for it")
         return self.encoder.embed_documents(queries)
 
-    def _take(self, vectors: np.ndarray, found: Found, count: int, own: Sequence[int] | None) -> list[list[Retrieved]]:
-        """Of the documents found for each query, in their order, those that may be taken; the first of them last."""
-        if count < 1:
-            raise ValueError(f"the number of documents to retrieve is {count}; it must be at least 1")
-        config, memory = replace(self.selection, num_candidates=count), self.memory
-        taken: list[list[Retrieved]] = []
-        for row, (scores, numbers) in enumerate(zip(found.scores, found.numbers)):
-            there = np.maximum(numbers, 0)
-            chosen = choose(
-                numbers,
-                scores,
-                memory.vectors(there),
-                memory.modalities[there],
-                config,
-                own=None if own is None else own[row],
-                own_vector=None if own is None else memory.vectors([own[row]])[0],
-            )
-            score_of = dict(zip(numbers.tolist(), scores.tolist()))
-            entries = [(number, memory.keys[number], score_of[number]) for number in chosen[::-1].tolist()]
-            taken.append([Retrieved(*entry, memory.ids(entry[0])) for entry in entries])
-        short = [len(row) for row in taken if len(row) < count]
+    def _read(
+        self, numbers: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], count: int
+    ) -> list[list[Retrieved]]:
+        """The documents of each row of numbers, best first, without those of -1: the best last."""
+        found: list[list[Retrieved]] = []
+        for pairs in zip(numbers, scores):
+            there = [(number, score) for number, score in zip(*pairs) if number >= 0]
+            found.append([Retrieved(n, self.memory.keys[n], score, self.memory.ids(n)) for n, score in there[::-1]])
+        short = [len(row) for row in found if len(row) < count]
         if short:
             logger.warning(
-                "%s: for %d of %d queries fewer than %d documents may be taken, %d at the least (max_score %s among "
-                "the %d nearest)",
-                memory.folder,
+                "%s: for %d of %d queries fewer than %d documents may be taken, %d at the least, as %s says",
+                self.memory.folder,
                 len(short),
-                len(taken),
+                len(found),
                 count,
                 min(short),
-                config.max_score,
-                config.search_depth,
+                self.selection,
             )
-        return taken
+        return found
 
 
 def load_retriever(
     memory: Path | str,
     encoder: Path | str | None = None,
-    selection: SelectionConfig = SelectionConfig(),
+    selection: SelectionConfig = DEFAULT_SELECTION,
     device: str | torch.device = "cpu",
     *,
     verify: bool = False,
