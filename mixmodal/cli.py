@@ -58,6 +58,12 @@ COMMANDS: dict[str, Subcommand] = {
         "train_encoder",
         "texts and pictures to one space of vectors",
     ),
+    "index": Subcommand(
+        "mixmodal.data.indexing", "MemoryConfig", "build_memory", "a memory that documents are retrieved from"
+    ),
+    "retrieve": Subcommand(
+        "mixmodal.data.retrieving", "RetrieveConfig", "retrieve", "the candidates of each training document"
+    ),
     "plan": Subcommand("mixmodal.training.plan", "PlanConfig", "plan", "memory of a training on each GPU, beforehand"),
     "generate": Subcommand("mixmodal.pipeline.generate", "GenerateConfig", "generate", "texts and pictures"),
     "classify": Subcommand("mixmodal.pipeline.classify", "ClassifyConfig", "classify", "zero-shot, by likelihood"),
