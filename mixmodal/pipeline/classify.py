@@ -15,12 +15,12 @@ from mixmodal.classification.evaluate import evaluate_classifier, read_classes, 
 from mixmodal.data.skipping import SkipCounter
 from mixmodal.pipeline.generate import DTYPES
 from mixmodal.pipeline.mixed_modal import MixedModal
-from mixmodal.pipeline.retrieve import RetrieveConfig
+from mixmodal.pipeline.reading import ReadingConfig
 from mixmodal.retrieval.retriever import Retrieved
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifyConfig(RetrieveConfig):
+class ClassifyConfig(ReadingConfig):
     """Classifies pictures among captions by the likelihood that the model gives.
 
     With `--memory DIR --retrieve N` the model reads the documents of a memory that are nearest to the picture, the same

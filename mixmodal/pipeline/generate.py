@@ -14,7 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.pipeline.options import DEFAULT_SAMPLING
-from mixmodal.pipeline.retrieve import RetrieveConfig
+from mixmodal.pipeline.reading import ReadingConfig
 from mixmodal.retrieval.retriever import Retrieved
 from mixmodal.sampling.guidance import TokenSampling
 from mixmodal.tokenization.preprocessing import open_picture
@@ -37,7 +37,7 @@ class PromptPart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(RetrieveConfig):
+class GenerateConfig(ReadingConfig):
     """Samples texts and pictures behind a prompt.
 
     `--prompt TEXT` and `--image FILE`, given as often as needed, are short for the entries of `parts`, in their order.

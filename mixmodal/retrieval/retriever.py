@@ -79,6 +79,8 @@ class Retriever:
             ValueError: for a query without text and picture, or a count below 1.
         """
         vectors = self._embed(queries, count)
+        if not queries:
+            return []
         config = replace(self.selection, num_candidates=count)
         found = select(self.memory, config, text_queries=vectors, image_queries=None, own=own)
         return self._read(found.numbers[:, 0].tolist(), found.scores[:, 0].tolist(), count)

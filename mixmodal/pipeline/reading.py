@@ -13,7 +13,7 @@ from mixmodal.retrieval.selection import SelectionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetrieveConfig:
+class ReadingConfig:
     """Which documents of a memory the model reads before what it is asked for.
 
     Args:
@@ -41,9 +41,7 @@ class RetrieveConfig:
         idle = {"encoder": None, "selection": DEFAULT_SELECTION, "random_seed": None}
         for name, default in idle.items():
             if self.memory is None and getattr(self, name) != default:
-                raise ValueError(
-                    f"{name} can not act without a memory; give --memory DIR --retrieve N, or leave it out"
-                )
+                raise ValueError(f"{name} can not act without memory; give --memory DIR --retrieve N, or leave it out")
         if self.selection.num_candidates != DEFAULT_SELECTION.num_candidates:
             raise ValueError("selection.num_candidates can not act here: retrieve says how many; leave it out")
         if self.retrieve > self.selection.search_depth:
