@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,3 +76,57 @@ def load() -> Callable[[str], ModuleType]:
         return module
 
     return load_script
+
+
+def _save_tiny_encoder(kind: str, folder: Path, positions: int = 12) -> Path:
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessorPil,
+        CLIPModel,
+        CLIPProcessor,
+        PreTrainedTokenizerFast,
+        SiglipConfig,
+        SiglipImageProcessorPil,
+        SiglipModel,
+        SiglipProcessor,
+    )
+
+    sizes: dict[str, Any] = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    vocab = {
+        "<pad>": 0,
+        "<s>": 1,
+        "</s>": 2,
+        **{letter: 3 + place for place, letter in enumerate("abcdefghijklmnopqrstuvwxyz ")},
+    }
+    letters = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    letters.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=letters, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+    )
+    text = {**sizes, "vocab_size": len(vocab), "max_position_embeddings": positions, "eos_token_id": 2}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    if kind == "clip":
+        pictures: Any = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+        CLIPProcessor(pictures, tokenizer).save_pretrained(folder)
+    else:
+        pictures = SiglipImageProcessorPil(size={"height": 16, "width": 16})
+        SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
+        SiglipProcessor(pictures, tokenizer).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def save_tiny_encoder() -> Callable[..., Path]:
+    """A function of (kind, folder, positions): saves a random CLIP or SigLIP with a tokenizer of letters there."""
+    return _save_tiny_encoder

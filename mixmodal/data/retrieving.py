@@ -231,7 +231,9 @@ def _write(
             numbers, scores = choose(batch)
             chosen = numbers >= 0
             found.append(numbers)
-            counts["queries"] += sum(bool(kind) for entry in batch for kind in (entry.sample.texts, entry.sample.pictures))
+            counts["queries"] += sum(
+                bool(kind) for entry in batch for kind in (entry.sample.texts, entry.sample.pictures)
+            )
             counts["candidates"] += int(chosen.sum())
             counts["without"] += int((~chosen.any(axis=(1, 2))).sum())
             counts["score_sum"] += float(scores[chosen].sum(dtype=np.float64))

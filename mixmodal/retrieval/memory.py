@@ -137,6 +137,8 @@ class Memory:
         wanted = np.asarray(numbers, np.int64)
         if len(wanted) and not 0 <= wanted.min() <= wanted.max() < len(self):
             raise IndexError(f"{self.folder}: no document {wanted.max()}, there are {len(self)}")
+        if len(self._vectors) == 1:
+            return self._vectors[0][wanted]
         rows = np.empty((len(wanted), self.dim), np.float32)
         parts = np.searchsorted(self._starts, wanted, side="right") - 1
         for part in np.unique(parts):

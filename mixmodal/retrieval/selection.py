@@ -144,10 +144,9 @@ def _choose(
     for slot in range(config.num_candidates):
         place = np.where(allowed, rank, 2 * len(places)).argmin(axis=1)
         there = allowed[rows, place]
-        if not there.any():
-            break
         chosen[there, slot] = place[there]
-        allowed &= _products(vectors, vectors[rows, place]) <= config.max_score
+        if slot + 1 < config.num_candidates:
+            allowed &= _products(vectors, vectors[rows, place]) <= config.max_score
         allowed[rows, place] = False
     return chosen
 
@@ -206,29 +205,51 @@ def select(
         np.full((count, 2, config.num_candidates), -1, np.int64),
         np.full((count, 2, config.num_candidates), -np.inf, np.float32),
     )
-    for place, queries_of_kind in enumerate(queries):
-        if queries_of_kind is None:
+    for kind, vectors in enumerate(queries):
+        rows = np.arange(count) if asks is None else np.flatnonzero(asks[:, kind])
+        if vectors is None or not len(rows):
             continue
-        rows = np.arange(count) if asks is None else np.flatnonzero(asks[:, place])
-        numbers, scores, vectors = _search(memory, queries_of_kind[rows], config.search_depth)
-        allowed = np.ones(numbers.shape, bool)
+        found = _search(memory, vectors[rows], config.search_depth)
+        taken = chosen.numbers[rows, :kind].reshape(len(rows), -1)
+        allowed = _apart(memory, config, found, taken, own_vectors[rows] if own_vectors is not None else None)
         if own is not None:
-            allowed &= numbers != np.asarray(own)[rows, None]
-        if own_vectors is not None:
-            allowed &= _products(vectors, own_vectors[rows]) <= config.max_score
+            allowed &= found.numbers != np.asarray(own)[rows, None]
         if refuse is not None:
-            allowed &= ~refuse(rows, numbers)
-        for taken in chosen.numbers[rows, :place].reshape(len(rows), -1).T:
-            near = _products(vectors, memory.vectors(np.maximum(taken, 0))) > config.max_score
-            allowed &= ~(near | (numbers == taken[:, None])) | (taken < 0)[:, None]
-        places = _choose(numbers, scores, vectors, memory.modalities[np.maximum(numbers, 0)], allowed, config)
-        for into, values, none in ((chosen.numbers, numbers, -1), (chosen.scores, scores, -np.inf)):
-            into[rows, place] = np.where(places < 0, none, np.take_along_axis(values, np.maximum(places, 0), 1))
+            allowed &= ~refuse(rows, found.numbers)
+        modalities = memory.modalities[np.maximum(found.numbers, 0)]
+        places = _choose(found.numbers, found.scores, found.vectors, modalities, allowed, config)
+        for into, values, none in ((chosen.numbers, found.numbers, -1), (chosen.scores, found.scores, -np.inf)):
+            into[rows, kind] = np.where(places < 0, none, np.take_along_axis(values, np.maximum(places, 0), 1))
     return chosen
 
 
-def _search(memory: Memory, queries: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Numbers, scores and vectors of what is nearest to each query, `(n, depth)` and `(n, depth, dim)`.
+class _Nearest(NamedTuple):
+    """What is nearest to each query: numbers and scores `(n, depth)`, vectors `(n, depth, dim)`."""
+
+    numbers: np.ndarray
+    scores: np.ndarray
+    vectors: np.ndarray
+
+
+def _apart(
+    memory: Memory, config: SelectionConfig, found: _Nearest, taken: np.ndarray, own_vectors: np.ndarray | None
+) -> np.ndarray:
+    """Which found documents are no near-duplicates of the own one, nor of those that are taken: bool `(n, depth)`.
+
+    Args:
+        taken: numbers, int64 `(n, m)`; -1 is none.
+    """
+    allowed = np.ones(found.numbers.shape, bool)
+    if own_vectors is not None:
+        allowed &= _products(found.vectors, own_vectors) <= config.max_score
+    for other in taken.T:
+        near = _products(found.vectors, memory.vectors(np.maximum(other, 0))) > config.max_score
+        allowed &= ~(near | (found.numbers == other[:, None])) | (other < 0)[:, None]
+    return allowed
+
+
+def _search(memory: Memory, queries: np.ndarray, depth: int) -> _Nearest:
+    """What is nearest to each query, vectors `(n, dim)`.
 
     Documents with equal scores come in the order of their numbers, whatever the batch is in which they are found.
     """
@@ -236,8 +257,10 @@ def _search(memory: Memory, queries: np.ndarray, depth: int) -> tuple[np.ndarray
     vectors = memory.vectors(np.maximum(numbers, 0).ravel()).reshape(*numbers.shape, memory.dim)
     scores = np.where(numbers < 0, -np.inf, _products(vectors, queries)).astype(np.float32)
     order = np.lexsort((numbers, -scores))
-    numbers, scores = np.take_along_axis(numbers, order, 1), np.take_along_axis(scores, order, 1)
-    return numbers, scores, np.take_along_axis(vectors, order[..., None], 1)
+    moved = np.flatnonzero((order != np.arange(order.shape[1])).any(axis=1))  # few, and vectors take long to copy
+    for array in (numbers, scores, vectors):
+        array[moved] = array[moved[:, None], order[moved]]
+    return _Nearest(numbers, scores, vectors)
 
 
 def drop_words(text: str, share: float, generator: np.random.Generator) -> str:

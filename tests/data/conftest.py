@@ -7,8 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from mixmodal.data.pretokenize import PretokenizeConfig, Pretokenizer
 from mixmodal.data.shards import PictureFile, Sample, write_shards
-from mixmodal.tokenization.text import train_text_tokenizer
+from mixmodal.data.skipping import SampleLimits
+from mixmodal.retrieval.encoder import combine, normalise
+from mixmodal.tokenization.text import TextTokenizer, train_text_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +65,70 @@ def build_shards(tmp_path, build_picture):
         return tmp_path / name
 
     return build
+
+
+@pytest.fixture
+def write_tokens(tmp_path, text_tokenizer_path, image_tokenizer):
+    """Token shards of folders with the small tokenizers; options go to the config."""
+
+    def write(folders, **options):
+        options = {
+            "out": tmp_path / "tokens",
+            "num_sentinels": 4,
+            "limits": SampleLimits(max_skipped_share=1.0),
+        } | options
+        config = PretokenizeConfig(
+            shards=tuple(folders), text_tokenizer=text_tokenizer_path, image_tokenizer=tmp_path / "unused", **options
+        )
+        return Pretokenizer(config, TextTokenizer.load(text_tokenizer_path), image_tokenizer, 4, "0" * 64).write()
+
+    return write
+
+
+class FakeEncoder:
+    """Vectors in 64 dimensions: of a text the sum of its words' random ones, of a picture a random one of its pixels.
+
+    Args:
+        none_for: this text has a vector of NaN.
+        breaks_after: so many documents are embedded, then none.
+    """
+
+    dim = 64
+
+    def __init__(self):
+        self.identity = "e" * 64
+        self.embedded, self.breaks_after, self.none_for = 0, None, None
+
+    def embed_texts(self, texts):
+        rows = [sum(self._draw(word.encode()) for word in text.split()) for text in texts]
+        rows = [row * np.nan if text == self.none_for else row for text, row in zip(texts, rows)]
+        return self._stack(rows)
+
+    def embed_images(self, images):
+        self._count(len(images))
+        return self._stack([self._draw(image.tobytes()) for image in images])
+
+    def embed_documents(self, documents):
+        self._count(len(documents))
+        images = [self._stack([self._draw(image.tobytes()) for image in document.images]) for document in documents]
+        return np.stack([combine(self.embed_texts(d.texts), found) for d, found in zip(documents, images)])
+
+    def _count(self, count):
+        if self.breaks_after is not None and self.embedded + count > self.breaks_after:
+            raise RuntimeError("power cut")
+        self.embedded += count
+
+    def _draw(self, data):
+        return np.random.default_rng(list(data)).normal(size=self.dim)
+
+    def _stack(self, rows):
+        return normalise(np.array(rows).reshape(-1, self.dim)).astype(np.float32)
+
+
+@pytest.fixture
+def fake_encoder(monkeypatch):
+    """Stands for the encoder that the jobs load."""
+    encoder = FakeEncoder()
+    for module in ("indexing", "retrieving"):
+        monkeypatch.setattr(f"mixmodal.data.{module}.load_encoder", lambda *_: encoder)
+    return encoder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,55 +19,12 @@ from mixmodal.retrieval.encoder import DocumentParts, combine, load_encoder, nor
 TEXTS = ["a red apple", "a", "green pears and a lot more of them than the tower has positions for", "two", "a red pear"]
 PICTURES = [pair.picture for pair in synthetic_pairs(5, 20)]
 POSITIONS = 12
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def save_tiny(kind: str, folder: Path) -> Path:
-    """A random model with a tokenizer of letters, as `save_pretrained` writes it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import (
-        CLIPConfig,
-        CLIPImageProcessorPil,
-        CLIPModel,
-        CLIPProcessor,
-        PreTrainedTokenizerFast,
-        SiglipConfig,
-        SiglipImageProcessorPil,
-        SiglipModel,
-        SiglipProcessor,
-    )
-
-    vocab = {
-        "<pad>": 0,
-        "<s>": 1,
-        "</s>": 2,
-        **{letter: 3 + place for place, letter in enumerate("abcdefghijklmnopqrstuvwxyz ")},
-    }
-    letters = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
-    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    letters.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=letters, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
-    )
-    text = {**SIZES, "vocab_size": len(vocab), "max_position_embeddings": POSITIONS, "eos_token_id": 2}
-    vision = {**SIZES, "image_size": 16, "patch_size": 8}
-    torch.manual_seed(0)
-    if kind == "clip":
-        pictures: Any = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-        CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
-        CLIPProcessor(pictures, tokenizer).save_pretrained(folder)
-    else:
-        pictures = SiglipImageProcessorPil(size={"height": 16, "width": 16})
-        SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
-        SiglipProcessor(pictures, tokenizer).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {kind: save_tiny(kind, tmp_path_factory.mktemp(kind)) for kind in ("clip", "siglip")}
+def folders(tmp_path_factory: pytest.TempPathFactory, save_tiny_encoder: Callable[..., Path]) -> dict[str, Path]:
+    kinds = ("clip", "siglip")
+    return {kind: save_tiny_encoder(kind, tmp_path_factory.mktemp(kind), POSITIONS) for kind in kinds}
 
 
 @pytest.fixture

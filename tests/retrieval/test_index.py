@@ -60,3 +60,13 @@ def test_a_graph_is_built_with_the_threads_asked_for() -> None:
     add_vectors(index, np.zeros((1, 8), np.float32), {"kind": "hnsw", "seed": 0}, before + 2)
     assert seen == [before + 2]
     assert faiss.omp_get_max_threads() == before
+
+
+def test_learned_codes_need_enough_documents_and_bytes_that_divide() -> None:
+    for options, count, message in (
+        ({}, 200, "ivf_pq needs at least 256 documents; for 200 take flat"),
+        ({"pq_bytes": 5}, 1200, r"index\.pq_bytes is 5; it must divide the 32 dimensions"),
+        ({"ivf_lists": 5000}, 1200, r"index\.ivf_lists is 5000; of 1200 documents no more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_settings(IndexConfig(kind="ivf_pq", **options), 32, count)

@@ -16,17 +16,11 @@ import pytest
 from mixmodal.retrieval import index as index_module
 from mixmodal.retrieval.building import MemoryDocument, MemoryWriter, write_memory
 from mixmodal.retrieval.index import IndexConfig
-from mixmodal.retrieval.memory import HAS_IMAGE, HAS_TEXT, open_memory
+from mixmodal.retrieval.memory import HAS_IMAGE, HAS_TEXT, TOKEN_KEYS, open_memory
 
 DIM = 32
 ENCODER = "e" * 64
-TOKENS = {
-    "vocabulary_digest": "d" * 64,
-    "sequence_format": {"name": "cm3leon", "grids": {"image": [4, 4]}},
-    "text_tokenizer_sha256": "a" * 64,
-    "image_tokenizer_sha256": "b" * 64,
-    "num_variants": 2,
-}
+TOKENS = {**dict.fromkeys(TOKEN_KEYS, "t" * 64), "num_variants": 2}
 GIVEN: dict[str, Any] = {"encoder_identity": ENCODER, "dim": DIM, "tokens": TOKENS, "encoder": "org/clip"}
 CONFIGS = {
     "flat": IndexConfig(kind="flat"),
@@ -58,8 +52,8 @@ def documents(count: int) -> list[MemoryDocument]:
 
 
 def spell(number: int) -> list[np.ndarray]:
-    """Tokens of both variants; those of the second part need 32 bits."""
-    return [np.arange(number % 5 + 1) + 70 * number, np.array([number])]
+    """Tokens of both variants; from the second part on they need 32 bits."""
+    return [np.arange(number % 5 + 1) + 140 * number, np.array([number])]
 
 
 def embed(contents: Sequence[int]) -> np.ndarray:
@@ -378,15 +372,6 @@ def test_an_index_larger_than_memory_is_mapped_or_refused_with_the_number(
     ):
         write(tmp_path / "new")
     assert not list((tmp_path / "new").glob("index_*"))
-
-
-def test_learned_codes_need_enough_documents_and_bytes_that_divide(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="ivf_pq needs at least 256 documents; for 200 take flat"):
-        write(tmp_path / "few", 200, "ivf_pq")
-    with pytest.raises(ValueError, match=r"index\.pq_bytes is 5; it must divide the 32 dimensions"):
-        write(tmp_path / "bytes", index=IndexConfig(kind="ivf_pq", pq_bytes=5))
-    with pytest.raises(ValueError, match=r"index\.ivf_lists is 5000; of 1200 documents no more"):
-        write(tmp_path / "lists", index=IndexConfig(kind="ivf_pq", ivf_lists=5000))
 
 
 def test_without_faiss_the_extra_is_named(built: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

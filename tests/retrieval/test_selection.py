@@ -9,7 +9,7 @@ import pytest
 
 from mixmodal.retrieval.building import MemoryDocument, write_memory
 from mixmodal.retrieval.index import IndexConfig
-from mixmodal.retrieval.memory import HAS_IMAGE, HAS_TEXT, open_memory
+from mixmodal.retrieval.memory import HAS_IMAGE, HAS_TEXT, TOKEN_KEYS, Memory, open_memory
 from mixmodal.retrieval.selection import (
     BOTH,
     CM3LEON,
@@ -21,17 +21,12 @@ from mixmodal.retrieval.selection import (
     draw,
     drop_words,
     find_candidates,
+    select,
 )
 
 DIM = 16
 ENCODER = "e" * 64
-TOKENS = {
-    "vocabulary_digest": "d" * 64,
-    "sequence_format": {"name": "cm3leon", "grids": {"image": [4, 4]}},
-    "text_tokenizer_sha256": "a" * 64,
-    "image_tokenizer_sha256": "b" * 64,
-    "num_variants": 1,
-}
+TOKENS = {**dict.fromkeys(TOKEN_KEYS, "t" * 64), "num_variants": 1}
 
 
 def at(*angles: float) -> np.ndarray:
@@ -88,6 +83,21 @@ def unit(rows: np.ndarray) -> np.ndarray:
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
+def build(folder: Path, rows: np.ndarray, kind: str = "flat") -> Memory:
+    entries = [MemoryDocument(str(number), BOTH, number, [np.array([number])]) for number in range(len(rows))]
+    write_memory(
+        folder,
+        entries,
+        lambda found: rows[found],
+        encoder_identity=ENCODER,
+        dim=rows.shape[1],
+        tokens=TOKENS,
+        encoder="e",
+        index=IndexConfig(kind=kind),  # type: ignore[arg-type]
+    )
+    return open_memory(folder, encoder_identity=ENCODER)
+
+
 @pytest.mark.parametrize("kind", ["flat", "hnsw"])
 def test_a_planted_duplicate_of_every_query_is_never_retrieved(tmp_path: Path, kind: str) -> None:
     rng = np.random.default_rng(0)
@@ -95,19 +105,7 @@ def test_a_planted_duplicate_of_every_query_is_never_retrieved(tmp_path: Path, k
     documents = unit(rng.normal(size=(20, DIM))[rng.integers(20, size=count)] + 0.8 * rng.normal(size=(count, DIM)))
     planted = unit(documents + 0.02 * rng.normal(size=documents.shape))
     rows = np.concatenate([documents, planted])
-    entries = [MemoryDocument(str(number), BOTH, number, [np.array([number])]) for number in range(len(rows))]
-    index = IndexConfig(kind=kind)  # type: ignore[arg-type]
-    write_memory(
-        tmp_path,
-        entries,
-        lambda found: rows[found],
-        encoder_identity=ENCODER,
-        dim=DIM,
-        tokens=TOKENS,
-        encoder="e",
-        index=index,
-    )
-    memory = open_memory(tmp_path, encoder_identity=ENCODER)
+    memory = build(tmp_path, rows, kind)
     # as texts and pictures do, queries lie apart from the vector of their document, below the ceiling
     texts, images = (unit(documents + 0.25 * rng.normal(size=documents.shape)) for _ in range(2))
     nearest = memory.search(texts, 2).numbers
@@ -128,11 +126,7 @@ def test_a_planted_duplicate_of_every_query_is_never_retrieved(tmp_path: Path, k
 
 def test_candidates_of_one_query_and_without_an_own_document(tmp_path: Path) -> None:
     rows = at(0, 40, -40, 80)
-    entries = [MemoryDocument(str(number), BOTH, number, [np.array([number])]) for number in range(4)]
-    write_memory(
-        tmp_path, entries, lambda found: rows[found], encoder_identity=ENCODER, dim=2, tokens=TOKENS, encoder="e"
-    )
-    memory = open_memory(tmp_path, encoder_identity=ENCODER)
+    memory = build(tmp_path, rows)
     config = SelectionConfig(max_score=1.0)
     (found,) = find_candidates(memory, config, text_queries=at(10), image_queries=None)
     assert (found.text.tolist(), found.image.tolist()) == ([0, 1], [])
@@ -141,6 +135,56 @@ def test_candidates_of_one_query_and_without_an_own_document(tmp_path: Path) -> 
     for queries, own in (((None, None), None), ((at(1, 2), at(1)), None), ((at(1), None), [0, 1])):
         with pytest.raises(ValueError, match=r"different numbers .* or no queries"):
             find_candidates(memory, config, text_queries=queries[0], image_queries=queries[1], own=own)
+
+
+def test_the_ceiling_is_judged_by_the_whole_document_not_by_the_query(tmp_path: Path) -> None:
+    # two near-duplicates of the own document, with products just above and below the ceiling, far from the query
+    own, query = np.eye(DIM, dtype=np.float32)[:2]
+    rows = [own, *(score * own + (1 - score**2) ** 0.5 * np.eye(DIM)[2 + n] for n, score in enumerate((0.901, 0.899)))]
+    memory = build(tmp_path, unit(np.stack([*rows, np.eye(DIM)[5]])))
+    given = {"text_queries": query[None], "image_queries": None}
+    config = SelectionConfig(num_candidates=3)
+    found = select(memory, config, **given, own_vectors=own[None]).numbers[0]
+    assert sorted(found[0].tolist()) == [-1, 2, 3]
+    assert found[1].tolist() == [-1, -1, -1]
+    assert select(memory, config, **given).numbers[0, 0].tolist() == [0, 2, 3]  # the second is too near to the first
+
+
+def test_a_batch_is_chosen_as_its_documents_one_by_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = unit(rng.normal(size=(10, DIM))[rng.integers(10, size=150)] + 0.6 * rng.normal(size=(150, DIM)))
+    memory = build(tmp_path, np.concatenate([rows, rows]))  # ties of every document with its copy
+    texts, images = (unit(rows[:40] + 0.3 * rng.normal(size=(40, DIM))) for _ in range(2))
+    asks = rng.random((40, 2)) < 0.7
+    unread = np.where(asks[:, :1], texts, np.nan), np.where(asks[:, 1:], images, np.nan)
+
+    def refuse(rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        return numbers % 7 == rows[:, None] % 7
+
+    for depth, ceiling in ((64, 0.9), (64, 1.0), (5, 0.9), (300, 0.8)):
+        config = SelectionConfig(search_depth=depth, max_score=ceiling)
+        options = {"own_vectors": rows[:40], "asks": asks}
+        whole = select(memory, config, text_queries=unread[0], image_queries=unread[1], refuse=refuse, **options)
+        for row in range(40):
+            at = slice(row, row + 1)
+            one = select(
+                memory,
+                config,
+                text_queries=unread[0][at],
+                image_queries=unread[1][at],
+                refuse=lambda _, numbers, row=row: refuse(np.array([row]), numbers),
+                **{key: value[at] for key, value in options.items()},
+            )
+            assert one.numbers.tolist() == whole.numbers[at].tolist()
+            assert np.array_equal(one.scores, whole.scores[at])
+        found = whole.numbers[whole.numbers >= 0]
+        assert len(found) > 20
+        assert not (whole.numbers >= 0)[~asks].any()
+        assert np.isneginf(whole.scores[whole.numbers < 0]).all()
+        rest = (np.arange(40) % 7)[:, None, None]
+        assert not ((whole.numbers % 7 == rest) & (whole.numbers >= 0)).any()
+        pools = [row[row >= 0].tolist() for row in whole.numbers.reshape(40, -1)]
+        assert all(len(set(pool)) == len(pool) for pool in pools)
 
 
 def test_a_fifth_of_the_words_is_dropped() -> None:
