@@ -28,6 +28,15 @@ class ScoredSequence(NamedTuple):
     ids: np.ndarray
     scored: np.ndarray
 
+    def behind(self, prefix: np.ndarray) -> ScoredSequence:
+        """The same document behind others, of which no token counts; `prefix` is what `format.prefix` gives."""
+        unscored = np.zeros(len(prefix), dtype=bool)
+        return ScoredSequence(np.concatenate([prefix, self.ids[1:]]), np.concatenate([unscored, self.scored[1:]]))
+
+    def cut(self, start: int) -> ScoredSequence:
+        """What stands behind the first `start` tokens."""
+        return ScoredSequence(self.ids[start:], self.scored[start:])
+
 
 class LogLikelihoods(NamedTuple):
     """Sums in nats, float64, and the number of tokens in them, int64, of equal shape."""
@@ -85,15 +94,20 @@ class SequenceScorer:
         """`score` of `prefix + continuation`, `(P, K)`, where each prefix is computed once and its cache repeated.
 
         Args:
-            prefixes: P sequences `(T,)` of equal length, from `<s>` on.
+            prefixes: P sequences `(T,)`, from `<s>` on; those of equal length are computed together.
             continuations: K for each prefix.
         """
         found = np.array([[int(one.scored.sum()) for one in row] for row in continuations], dtype=np.int64)
         totals = np.zeros(found.shape)
         num_pictures = max(1, self.batch_size // max(1, found.shape[1]))
-        for start in range(0, len(prefixes), num_pictures):
-            chosen = slice(start, start + num_pictures)
-            totals[chosen] = self._score_branches(prefixes[chosen], continuations[chosen])
+        lengths = np.array([len(prefix) for prefix in prefixes])
+        for length in np.unique(lengths):
+            rows = np.flatnonzero(lengths == length)
+            for start in range(0, len(rows), num_pictures):
+                chosen = rows[start : start + num_pictures]
+                totals[chosen] = self._score_branches(
+                    *([some[row] for row in chosen] for some in (prefixes, continuations))
+                )
         return LogLikelihoods(totals, found)
 
     @torch.inference_mode()
@@ -239,31 +253,42 @@ class AutoregressiveClassifier:
         texts = [ScoredSequence(*self.format.spell_continuation(empty, text)) for text in self.classes]
         return self.scorer.score(texts, any_end=True).totals
 
-    def score(self, images: Sequence[Document]) -> Classification:
-        """Scores pictures, each a document of one image."""
-        found = self._given_text(images) if self.method == "image_given_text" else self._given_image(images)
+    def score(self, images: Sequence[Document], before: Sequence[np.ndarray] | None = None) -> Classification:
+        """Scores pictures, each a document of one image.
+
+        Args:
+            before: for each picture what the model reads before it and every class: what `format.prefix` gives for
+                retrieved documents. The text alone, which `debias` takes off, is without: they are evidence, too.
+        """
+        if before is not None and len(before) != len(images):
+            raise ValueError(f"{len(images)} pictures need as many sequences before them, not {len(before)}")
+        given = self._given_text if self.method == "image_given_text" else self._given_image
+        found = given(images, before)
         scores = found.totals - self.debias * self.priors
         if self.length_normalise:
             scores = scores / found.counts
         odds = np.exp(scores - scores.max(axis=1, keepdims=True))
         return Classification(scores, odds / odds.sum(axis=1, keepdims=True), found)
 
-    def _given_text(self, images: Sequence[Document]) -> LogLikelihoods:
+    def _given_text(self, images: Sequence[Document], before: Sequence[np.ndarray] | None) -> LogLikelihoods:
         pairs = [
-            ScoredSequence(*self.format.spell_continuation(text, image)) for image in images for text in self.classes
+            [ScoredSequence(*self.format.spell_continuation(text, image)) for text in self.classes] for image in images
         ]
-        found = self.scorer.score(pairs)
+        if before is not None:
+            return self.scorer.score_continuations(before, [[pair.cut(1) for pair in row] for row in pairs])
+        found = self.scorer.score([pair for row in pairs for pair in row])
         shape = (len(images), len(self.classes))
         return LogLikelihoods(found.totals.reshape(shape), found.counts.reshape(shape))
 
-    def _given_image(self, images: Sequence[Document]) -> LogLikelihoods:
-        prefixes, continuations = [], []
-        for image in images:
-            prefix = self.format.spell_prompt(image, "text")
-            pairs = [self.format.spell_continuation(image, text) for text in self.classes]
-            prefixes.append(prefix)
-            continuations.append([ScoredSequence(ids[len(prefix) :], scored[len(prefix) :]) for ids, scored in pairs])
-        return self.scorer.score_continuations(prefixes, continuations)
+    def _given_image(self, images: Sequence[Document], before: Sequence[np.ndarray] | None) -> LogLikelihoods:
+        prefixes = [self.format.spell_prompt(image, "text") for image in images]
+        pairs = [
+            [ScoredSequence(*self.format.spell_continuation(image, text)).cut(len(prefix)) for text in self.classes]
+            for image, prefix in zip(images, prefixes)
+        ]
+        if before is not None:
+            prefixes = [np.concatenate([first, prefix[1:]]) for first, prefix in zip(before, prefixes)]
+        return self.scorer.score_continuations(prefixes, pairs)
 
 
 def check_method(method: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from mixmodal.classification.autoregressive import AutoregressiveClassifier
 from mixmodal.data.shards import read_samples
 from mixmodal.data.skipping import SampleError, SkipCounter
 from mixmodal.document import Document
+from mixmodal.retrieval.retriever import Retrieved
 from mixmodal.tokenization.codec import Codec
 from mixmodal.tokenization.preprocessing import MAX_PIXELS, PictureError, open_picture
 
@@ -117,22 +118,28 @@ def evaluate_classifier(
     pictures: Iterable[LabelledPicture],
     classes: Sequence[NamedClass],
     batch_size: int = 64,
+    retrieve: Callable[[Sequence[Picture]], Sequence[Sequence[Retrieved]]] | None = None,
 ) -> dict[str, Any]:
     """Scores every picture; where labels are known, accuracy and confusion too.
 
     Args:
         pictures: read `batch_size` at a time.
+        retrieve: pictures to the documents that are read before each one and every class.
 
     Returns:
-        Plain data: `pictures` (key, label, prediction, tied, scores, probabilities, log_likelihoods, num_tokens),
-        `accuracy` (a tie of k classes counts 1/k where the label is among them), `num_ties`, and `confusion`, with the
-        labels' rows and the predictions' columns.
+        Plain data: `pictures` (key, label, prediction, tied, scores, probabilities, log_likelihoods, num_tokens, and
+        with `retrieve` also `retrieved`: key and score of each document), `accuracy` (a tie of k classes counts 1/k
+        where the label is among them), `num_ties`, and `confusion`, with the labels' rows and the predictions' columns.
     """
     entries: list[dict[str, Any]] = []
     stream = iter(pictures)
     while batch := list(islice(stream, batch_size)):
         images = codec.encode_pictures([one.picture for one in batch])
-        found = classifier.score([Document([image]) for image in images])
+        documents = None if retrieve is None else retrieve([one.picture for one in batch])
+        before = None
+        if documents is not None:
+            before = [classifier.format.prefix([one.ids for one in row]) for row in documents]
+        found = classifier.score([Document([image]) for image in images], before)
         for row, one in enumerate(batch):
             entries.append(
                 {
@@ -146,6 +153,8 @@ def evaluate_classifier(
                     "num_tokens": found.log_likelihoods.counts[row].tolist(),
                 }
             )
+            if documents is not None:
+                entries[-1]["retrieved"] = [one.to_dict() for one in documents[row]]
     return {**summarise(entries, [one.label for one in classes]), "pictures": entries}
 
 

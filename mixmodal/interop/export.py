@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ CONFIG, WEIGHTS, TEXT_TOKENIZER, IMAGE_TOKENIZER, CARD = (
     "image_tokenizer",
     "README.md",
 )
+EXPORT_FILES = [CONFIG, "model*.safetensors", TEXT_TOKENIZER, f"{IMAGE_TOKENIZER}/*", CARD]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CARD_SECTIONS = {
     "data": "Training data",
     "attribution": "Attribution",
@@ -186,6 +189,28 @@ def load_transformer(
     except ValueError as error:
         raise ExportError(str(error)) from error
     return model.to(device=device, dtype=dtype).eval()
+
+
+def find_export(source: Path | str) -> Path:
+    """A local folder as it is; else the snapshot of a hub id.
+
+    Raises:
+        ExportError: where there is neither.
+    """
+    folder = Path(source)
+    if folder.exists() or not HUB_ID.fullmatch(str(source)):
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise ExportError(
+            f"there is no folder {source}; to load it as a model from the Hugging Face hub, install huggingface_hub"
+        ) from error
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=EXPORT_FILES))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ExportError(f"there is no folder {source}, and the Hugging Face hub does not give it: {error}") from error
 
 
 def write_card(card: Mapping[str, Any], config: Mapping[str, Any]) -> str:

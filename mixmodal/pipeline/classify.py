@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from PIL.Image import Image as Picture
 
 from mixmodal.classification.autoregressive import check_method
 from mixmodal.classification.evaluate import evaluate_classifier, read_classes, read_pictures
 from mixmodal.data.skipping import SkipCounter
 from mixmodal.pipeline.generate import DTYPES
 from mixmodal.pipeline.mixed_modal import MixedModal
+from mixmodal.pipeline.reading import ReadingConfig
+from mixmodal.retrieval.retriever import Retrieved
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifyConfig:
+class ClassifyConfig(ReadingConfig):
     """Classifies pictures among captions by the likelihood that the model gives.
+
+    With `--memory DIR --retrieve N` the model reads the documents of a memory that are nearest to the picture, the same
+    before every class. A memory that holds the pictures themselves, with their captions, gives the answers away.
 
     Args:
         model: folder of an exported model, or an id on the Hugging Face hub.
@@ -58,13 +66,21 @@ def classify(config: ClassifyConfig) -> None:
     counter = SkipCounter(config.max_skipped_share)
     pictures = read_pictures(config.data, classes, counter)
     model = MixedModal.from_pretrained(config.model, config.device, DTYPES[config.dtype], config.batch_size)
+    captions = [one.caption for one in classes]
     classifier = model.build_classifier(
-        [one.caption for one in classes],
+        captions,
         config.method,
         debias=config.debias,
         length_normalise=config.length_normalise,
     )
-    report = evaluate_classifier(classifier, model.codec, pictures, classes, config.batch_size)
+    config.attach(model)
+
+    def retrieve(images: Sequence[Picture]) -> list[list[Retrieved]]:
+        options = {"random_seed": config.random_seed}
+        return model.retrieve_for_classes(images, captions, config.method, config.retrieve, **options)
+
+    found = retrieve if config.retrieve else None
+    report = evaluate_classifier(classifier, model.codec, pictures, classes, config.batch_size, found)
     counter.finish()
     settings = {"debias": config.debias, "length_normalise": config.length_normalise}
     described = {
@@ -72,6 +88,7 @@ def classify(config: ClassifyConfig) -> None:
         "data": str(config.data),
         "method": config.method,
         "settings": settings,
+        **config.describe(),
         "classes": [one._asdict() for one in classes],
         "skipped": counter.to_dict(),
     }

@@ -12,7 +12,10 @@ import torch
 from PIL.Image import Image as Picture
 from PIL.PngImagePlugin import PngInfo
 
-from mixmodal.pipeline.mixed_modal import DEFAULT_SAMPLING, MixedModal
+from mixmodal.pipeline.mixed_modal import MixedModal
+from mixmodal.pipeline.options import DEFAULT_SAMPLING
+from mixmodal.pipeline.reading import ReadingConfig
+from mixmodal.retrieval.retriever import Retrieved
 from mixmodal.sampling.guidance import TokenSampling
 from mixmodal.tokenization.preprocessing import open_picture
 
@@ -34,10 +37,11 @@ class PromptPart:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(ReadingConfig):
     """Samples texts and pictures behind a prompt.
 
     `--prompt TEXT` and `--image FILE`, given as often as needed, are short for the entries of `parts`, in their order.
+    With `--memory DIR --retrieve N` the model reads documents of a memory first.
 
     Args:
         model: folder of an exported model, or an id on the Hugging Face hub.
@@ -72,6 +76,7 @@ class GenerateConfig:
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for modality, idle in (("text", "image"), ("image", "text")):
             if self.output == modality and getattr(self, f"{idle}_sampling") != DEFAULT_SAMPLING[idle]:
                 raise ValueError(f"{idle}_sampling can not act where output is {modality}; leave it out")
@@ -117,17 +122,27 @@ def generate(config: GenerateConfig) -> None:
     }
     options |= {"best_of": config.best_of, "guidance_scale": config.guidance_scale}
     options["max_new_tokens"] = config.max_new_tokens
-    samples = model.generate(prompt, config.output, num=config.num, seed=config.seed, **options)
+    config.attach(model)
+    documents: list[Retrieved] = []
+    if config.retrieve:
+        fit = {"max_new_tokens": config.max_new_tokens, "random_seed": config.random_seed}
+        documents = model.retrieve([prompt], config.retrieve, config.output, **fit)[0]
+    samples = model.generate(prompt, config.output, num=config.num, seed=config.seed, before=documents, **options)
     described = {
         "model": config.model,
         "prompt": [{"text": part.text} if part.image is None else {"image": str(part.image)} for part in config.parts],
         "output": config.output,
         "seed": config.seed,
         "settings": options,
+        **config.describe(),
     }
     config.out.mkdir(parents=True, exist_ok=True)
-    written = [write_sample(sample, number, config.out, described) for number, sample in enumerate(samples)]
-    results = json.dumps({**described, "samples": written}, indent=2, ensure_ascii=False)
+    keys, listed = {}, {}
+    if config.retrieve:
+        keys = {"retrieved": [one.key for one in documents]}
+        listed = {"retrieved": write_documents(model, documents, config.out)}
+    written = [write_sample(sample, number, config.out, {**described, **keys}) for number, sample in enumerate(samples)]
+    results = json.dumps({**described, **listed, "samples": written}, indent=2, ensure_ascii=False)
     (config.out / RESULTS).write_text(results + "\n", encoding="utf-8")
     print(f"{len(written)} samples in {config.out}, listed in {config.out / RESULTS}")
 
@@ -160,6 +175,23 @@ def write_sample(sample: Any, number: int, folder: Path, described: dict[str, An
             (folder / f"{stem}.txt").write_text(str(part), encoding="utf-8")
             entries.append({"text": str(part), "file": f"{stem}.txt"})
     return {"sample": number, "parts": entries}
+
+
+def write_documents(model: MixedModal, documents: Sequence[Retrieved], folder: Path) -> list[dict[str, Any]]:
+    """Writes the pictures of retrieved documents; gives their entries of `results.json`, in the order of reading."""
+    contents = model.codec.from_documents([model.format.parse(one.ids) for one in documents])
+    entries = [one.to_dict() for one in documents]
+    for number, (entry, content) in enumerate(zip(entries, contents)):
+        entry["parts"] = []
+        for place, part in enumerate(content):
+            if isinstance(part, Picture):
+                several = sum(isinstance(one, Picture) for one in content) > 1
+                name = f"retrieved_{number:02d}_{place}.png" if several else f"retrieved_{number:02d}.png"
+                part.save(folder / name)
+                entry["parts"].append({"image": name})
+            else:
+                entry["parts"].append({"text": str(part)})
+    return entries
 
 
 def _png_text(described: dict[str, Any]) -> PngInfo:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,26 +16,32 @@ from mixmodal.classification.autoregressive import (
     Classification,
     ScoredSequence,
     SequenceScorer,
+    check_method,
 )
-from mixmodal.document import Document, Mask, Text
-from mixmodal.interop.export import ExportError, load_export
+from mixmodal.document import Document, Image, Mask, Text
+from mixmodal.interop.export import find_export, load_export
 from mixmodal.models.transformer import Transformer
+from mixmodal.pipeline.options import PerModality, build_sampling
+from mixmodal.pipeline.prompts import (
+    Before,
+    Query,
+    check_memory,
+    find_documents,
+    fit_documents,
+    output_room,
+    parts_of,
+    sample_seed,
+    spell_documents,
+    spell_prompts,
+    without_text,
+)
+from mixmodal.pipeline.reranking import keep_best
+from mixmodal.retrieval.retriever import DEFAULT_SELECTION, Retrieved, Retriever, load_retriever
+from mixmodal.retrieval.selection import SelectionConfig
 from mixmodal.sampling.generator import SequenceGenerator
 from mixmodal.sampling.grammar import MIXED
-from mixmodal.sampling.guidance import TokenSampling
 from mixmodal.tokenization.codec import Codec, Content
 
-# Chameleon's settings for text and Anole's for images (arXiv 2405.09818 and 2407.06135, released code)
-DEFAULT_SAMPLING = {
-    "text": TokenSampling(temperature=0.7, top_p=0.9),
-    "image": TokenSampling(temperature=1.0, top_p=0.9),
-}
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-EXPORT_FILES = ["config.json", "model*.safetensors", "text_tokenizer.model", "image_tokenizer/*", "README.md"]
-
-Value = TypeVar("Value", int, float)
-PerModality = Value | Mapping[str, Value] | None
-"""One value for all modalities, one by modality, or None for the default."""
 Sample = Any
 """A string, a picture, or for `mixed` the list of them: what `output` says."""
 
@@ -62,13 +66,26 @@ class MixedModal:
         model: the network, in evaluation mode.
         codec: its tokenizers and sequence format.
         batch_size: most rows in one forward; samples do not depend on it.
+        retriever: finds documents of a memory to stand before prompts; see `attach_memory`.
+        folder: that it was loaded from; a memory must be of the image tokenizer in it.
+
+    Raises:
+        ValueError: for a memory of another vocabulary, sequence format or tokenizer.
     """
 
-    def __init__(self, model: Transformer, codec: Codec, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        codec: Codec,
+        batch_size: int = 64,
+        retriever: Retriever | None = None,
+        folder: Path | None = None,
+    ) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
         self.model, self.codec, self.batch_size = model, codec, batch_size
-        self.format = codec.format
+        self.format, self.folder = codec.format, folder
+        self.retriever = retriever
         self._generator = SequenceGenerator(model, codec.format)
         self._scorer = SequenceScorer(model, codec.format, batch_size)
 
@@ -93,8 +110,85 @@ class MixedModal:
         """
         if str(device) == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        export = load_export(_folder(source), device, dtype)
-        return cls(export.model, export.codec, batch_size)
+        folder = find_export(source)
+        export = load_export(folder, device, dtype)
+        return cls(export.model, export.codec, batch_size, folder=folder)
+
+    # retrieval
+
+    @property
+    def retriever(self) -> Retriever | None:
+        """What finds documents for prompts; None without a memory."""
+        return self._retriever
+
+    @retriever.setter
+    def retriever(self, retriever: Retriever | None) -> None:
+        if retriever is not None:
+            check_memory(retriever.memory, self.codec, self.folder)
+        self._retriever = retriever
+
+    def attach_memory(
+        self,
+        folder: Path | str,
+        encoder: Path | str | None = None,
+        selection: SelectionConfig = DEFAULT_SELECTION,
+    ) -> None:
+        """Lets `retrieve` take documents from the memory in a folder, which `mixmodal index` writes.
+
+        Args:
+            encoder: folder or hub id of the memory's encoder; None is where the memory says that it was.
+            selection: which documents may be taken.
+
+        Raises:
+            ValueError: where there is no such memory or encoder, or they do not belong to each other or to this model.
+        """
+        self.retriever = load_retriever(folder, encoder, selection, self.model.embedding.weight.device)
+
+    def retrieve(
+        self,
+        prompts: Sequence[str | Sequence[Content]],
+        count: int,
+        output: str = "image",
+        *,
+        max_new_tokens: int | None = None,
+        random_seed: int | None = None,
+    ) -> list[list[Retrieved]]:
+        """What `generate(..., retrieve=count)` has the model read before each prompt, in this order: the best last.
+
+        Those with one text and one picture stand as the prompt does, text first or picture first. There are fewer than
+        `count` where fewer may be taken, or where more do not fit into the context beside the output.
+
+        Args:
+            output, max_new_tokens: as for `generate`; they say how much stands behind the prompt.
+            random_seed: draws documents at random instead, a control that tells what nearness is worth.
+
+        Raises:
+            ValueError: where no memory is attached, or for an empty prompt.
+        """
+        room = output_room(self.format, output, max_new_tokens)
+        queries = [prompt.query(room) for prompt in spell_prompts(self.codec, prompts, output)]
+        return self._find(queries, count, random_seed)
+
+    def retrieve_for_classes(
+        self,
+        images: Sequence[Picture],
+        classes: Sequence[str],
+        method: str,
+        count: int,
+        *,
+        random_seed: int | None = None,
+    ) -> list[list[Retrieved]]:
+        """`retrieve` for pictures that are classified: found by the picture alone, the same before every class."""
+        check_method(method)
+        grid = Image(np.zeros(self.format.grids["image"], dtype=np.int64))
+        length = max(len(self.format.spell(Document([Text(caption), grid]))) for caption in classes)
+        text_first = method == "image_given_text"
+        return self._find([Query([image], length, text_first) for image in images], count, random_seed)
+
+    def _find(self, queries: Sequence[Query], count: int, random_seed: int | None = None) -> list[list[Retrieved]]:
+        if self.retriever is None:
+            raise ValueError(f"{count} documents are to be retrieved, but no memory is attached; call attach_memory")
+        return find_documents(self.retriever, self.codec, queries, count, self.model.config.max_seq_len, random_seed)
 
     # generation
 
@@ -111,6 +205,8 @@ class MixedModal:
         top_k: PerModality[int] = None,
         top_p: PerModality[float] = None,
         max_new_tokens: int | None = None,
+        retrieve: int = 0,
+        before: Sequence[Before] | None = None,
     ) -> list[Sample]:
         """`num` samples behind one prompt.
 
@@ -123,12 +219,17 @@ class MixedModal:
             guidance_scale: weight of classifier-free guidance of images: how closely they follow the text; 1 is none.
             temperature, top_k, top_p: for all modalities, or by modality as `{"text": 0.7, "image": 1.0}`.
             max_new_tokens: most tokens of a sample; None is as many as the model's context takes.
+            retrieve: documents of the attached memory that the model reads before the prompt; see `retrieve`.
+            before: other whole documents that it reads in their place, in this order: shots as
+                `[[picture, "a red apple"], ...]`, or what `retrieve` has found. Where not all fit into the context
+                beside the output, the first ones are left out, with a warning.
 
         Raises:
             ValueError: for settings that can not act, or a prompt behind which the output does not fit.
         """
         options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         options |= {"best_of": best_of, "guidance_scale": guidance_scale, "max_new_tokens": max_new_tokens}
+        options |= {"retrieve": retrieve, "before": None if before is None else [before]}
         return self.generate_batch([prompt], output, num=num, seed=seed, **options)[0]
 
     def generate_batch(
@@ -144,23 +245,31 @@ class MixedModal:
         top_k: PerModality[int] = None,
         top_p: PerModality[float] = None,
         max_new_tokens: int | None = None,
+        retrieve: int = 0,
+        before: Sequence[Sequence[Before]] | None = None,
     ) -> list[list[Sample]]:
-        """`num` samples for each of many prompts; the arguments are those of `generate`."""
+        """`num` samples for each of many prompts; the arguments are those of `generate`, `before` for each prompt."""
         if min(num, best_of) < 1:
             raise ValueError(f"num is {num} and best_of is {best_of}; both must be at least 1")
-        sampling = self._sampling(temperature, top_k, top_p)
+        if retrieve and before is not None:
+            raise ValueError("retrieve and before both say what is read before the prompt; give one of them")
+        sampling = build_sampling(self.format.vocabulary.modalities, temperature, top_k, top_p)
         if best_of > 1 and (output not in self.format.blocks or not sampling[output].temperature):
             raise ValueError(
                 "best_of chooses among images that differ; it needs output image and a temperature above 0"
             )
-        documents = self.codec.to_documents([_parts(prompt) for prompt in prompts])
-        following = None if output == MIXED else output
-        if following not in (None, "text", *self.format.blocks):
-            raise ValueError(f"output {output!r} is unknown; choose text, {', '.join(self.format.blocks)}, {MIXED}")
-        rows = [self.format.spell_prompt(document, following) for document in documents]
+        spelled = spell_prompts(self.codec, prompts, output)
+        rows = [prompt.ids for prompt in spelled]
         guidance = None
         if guidance_scale != 1:
-            guidance = [self.format.spell_prompt(without_text(document), following) for document in documents]
+            following = None if output == MIXED else output
+            guidance = [self.format.spell_prompt(without_text(prompt.document), following) for prompt in spelled]
+        queries = [prompt.query(output_room(self.format, output, max_new_tokens)) for prompt in spelled]
+        if retrieve:
+            before = self._find(queries, retrieve)
+        lengths, context = [query.length for query in queries], self.model.config.max_seq_len
+        read = fit_documents(self.codec, [[]] * len(rows) if before is None else before, lengths, context)
+        prefixes = [self.format.prefix(documents) for documents in read]
         order = [(row, sample) for row in range(len(rows)) for sample in range(num * best_of)]
         found: list[Document] = []
         for start in range(0, len(order), self.batch_size):
@@ -173,43 +282,14 @@ class MixedModal:
                 guidance_prompts=None if guidance is None else [guidance[row] for row, _ in chosen],
                 guidance_scale=guidance_scale,
                 max_new_tokens=max_new_tokens,
+                before=[prefixes[row] for row, _ in chosen],
             )
             found += [self._parse(rows[row], ids) for (row, _), ids in zip(chosen, continuations)]
         if best_of > 1:
-            found = self._keep_best([documents[row] for row, _ in order], found, best_of)
+            asked = [(spelled[row].document, read[row]) for row, _ in order]
+            found = keep_best(self._scorer, asked, found, best_of)
         samples = [_sample(parts, output) for parts in self.codec.from_documents(found)]
         return [samples[start : start + num] for start in range(0, len(samples), num)]
-
-    def _sampling(
-        self, temperature: PerModality[float], top_k: PerModality[int], top_p: PerModality[float]
-    ) -> dict[str, TokenSampling]:
-        modalities = self.format.vocabulary.modalities
-        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        settings: dict[str, dict[str, Any]] = {name: {} for name in modalities}
-        for option, values in given.items():
-            values = dict.fromkeys(modalities, values) if not isinstance(values, Mapping) else values
-            for modality, value in values.items():
-                if modality not in settings:
-                    raise ValueError(f"{option} for {modality!r}; the model has {', '.join(modalities)}")
-                if value is not None:
-                    settings[modality][option] = value
-        defaults = {name: DEFAULT_SAMPLING.get(name, TokenSampling()) for name in modalities}
-        return {name: TokenSampling(**{**vars(defaults[name]), **settings[name]}) for name in modalities}
-
-    def _keep_best(self, prompts: Sequence[Document], found: Sequence[Document], best_of: int) -> list[Document]:
-        """Of every `best_of` candidates the one from which the model reads the text of its prompt best."""
-        sequences: list[ScoredSequence] = []
-        for prompt, candidate in zip(prompts, found, strict=True):
-            texts = [part for part in prompt.parts if isinstance(part, Text)]
-            if not texts:
-                raise ValueError(
-                    "best_of compares images with the prompt's text, and the prompt has none; leave it at 1"
-                )
-            pictures = [part for part in prompt.parts if not isinstance(part, Text)]
-            before = Document([*pictures, *candidate.parts])
-            sequences.append(ScoredSequence(*self.format.spell_continuation(before, Document(texts))))
-        totals = self._scorer.score(sequences).totals.reshape(-1, best_of)
-        return [found[group * best_of + int(place)] for group, place in enumerate(totals.argmax(axis=1))]
 
     def _parse(self, prompt: np.ndarray, continuation: np.ndarray) -> Document:
         """The generated parts; a sample that ran out of room, or stopped before a block, is ended here."""
@@ -221,16 +301,22 @@ class MixedModal:
 
     # likelihood
 
-    def log_likelihood(self, context: Sequence[Content], continuation: Sequence[Content]) -> LogLikelihood:
-        """log p(continuation | context): a code competes with codes, a text piece with text pieces and the end.
+    def log_likelihood(
+        self, context: Sequence[Content], continuation: Sequence[Content], before: Sequence[Before] = ()
+    ) -> LogLikelihood:
+        """log p(continuation | before, context): a code competes with codes, a text piece with pieces and the end.
+
+        Args:
+            before: whole documents that the model reads before the context, as for `generate`; none is left out.
 
         Raises:
             ValueError: for an empty continuation, or more tokens than the model's context takes.
         """
-        before, behind = self.codec.to_documents([_parts(context), _parts(continuation)])
-        if not behind.parts:
+        known, wanted = self.codec.to_documents([parts_of(context), parts_of(continuation)])
+        if not wanted.parts:
             raise ValueError("log_likelihood: the continuation is empty; give it at least one part")
-        found = self._scorer.score([ScoredSequence(*self.format.spell_continuation(before, behind))])
+        sequence = ScoredSequence(*self.format.spell_continuation(known, wanted))
+        found = self._scorer.score([sequence.behind(self.format.prefix(spell_documents(self.codec, before)))])
         return LogLikelihood(float(found.totals[0]), int(found.counts[0]))
 
     def build_classifier(
@@ -246,49 +332,33 @@ class MixedModal:
         return AutoregressiveClassifier(self._scorer, documents, method, debias, length_normalise)
 
     def score_classes(
-        self, images: Sequence[Picture], classes: Sequence[str], method: str = "image_given_text", **options: Any
+        self,
+        images: Sequence[Picture],
+        classes: Sequence[str],
+        method: str = "image_given_text",
+        *,
+        retrieve: int = 0,
+        **options: Any,
     ) -> Classification:
-        """Scores and probabilities of each class for each picture, `(P, K)`."""
+        """Scores and probabilities of each class for each picture, `(P, K)`.
+
+        Args:
+            retrieve: documents of the attached memory that are read before every class; see `retrieve_for_classes`.
+        """
+        classifier = self.build_classifier(classes, method, **options)
         documents = [Document([image]) for image in self.codec.encode_pictures(images)]
-        return self.build_classifier(classes, method, **options).score(documents)
+        if not retrieve:
+            return classifier.score(documents)
+        found = self.retrieve_for_classes(images, classes, method, retrieve)
+        return classifier.score(documents, [self.format.prefix([one.ids for one in row]) for row in found])
 
     def classify(self, image: Picture, classes: Sequence[str], method: str = "image_given_text", **options: Any) -> str:
-        """The class whose caption fits the picture best, of equals the first.
+        """The class whose caption fits the picture best, of equals the first; options are those of `score_classes`.
 
         Raises:
             ValueError: for an unknown method, or an option that can not act on it.
         """
         return classes[int(self.score_classes([image], classes, method, **options).scores[0].argmax())]
-
-
-def without_text(document: Document) -> Document:
-    """The unconditional prompt of guidance: every text is one mask (CM3Leon, arXiv 2309.02591 section 3.2).
-
-    Raises:
-        ValueError: where there is no text to leave out.
-    """
-    if not any(isinstance(part, Text) for part in document.parts):
-        raise ValueError("guidance_scale strengthens the prompt's text, and the prompt has none; leave it at 1")
-    return Document(Mask(0) if isinstance(part, Text) else part for part in document.parts)
-
-
-def sample_seed(seed: int, sample: int, prompt: np.ndarray) -> list[int]:
-    """The entropy of one sample: of its prompt too, so that other prompts do not share its luck."""
-    if seed < 0:
-        raise ValueError(f"seed is {seed}; it must be 0 or more")
-    digest = hashlib.sha256(np.asarray(prompt, dtype=np.int64).tobytes()).digest()
-    return [seed, sample, int.from_bytes(digest[:8], "little")]
-
-
-def _parts(prompt: str | Iterable[Content]) -> list[Content]:
-    if isinstance(prompt, str):
-        return [prompt]
-    if isinstance(prompt, Picture):
-        return [prompt]
-    parts = list(prompt)
-    if any(isinstance(part, (list, tuple)) for part in parts):
-        raise ValueError("a prompt is a list of texts and pictures; give several prompts to generate_batch")
-    return parts
 
 
 def _sample(parts: Sequence[str | Picture | Mask], output: str) -> Sample:
@@ -297,21 +367,3 @@ def _sample(parts: Sequence[str | Picture | Mask], output: str) -> Sample:
     if output == "text":
         return "".join(part for part in parts if isinstance(part, str))
     return parts[-1]
-
-
-def _folder(source: Path | str) -> Path:
-    """A local folder as it is; else the snapshot of a hub id."""
-    folder = Path(source)
-    if folder.exists() or not HUB_ID.fullmatch(str(source)):
-        return folder
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError as error:
-        raise ExportError(
-            f"there is no folder {source}; to load it as a model from the Hugging Face hub, install huggingface_hub"
-        ) from error
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=EXPORT_FILES))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ExportError(f"there is no folder {source}, and the Hugging Face hub does not give it: {error}") from error

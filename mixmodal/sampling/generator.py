@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixmodal.document import SequenceFormat
+from mixmodal.document import SequenceError, SequenceFormat
 from mixmodal.models.transformer import Transformer
 from mixmodal.sampling.grammar import Grammar, State
 from mixmodal.sampling.guidance import Rule, TokenSampling, build_rules, draw, draw_uniforms, guide
@@ -43,6 +43,7 @@ class SequenceGenerator:
         guidance_prompts: Sequence[np.ndarray] | None = None,
         guidance_scale: float = 1.0,
         max_new_tokens: int | None = None,
+        before: Sequence[np.ndarray] | None = None,
     ) -> list[np.ndarray]:
         """New ids behind each prompt, int64 `(n,)`, up to and with the token that ended them.
 
@@ -54,6 +55,8 @@ class SequenceGenerator:
             guidance_prompts: the same prompts with their text masked; needed for a `guidance_scale` other than 1.
             guidance_scale: weight of classifier-free guidance of codes; 1 is none. Text is never guided.
             max_new_tokens: most tokens behind a prompt; None is as many as fit into the model's `max_seq_len`.
+            before: for each prompt what the model reads before it, in place of its `<s>`: what `format.prefix` gives
+                for retrieved documents or shots. The row of guidance has the same.
 
         Raises:
             SequenceError: for a prompt that the format does not allow or behind which the output does not fit.
@@ -63,11 +66,18 @@ class SequenceGenerator:
             return []
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
-        rows = [*prompts, *self._guidance_rows(prompts, guidance_prompts, guidance_scale, output)]
+        guidance = self._guidance_rows(prompts, guidance_prompts, guidance_scale, output)
+        prefixes = [self.format.prefix([])] * len(prompts) if before is None else before
+        self._check_prefixes(prefixes, len(prompts))
+        rows = [
+            np.concatenate([prefix, prompt[1:]])
+            for some in (prompts, guidance)
+            for prefix, prompt in zip(prefixes, some)
+        ]
         device = self.model.embedding.weight.device
         grammar = Grammar(self.format, output, self.model.config.vocab_size, device)
         rooms = self._rooms(rows, len(prompts), output, max_new_tokens)
-        state = grammar.start(prompts, rooms)
+        state = grammar.start(prompts, rooms, [len(prefix) - 1 for prefix in prefixes])
         decoder = Decoder(self.model, rows, max(rooms), pad=self.format.vocabulary.pad)
         rules = build_rules(sampling or {}, self.format.vocabulary.modalities, device)
         uniforms = draw_uniforms(seeds, max(rooms)).to(device)
@@ -95,10 +105,18 @@ class SequenceGenerator:
             raise ValueError("guidance_scale other than 1 needs one guidance prompt for each prompt")
         return guidance_prompts
 
+    def _check_prefixes(self, prefixes: Sequence[np.ndarray], num_prompts: int) -> None:
+        if len(prefixes) != num_prompts:
+            raise ValueError(f"{num_prompts} prompts need as many sequences before them, not {len(prefixes)}")
+        for row, prefix in enumerate(prefixes):
+            ends = [self.format.vocabulary.bos, self.format.boundary if len(prefix) > 1 else self.format.vocabulary.bos]
+            if not len(prefix) or [prefix[0], prefix[-1]] != ends:
+                raise SequenceError(f"what stands before prompt {row} is not what the format's `prefix` gives")
+
     def _rooms(
         self, rows: Sequence[np.ndarray], num_samples: int, output: str, max_new_tokens: int | None
     ) -> list[int]:
-        """Tokens that may follow each prompt: both its rows must stay within the context."""
+        """Tokens that may follow each prompt: both its rows, with what is before them, must stay within the context."""
         block = self.format.blocks.get(output)
         most = self.model.config.max_seq_len if max_new_tokens is None else max_new_tokens
         if block is not None:

@@ -194,8 +194,11 @@ class Grammar:
 
     # use
 
-    def start(self, prompts: Sequence[np.ndarray], rooms: Sequence[int]) -> State:
+    def start(self, prompts: Sequence[np.ndarray], rooms: Sequence[int], before: Sequence[int] | None = None) -> State:
         """The state behind each prompt `(T,)`, with `rooms` tokens that may follow.
+
+        Args:
+            before: tokens that the model reads before each prompt; for the message alone.
 
         Raises:
             SequenceError: for a prompt that the format does not allow, or behind which nothing fits.
@@ -208,9 +211,11 @@ class Grammar:
             row = int(stuck.nonzero()[0])
             if not (self.costs[nodes[row]] < NEVER).any():
                 raise SequenceError(f"prompt {row} is open for another part than the output {self.output!r}")
+            behind = f" behind {before[row]} of other documents" if before is not None and before[row] else ""
             raise SequenceError(
-                f"prompt {row} has {len(prompts[row])} tokens and {rooms[row]} may follow it: too few for the output "
-                f"{self.output!r}. Shorten the prompt, or raise max_new_tokens or the model's max_seq_len"
+                f"prompt {row} has {len(prompts[row])} tokens{behind} and {rooms[row]} may follow it: too few for the "
+                f"output {self.output!r}. Shorten {'them' if behind else 'the prompt'}, or raise max_new_tokens or the "
+                "model's max_seq_len"
             )
         return state
 

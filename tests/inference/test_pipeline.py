@@ -12,9 +12,8 @@ from PIL import Image as PIL
 from mixmodal import MixedModal
 from mixmodal.classification.autoregressive import ScoredSequence
 from mixmodal.document import Document, Image, Mask, SequenceError, Text
-from mixmodal.interop.export import ExportError
-from mixmodal.pipeline import mixed_modal as module
-from mixmodal.pipeline.mixed_modal import without_text
+from mixmodal.interop.export import EXPORT_FILES, ExportError
+from mixmodal.pipeline.prompts import without_text
 
 PROMPTS = [["a red apple"], ["pear"], ["a green apple, flat style"]]
 
@@ -180,7 +179,7 @@ def test_a_hub_id_is_fetched_where_the_library_is_there(exported: Path, monkeypa
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
     assert MixedModal.from_pretrained("someone/model").model
-    assert wanted == [("someone/model", {"allow_patterns": module.EXPORT_FILES})]
+    assert wanted == [("someone/model", {"allow_patterns": EXPORT_FILES})]
 
     def fail(source: str, **options: object) -> str:
         raise errors.HfHubHTTPError("404")

@@ -1,0 +1,245 @@
+"""Prompts as ids, and the documents that stand before them: retrieved ones or shots, as many as fit."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL.Image import Image as Picture
+
+from mixmodal.document import Coded, Document, Mask, SequenceFormat, Text
+from mixmodal.interop.export import IMAGE_TOKENIZER
+from mixmodal.retrieval.encoder import DocumentParts
+from mixmodal.retrieval.memory import Memory
+from mixmodal.retrieval.retriever import Retrieved, Retriever
+from mixmodal.sampling.grammar import MIXED
+from mixmodal.tokenization.codec import Codec, Content
+from mixmodal.tokenization.image import ImageTokenizer
+
+logger = logging.getLogger(__name__)
+
+TEXT_ROOM = 32
+"""Tokens that are kept free for a text of which no length is given."""
+
+Before = Retrieved | Document | Sequence[Content]
+"""A whole document that a model reads before a prompt."""
+
+
+class Prompt(NamedTuple):
+    """A prompt in its three forms.
+
+    Args:
+        parts: as the user gave it.
+        document: with pictures as codes.
+        ids: open for the output, int64 `(T,)`.
+    """
+
+    parts: list[Content]
+    document: Document
+    ids: np.ndarray
+
+    def query(self, room: int) -> Query:
+        """What documents are retrieved for, where `room` tokens are to follow."""
+        first = bool(self.document.parts) and self.document.parts[0].modality == "text"
+        return Query(self.parts, len(self.ids) + room, first)
+
+
+class Query(NamedTuple):
+    """What documents are retrieved for.
+
+    Args:
+        parts: texts and pictures that they are to be near to.
+        length: tokens of the document that they stand before, whole.
+        text_first: whether it begins with text: they are turned as it is.
+    """
+
+    parts: Sequence[Content]
+    length: int
+    text_first: bool
+
+
+def parts_of(prompt: str | Picture | Iterable[Content]) -> list[Content]:
+    """One text or picture as a list of one part; a list as it is.
+
+    Raises:
+        ValueError: for a list of lists.
+    """
+    if isinstance(prompt, (str, Picture)):
+        return [prompt]
+    parts = list(prompt)
+    if any(isinstance(part, (list, tuple)) for part in parts):
+        raise ValueError("a prompt is a list of texts and pictures; give several prompts to generate_batch")
+    return parts
+
+
+def spell_prompts(codec: Codec, prompts: Sequence[str | Sequence[Content]], output: str) -> list[Prompt]:
+    """Prompts that are open for an output.
+
+    Raises:
+        ValueError: for an output that the format does not have, or a wrong part.
+    """
+    format, parts = codec.format, [parts_of(prompt) for prompt in prompts]
+    following = None if output == MIXED else output
+    if following not in (None, "text", *format.blocks):
+        raise ValueError(f"output {output!r} is unknown; choose text, {', '.join(format.blocks)}, {MIXED}")
+    documents = codec.to_documents(parts)
+    rows = [format.spell_prompt(document, following) for document in documents]
+    return [Prompt(*forms) for forms in zip(parts, documents, rows)]
+
+
+def without_text(document: Document) -> Document:
+    """The unconditional prompt of guidance: every text is one mask (CM3Leon, arXiv 2309.02591 section 3.2).
+
+    Raises:
+        ValueError: where there is no text to leave out.
+    """
+    if not any(isinstance(part, Text) for part in document.parts):
+        raise ValueError("guidance_scale strengthens the prompt's text, and the prompt has none; leave it at 1")
+    return Document(Mask(0) if isinstance(part, Text) else part for part in document.parts)
+
+
+def sample_seed(seed: int, sample: int, prompt: np.ndarray) -> list[int]:
+    """The entropy of one sample: of its prompt too, so that other prompts do not share its luck.
+
+    Documents before it do not change it, so that samples with and without them differ by these alone.
+    """
+    if seed < 0:
+        raise ValueError(f"seed is {seed}; it must be 0 or more")
+    digest = hashlib.sha256(np.asarray(prompt, dtype=np.int64).tobytes()).digest()
+    return [seed, sample, int.from_bytes(digest[:8], "little")]
+
+
+# documents before a prompt
+
+
+def check_memory(memory: Memory, codec: Codec, folder: Path | None) -> None:
+    """Whether the documents of a memory are spelled as a model reads them.
+
+    Args:
+        folder: of the exported model, whose image tokenizer must be the memory's; None is not compared.
+
+    Raises:
+        ValueError: naming the memory's manifest and what differs.
+    """
+    format = codec.format
+    try:
+        memory.check_tokens(
+            vocabulary_digest=format.vocabulary.digest,
+            sequence_format={"name": format.name, "grids": format.grids},
+            text_tokenizer_sha256=codec.text_tokenizer.sha256,
+            image_tokenizer_sha256=None if folder is None else ImageTokenizer.sha256(folder / IMAGE_TOKENIZER),
+        )
+    except ValueError as error:
+        raise ValueError(f"the memory can not be read by this model: {error}") from error
+
+
+def output_room(format: SequenceFormat, output: str, max_new_tokens: int | None) -> int:
+    """Tokens that are kept free behind a prompt, for the output and the end of the document."""
+    blocks = {name: block.length + (block.close_id is not None) + 1 for name, block in format.blocks.items()}
+    if output in blocks:
+        return blocks[output]
+    if max_new_tokens is not None:
+        return max_new_tokens
+    return TEXT_ROOM + (max(blocks.values(), default=0) if output == MIXED else 0)
+
+
+def spell_documents(codec: Codec, documents: Sequence[Before]) -> list[np.ndarray]:
+    """Whole documents as ids `(T,)`, in whatever form they are given."""
+    spelled: list[np.ndarray] = []
+    for one in documents:
+        if isinstance(one, Retrieved):
+            spelled.append(one.ids)
+        else:
+            document = one if isinstance(one, Document) else codec.to_document(parts_of(one))
+            spelled.append(codec.format.spell(document))
+    return spelled
+
+
+def turn_round(format: SequenceFormat, ids: np.ndarray, text_first: bool) -> np.ndarray:
+    """A document of one text and one coded part with the text first, or last; any other one as it is."""
+    runs = format.split(ids)
+    texts = [run for run in runs if run.modality == "text"]
+    coded = [run for run in runs if run.modality != "text"]
+    if len(coded) != 1 or not texts or runs[0].modality == runs[-1].modality:
+        return ids
+    return format.join([*texts, *coded] if text_first else [*coded, *texts])
+
+
+def find_documents(
+    retriever: Retriever,
+    codec: Codec,
+    queries: Sequence[Query],
+    count: int,
+    max_seq_len: int,
+    random_seed: int | None = None,
+) -> list[list[Retrieved]]:
+    """Documents of the memory for each query, the best last, turned as it is, as many as fit.
+
+    Args:
+        random_seed: draws them at random; None takes the nearest.
+    """
+    wanted = [_document_parts(codec, query.parts) for query in queries]
+    found = retriever.find(wanted, count) if random_seed is None else retriever.random(wanted, count, random_seed)
+    turned = [
+        [one._replace(ids=turn_round(codec.format, one.ids, query.text_first)) for one in row]
+        for row, query in zip(found, queries)
+    ]
+    lengths = [query.length for query in queries]
+    counts = count_fitting([[one.ids for one in row] for row in turned], lengths, max_seq_len)
+    return [row[len(row) - count :] for row, count in zip(turned, counts)]
+
+
+def fit_documents(
+    codec: Codec, before: Sequence[Sequence[Before]], lengths: Sequence[int], max_seq_len: int
+) -> list[list[np.ndarray]]:
+    """As many of the last documents of `before`, ids `(T,)`, as fit before others of `lengths` tokens.
+
+    Raises:
+        ValueError: where `before` has not as many entries as there are others.
+    """
+    if len(before) != len(lengths):
+        raise ValueError(f"before has documents for {len(before)} prompts; there are {len(lengths)}")
+    spelled = [spell_documents(codec, row) for row in before]
+    counts = count_fitting(spelled, lengths, max_seq_len)
+    return [row[len(row) - count :] for row, count in zip(spelled, counts)]
+
+
+def count_fitting(documents: Sequence[Sequence[np.ndarray]], lengths: Sequence[int], max_seq_len: int) -> list[int]:
+    """How many documents, counted from the last, fit before others of `lengths` tokens; none is ever cut.
+
+    Args:
+        documents: ids `(T,)`, for each of the others.
+        max_seq_len: the model's context, which they share.
+    """
+    counts: list[int] = []
+    for row, length in zip(documents, lengths):
+        ends = np.cumsum([len(ids) - 1 for ids in reversed(row)])  # each without its <s>
+        counts.append(int((ends + length <= max_seq_len).sum()))
+    short = [(count, len(row)) for count, row in zip(counts, documents) if count < len(row)]
+    if short:
+        used, given = min(short)
+        logger.warning(
+            "%d of %d prompts have fewer documents before them than there are (%d instead of %d at the least): "
+            "more do not fit into the model's context of %d tokens beside prompt and output",
+            len(short),
+            len(counts),
+            used,
+            given,
+            max_seq_len,
+        )
+    return counts
+
+
+def _document_parts(codec: Codec, parts: Sequence[Content]) -> DocumentParts:
+    """Texts and pictures of a prompt; codes are shown as the picture that they stand for."""
+    coded = [part for part in parts if isinstance(part, Coded)]
+    pictures = iter(codec.decode_images(coded))
+    texts = [part.text if isinstance(part, Text) else part for part in parts if isinstance(part, (str, Text))]
+    images = [
+        next(pictures) if isinstance(part, Coded) else part for part in parts if isinstance(part, (Coded, Picture))
+    ]
+    return DocumentParts(texts, images)

@@ -1,0 +1,68 @@
+"""What the generate and classify commands have in common: the memory that they retrieve from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mixmodal.config import plain
+from mixmodal.pipeline.mixed_modal import MixedModal
+from mixmodal.retrieval.retriever import DEFAULT_SELECTION
+from mixmodal.retrieval.selection import SelectionConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingConfig:
+    """Which documents of a memory the model reads before what it is asked for.
+
+    Args:
+        memory: folder of a memory, which `mixmodal index` writes; null is none.
+        retrieve: how many of its documents are read, the nearest last; fewer where the model's context takes no more.
+        encoder: folder or hub id of the memory's encoder; null is where the memory says that it was.
+        selection: which documents may be taken; `retrieve` stands in for its `num_candidates`.
+        random_seed: draws the documents at random, by this seed: a control that tells what nearness is worth. null
+            takes the nearest.
+    """
+
+    memory: Path | None = None
+    retrieve: int = 0
+    encoder: str | None = None
+    selection: SelectionConfig = DEFAULT_SELECTION
+    random_seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.retrieve < 0:
+            raise ValueError(f"retrieve is {self.retrieve}; it must be 0 or more")
+        if self.retrieve and self.memory is None:
+            raise ValueError(f"retrieve is {self.retrieve}, but memory is not given; give --memory DIR")
+        if self.memory is not None and not self.retrieve:
+            raise ValueError(f"memory is {self.memory}, but retrieve is 0; give --retrieve N")
+        idle = {"encoder": None, "selection": DEFAULT_SELECTION, "random_seed": None}
+        for name, default in idle.items():
+            if self.memory is None and getattr(self, name) != default:
+                raise ValueError(f"{name} can not act without memory; give --memory DIR --retrieve N, or leave it out")
+        if self.selection.num_candidates != DEFAULT_SELECTION.num_candidates:
+            raise ValueError("selection.num_candidates can not act here: retrieve says how many; leave it out")
+        if self.retrieve > self.selection.search_depth:
+            raise ValueError(
+                f"retrieve is {self.retrieve}, but only the {self.selection.search_depth} nearest documents are looked "
+                "through; raise selection.search_depth"
+            )
+        if self.random_seed is not None and self.random_seed < 0:
+            raise ValueError(f"random_seed is {self.random_seed}; it must be 0 or more")
+
+    def attach(self, model: MixedModal) -> None:
+        """Gives the model the memory, where there is one."""
+        if self.memory is not None:
+            model.attach_memory(self.memory, self.encoder, self.selection)
+
+    def describe(self) -> dict[str, Any]:
+        """Plain data for a report; nothing without a memory."""
+        if self.memory is None:
+            return {}
+        settings = {name: getattr(self, name) for name in ("memory", "retrieve", "encoder", "selection", "random_seed")}
+        settings["selection"] = {
+            name: value for name, value in vars(self.selection).items() if name != "num_candidates"
+        }
+        return {"retrieval": plain(settings)}

@@ -1,0 +1,41 @@
+"""Of several images drawn for a prompt the one that fits it best."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from mixmodal.classification.autoregressive import ScoredSequence, SequenceScorer
+from mixmodal.document import Document, Text
+from mixmodal.pipeline.prompts import turn_round
+
+
+def keep_best(
+    scorer: SequenceScorer,
+    prompts: Sequence[tuple[Document, Sequence[np.ndarray]]],
+    found: Sequence[Document],
+    best_of: int,
+) -> list[Document]:
+    """Of every `best_of` candidates the one from which the model reads the text of its prompt best.
+
+    By log p(text | image), as DALL-E re-ranks with CLIP (arXiv 2102.12092, 2.6).
+
+    Args:
+        prompts: of each candidate, with the documents before it: they are turned as it stands here, picture first.
+
+    Raises:
+        ValueError: for a prompt without text.
+    """
+    sequences: list[ScoredSequence] = []
+    for (prompt, before), candidate in zip(prompts, found, strict=True):
+        texts = [part for part in prompt.parts if isinstance(part, Text)]
+        if not texts:
+            raise ValueError("best_of compares images with the prompt's text, and the prompt has none; leave it at 1")
+        pictures = [part for part in prompt.parts if not isinstance(part, Text)]
+        context = Document([*pictures, *candidate.parts])
+        turned = [turn_round(scorer.format, ids, text_first=False) for ids in before]
+        sequence = ScoredSequence(*scorer.format.spell_continuation(context, Document(texts)))
+        sequences.append(sequence.behind(scorer.format.prefix(turned)))
+    totals = scorer.score(sequences).totals.reshape(-1, best_of)
+    return [found[group * best_of + int(place)] for group, place in enumerate(totals.argmax(axis=1))]
