@@ -223,12 +223,16 @@ def resident(name: str) -> int:
 
 def compare(options: argparse.Namespace) -> None:
     """Alternates subjects, each turn in a process of its own, and records medians and ratios."""
-    names = ["ours", *PEERS]
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for _ in range(options.repeats):
-        for name in names:
-            found[name].append(take_turn(name, options))
-            print(json.dumps({"subject": name, **found[name][-1]}), flush=True)
+    found = read_turns(options.turns)
+    for repeat in range(options.repeats):
+        for name, turns in found.items():
+            if len(turns) <= repeat:
+                turns.append(take_turn(name, options))
+                line = json.dumps({"subject": name, **turns[-1]})
+                print(line, flush=True)
+                if options.turns:
+                    with open(options.turns, "a", encoding="utf-8") as file:
+                        file.write(line + "\n")
     shape, kind = shape_of(options), "cuda" if torch.cuda.is_available() else "cpu"
     settings = {**shape._asdict(), **{key: vars(options)[key] for key in ("steps", "precision", "threads", "compile")}}
     label = f"{options.shape} shape, {options.precision}"
@@ -244,10 +248,19 @@ def compare(options: argparse.Namespace) -> None:
     for name in PEERS:
         ratios = [
             ours["tokens_per_second"] / theirs["tokens_per_second"]
-            for ours, theirs in zip(found["ours"], found[name], strict=True)
+            for ours, theirs in zip(found["ours"], found[name])
         ]
         write("train_throughput", f"{label}: speed of ours over {name}", ratios, "times", kind, settings)
     print({name: statistics.median(one["tokens_per_second"] for one in turns) for name, turns in found.items()})
+
+
+def read_turns(path: Path | None) -> dict[str, list[dict[str, float]]]:
+    """What was measured before, by subject, where a machine was not there for long enough."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in ("ours", *PEERS)}
+    for line in path.read_text(encoding="utf-8").splitlines() if path and path.exists() else []:
+        turn = json.loads(line)
+        found[turn.pop("subject")].append(turn)
+    return found
 
 
 def take_turn(name: str, options: argparse.Namespace) -> dict[str, float]:
@@ -324,6 +337,7 @@ if __name__ == "__main__":
     parser.add_argument("--max_length", type=int, default=8192)
     parser.add_argument("--kinds", default="auto,dense", help="of attention, in mode length")
     parser.add_argument("--subject", default="ours", help="in mode turn")
+    parser.add_argument("--turns", type=Path, help="file of turns, in mode compare: what is in it is not measured again")
     parser.add_argument("--dry", action="store_true", help="print instead of recording")
     arguments = parser.parse_args()
     if arguments.mode == "turn":

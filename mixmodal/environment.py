@@ -13,17 +13,17 @@ PACKAGES = ("torch", "deepspeed", "faiss-cpu", "numpy", "sentencepiece", "vector
 
 
 COMMIT_VARIABLE = "MIXMODAL_COMMIT"
-"""Environment variable that names the commit of a copy of the source tree that is no git clone."""
+"""Environment variable that names the commit of a copy of the source tree whose git history is not its own."""
 
 
 def commit() -> str:
-    """The commit of the source tree, `+` behind it where tracked files differ.
+    """What `MIXMODAL_COMMIT` says; else the commit of the source tree, `+` behind it where tracked files differ.
 
-    Outside a git clone what `MIXMODAL_COMMIT` says, else "unknown".
+    "unknown" outside a git clone. The variable comes first: a copy of a tree can lie in a clone of something else.
     """
     root = Path(__file__).resolve().parents[1]
     told = os.environ.get(COMMIT_VARIABLE, "unknown")
-    if not (root / ".git").exists():
+    if told != "unknown" or not (root / ".git").exists():
         return told
     try:
         head = _git(root, "rev-parse", "HEAD")
