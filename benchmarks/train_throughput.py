@@ -337,7 +337,7 @@ if __name__ == "__main__":
     parser.add_argument("--max_length", type=int, default=8192)
     parser.add_argument("--kinds", default="auto,dense", help="of attention, in mode length")
     parser.add_argument("--subject", default="ours", help="in mode turn")
-    parser.add_argument("--turns", type=Path, help="file of turns, in mode compare: what is in it is not measured again")
+    parser.add_argument("--turns", type=Path, help="of compare: a file to go on with")
     parser.add_argument("--dry", action="store_true", help="print instead of recording")
     arguments = parser.parse_args()
     if arguments.mode == "turn":
