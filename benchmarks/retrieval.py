@@ -45,19 +45,21 @@ ARMS = {"retrieval": "trained with retrieval", "plain": "trained without"}
 COUNTS = (0, 1, 2)
 RECALLED = (1, 5)
 NUM_RANDOM = 8
+NUM_VARIANTS = 8
+"""Of each picture, moved and scaled a little."""
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Token shards of the training pairs alone, their memory, and candidates of training and held-out pairs."""
+    """Token shards of all demo pictures but the held-out ones, their memory, and candidates."""
     quickstart, runs = options.quickstart, options.runs
     tokens = load_config(PretokenizeConfig, quickstart / "configs" / "tokens.yaml")
     own = {
-        "shards": (quickstart / "data" / "train",),
+        "shards": (quickstart / "data" / "train", quickstart / "data" / "tokenizer_extra"),
         "out": runs / "tokens",
         "text_tokenizer": quickstart / "text_tokenizer" / "text_tokenizer.model",
         "image_tokenizer": quickstart / "image_tokenizer" / "export",
     }
-    pretokenize(replace(tokens, **own))
+    pretokenize(replace(tokens, **own, num_variants=NUM_VARIANTS))
     build_memory(
         MemoryConfig(shards=own["shards"], tokens=own["out"], encoder=str(options.encoder), out=runs / "memory")
     )
@@ -178,7 +180,8 @@ def report(options: argparse.Namespace) -> None:
     """Scores every training, records what came out, and draws docs/retrieval.png of the first seed."""
     size = MixedModal.from_pretrained(options.quickstart / "export", "cpu").codec.image_tokenizer.config
     data = options.quickstart / "data"
-    demo = load_demo(data / "train", data / "heldout", size.image_size, size.preprocess)
+    train = (data / "train", data / "tokenizer_extra")
+    demo = load_demo(train, data / "heldout", size.image_size, size.preprocess)
     shape = {"held_out_pairs": len(demo.indices(heldout=True)), "documents": len(demo.indices(heldout=False))}
     steps = build_config(options, "plain", 0).trainer.max_steps
     for name, values in score_encoder(options, demo).items():

@@ -39,8 +39,13 @@ class Demo(NamedTuple):
         }
 
 
-def load_demo(train: Path, heldout: Path, image_size: int, preprocess: Preprocess = "meta") -> Demo:
+def load_demo(train: Path | Sequence[Path], heldout: Path, image_size: int, preprocess: Preprocess = "meta") -> Demo:
     """All demo pictures as the image tokenizer wants them.
+
+    Args:
+        train: folder of shards, or several, of what was trained on.
+        heldout: of what was not.
+        image_size, preprocess: of the image tokenizer.
 
     Raises:
         ValueError: for a sample without concept, style or category, or with anything but one text and one picture.
