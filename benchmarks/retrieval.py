@@ -3,6 +3,7 @@
     python benchmarks/retrieval.py prepare                  token shards, memory and candidates
     python benchmarks/retrieval.py train --arm ARM --seed N  one training; ARM is retrieval or plain
     python benchmarks/retrieval.py report [--seeds 0 1 2]    scores all trainings and records the figures
+    python benchmarks/retrieval.py speed                     tokens a second of both arms, alternating
 
 Needs a quickstart run (`make quickstart`) and an encoder (`mixmodal train-encoder --config
 configs/train/demo_encoder.yaml`). The arms differ in retrieval alone: the same pairs, tokens, steps and seeds. What is
@@ -12,8 +13,12 @@ there already is not made again. Writes docs/retrieval.png as well.
 from __future__ import annotations
 
 import argparse
+import json
+import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +52,7 @@ RECALLED = (1, 5)
 NUM_RANDOM = 8
 NUM_VARIANTS = 8
 """Of each picture, moved and scaled a little."""
+SPEED_STEPS, SPEED_WARM_UP, SPEED_REPEATS = 700, 100, 5
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -209,9 +215,42 @@ def report(options: argparse.Namespace) -> None:
     draw_sheet(rows, ROOT / "docs" / "retrieval.png")
 
 
+def measure_speed(options: argparse.Namespace) -> None:
+    """Tokens a second of short trainings of both arms, each in a process of its own, which take turns."""
+    found: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for _ in range(SPEED_REPEATS):
+        for arm, values in found.items():
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                values.append(pool.submit(time_training, options, arm).result())
+    settings = {"steps": SPEED_STEPS, "warm_up": SPEED_WARM_UP, "threads": torch.get_num_threads()}
+    for arm, title in ARMS.items():
+        record("retrieval_throughput", f"{title}, tokens a second", found[arm], "tokens/s", "cpu", settings)
+    ratios = [ours / plain for ours, plain in zip(found["retrieval"], found["plain"], strict=True)]
+    record("retrieval_throughput", "speed with documents over that without", ratios, "times", "cpu", settings)
+
+
+def time_training(options: argparse.Namespace, arm: str) -> float:
+    """Tokens a second behind the warm-up of a training that is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = build_config(options, arm, 0)
+        trainer = replace(
+            config.trainer,
+            run_dir=Path(folder) / "run",
+            max_steps=SPEED_STEPS,
+            eval_every=0,
+            save_every=0,
+            log_every=SPEED_WARM_UP,
+            tensorboard=False,
+        )
+        pretrain(replace(config, trainer=trainer, data=replace(config.data, held_out_tokens=None)))
+        lines = [json.loads(line) for line in (trainer.run_dir / "metrics.jsonl").read_text().splitlines()]
+    first, *_, last = (line for line in lines if "tokens" in line)
+    return (last["tokens"] - first["tokens"]) / (last["wall_time_s"] - first["wall_time_s"])
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("prepare", "train", "report"))
+    parser.add_argument("what", choices=("prepare", "train", "report", "speed"))
     parser.add_argument("--quickstart", type=Path, default=Path("runs/quickstart"))
     parser.add_argument("--encoder", type=Path, default=Path("runs/demo_encoder/export"))
     parser.add_argument("--runs", type=Path, default=Path("runs/retrieval"))
@@ -224,5 +263,7 @@ if __name__ == "__main__":
         prepare(given)
     elif given.what == "train":
         train(given, given.arm, given.seed)
+    elif given.what == "speed":
+        measure_speed(given)
     else:
         report(given)
