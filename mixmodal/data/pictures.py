@@ -348,10 +348,11 @@ class RowLoader(ABC, Generic[B]):
             ValueError: where seed, data or the pictures of a step are others.
         """
         for key, own in self.state_dict().items():
-            if key != "place" and state[key] != own:
+            before = state.get(key)  # a setting that a checkpoint is too old to know was not set
+            if key != "place" and before != own:
                 raise ValueError(
                     f"data {', '.join(map(str, self.config.train))}: {key} is {own}, but the checkpoint was written "
-                    f"with {state[key]}; resume with the same data and settings, or start a new run folder"
+                    f"with {before}; resume with the same data and settings, or start a new run folder"
                 )
         self._place = int(state["place"])
         self._rows = self.source.rows(self._place)

@@ -215,7 +215,7 @@ class EncoderTask(Task):
         if self._held_out is None and data.held_out:
             most = data.max_held_out_pictures
             pairs = decode_first_pairs(data.held_out, model.image_size, data.limits, most, PREPROCESS)
-            tokens = encode_captions(self.tokenizer, [pair.caption for pair in pairs], model)
+            tokens = encode_captions(self.tokenizer, [data.cut(pair.caption) for pair in pairs], model)
             self._held_out = HeldOut(tokens, identify(tokens), torch.stack([pair.pixels for pair in pairs]))
         return self._held_out
 

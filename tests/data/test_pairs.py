@@ -130,6 +130,26 @@ def test_config_errors_name_the_key(tmp_path: Path) -> None:
         PairDataConfig(train=())
 
 
+def test_captions_end_where_the_config_says(config: PairDataConfig) -> None:
+    cut = replace(config, caption_until=" ")
+    for batch in islice(build_loader(cut), 3):
+        for key, row in zip(batch.keys, batch.tokens, strict=True):
+            assert bytes(row.tolist()).decode().strip() == CAPTIONS[key.rsplit(":", 1)[1]].split()[0]
+    assert read_captions(cut) == [caption.split()[0] for caption in CAPTIONS.values()]
+    assert replace(config, caption_until=", ").cut(", flat style") == ", flat style"  # nothing would be left
+    with pytest.raises(ValueError, match=r"data\.caption_until is empty"):
+        replace(config, caption_until="")
+
+
+def test_a_run_does_not_go_on_with_captions_of_another_end(config: PairDataConfig) -> None:
+    state = build_loader(config).state_dict()
+    cut = build_loader(replace(config, caption_until=", "))
+    with pytest.raises(ValueError, match="caption_until is , , but the checkpoint was written with None"):
+        cut.load_state_dict(state)
+    del state["caption_until"]  # as an older version has written it
+    build_loader(config).load_state_dict(state)
+
+
 def test_a_picture_that_stands_in_brings_its_own_caption(tmp_path: Path, shards: Path) -> None:
     write_shards([Sample(f"bad{number}", ("broken", picture())) for number in range(3)], tmp_path)
     limits = SampleLimits(max_skipped_share=0.5)
