@@ -24,8 +24,9 @@ class PairDataConfig(PictureDataConfig):
 
     Args:
         max_tokenizer_captions: so many of the captions, from the first, teach the text tokenizer.
-        caption_until: captions end before the first of these words or signs: `", "` leaves `red apple` of `red apple,
-            flat style`. What stands behind it is then nothing that a text or a picture is found by. Null takes all.
+        caption_until: texts are read up to the first of these words or signs, in training and ever after: `", "`
+            leaves `red apple` of `red apple, flat style`. What stands behind is then nothing that a text or a picture
+            is found by. A text of which nothing would be left is read whole. Null reads all of every text.
     """
 
     max_tokenizer_captions: int = 1_000_000
@@ -35,13 +36,8 @@ class PairDataConfig(PictureDataConfig):
         super().__post_init__()
         if self.max_tokenizer_captions < 1:
             raise ValueError(f"data.max_tokenizer_captions is {self.max_tokenizer_captions}; it must be at least 1")
-        if self.caption_until == "":
+        if self.caption_until is not None and not self.caption_until.strip():
             raise ValueError("data.caption_until is empty; give what captions end before, or null")
-
-    def cut(self, caption: str) -> str:
-        """A caption up to `caption_until`; all of it where nothing would be left."""
-        before = caption.partition(self.caption_until)[0] if self.caption_until else ""
-        return before.strip() or caption
 
 
 Encode = Callable[[list[str]], Tensor]
@@ -86,7 +82,7 @@ def read_captions(config: PairDataConfig) -> list[str]:
     """
     counter = SkipCounter(config.limits.max_skipped_share)
     pairs = read_pairs(config.train, counter, config.limits)
-    captions = [config.cut(caption) for _, caption in islice(pairs, config.max_tokenizer_captions)]
+    captions = [caption for _, caption in islice(pairs, config.max_tokenizer_captions)]
     counter.finish()
     if not captions:
         raise ValueError(
@@ -124,12 +120,12 @@ class PairLoader(RowLoader[PairBatch]):
     """
 
     def __init__(self, config: PairDataConfig, encode: Encode, spelling: Mapping[str, Any], **options: Any) -> None:
-        self.encode, self.cut = encode, config.cut
+        self.encode = encode
         self.spelling = {**spelling, "caption_until": config.caption_until}
         super().__init__(config, read=read_pairs, **options)
 
     def _join(self, pictures: list[Decoded], draws: Tensor) -> PairBatch:
-        tokens = self.encode([self.cut(picture.caption) for picture in pictures])
+        tokens = self.encode([picture.caption for picture in pictures])
         pixels = torch.stack([picture.pixels for picture in pictures])
         return PairBatch(tokens, identify(tokens), pixels, draws, [picture.key for picture in pictures])
 

@@ -6,6 +6,7 @@ all bytes are tokens.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -23,13 +24,16 @@ END = {"clip": "<|endoftext|>", "siglip": "</s>"}
 SPACE = r"\s+"
 
 
-def train_caption_tokenizer(captions: Iterable[str], kind: EncoderKind, vocab_size: int) -> str:
+def train_caption_tokenizer(
+    captions: Iterable[str], kind: EncoderKind, vocab_size: int, until: str | None = None
+) -> str:
     """Learns a tokenizer, the same from the same captions; `build_caption_tokenizer` makes it from what this returns.
 
     Args:
         captions: texts to learn from.
         kind: of the encoder, which decides on the special tokens.
         vocab_size: the most tokens.
+        until: texts are read up to the first place where this stands behind something; None reads all of them.
 
     Returns:
         The contents of a `tokenizer.json`.
@@ -48,7 +52,11 @@ def train_caption_tokenizer(captions: Iterable[str], kind: EncoderKind, vocab_si
     tokenizer = Tokenizer(models.BPE())
     # a word is spelled alike wherever it stands: the first one follows a space as well
     steps = [normalizers.NFC(), normalizers.Lowercase(), normalizers.Replace(Regex(SPACE), " ")]
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Strip(), normalizers.Prepend(" ")])
+    steps.append(normalizers.Strip())
+    if until is not None:
+        words = re.escape(re.sub(SPACE, " ", until.lower()))
+        steps += [normalizers.Replace(Regex(f"(?<=.){words}.*"), ""), normalizers.Strip()]
+    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Prepend(" ")])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -130,7 +130,8 @@ class EncoderTask(Task):
         path = run_dir / TOKENIZER_FILE
         if path.exists() and whole_checkpoints(run_dir / "checkpoints"):
             return path.read_text(encoding="utf-8")
-        contents = train_caption_tokenizer(read_captions(self.config.data), model.kind, model.vocab_size)
+        data = self.config.data
+        contents = train_caption_tokenizer(read_captions(data), model.kind, model.vocab_size, data.caption_until)
         run_dir.mkdir(parents=True, exist_ok=True)
         write_whole(path, contents.encode())
         return contents
@@ -215,7 +216,7 @@ class EncoderTask(Task):
         if self._held_out is None and data.held_out:
             most = data.max_held_out_pictures
             pairs = decode_first_pairs(data.held_out, model.image_size, data.limits, most, PREPROCESS)
-            tokens = encode_captions(self.tokenizer, [data.cut(pair.caption) for pair in pairs], model)
+            tokens = encode_captions(self.tokenizer, [pair.caption for pair in pairs], model)
             self._held_out = HeldOut(tokens, identify(tokens), torch.stack([pair.pixels for pair in pairs]))
         return self._held_out
 

@@ -130,15 +130,10 @@ def test_config_errors_name_the_key(tmp_path: Path) -> None:
         PairDataConfig(train=())
 
 
-def test_captions_end_where_the_config_says(config: PairDataConfig) -> None:
-    cut = replace(config, caption_until=" ")
-    for batch in islice(build_loader(cut), 3):
-        for key, row in zip(batch.keys, batch.tokens, strict=True):
-            assert bytes(row.tolist()).decode().strip() == CAPTIONS[key.rsplit(":", 1)[1]].split()[0]
-    assert read_captions(cut) == [caption.split()[0] for caption in CAPTIONS.values()]
-    assert replace(config, caption_until=", ").cut(", flat style") == ", flat style"  # nothing would be left
+@pytest.mark.parametrize("until", ["", " "])
+def test_captions_can_not_end_before_nothing(config: PairDataConfig, until: str) -> None:
     with pytest.raises(ValueError, match=r"data\.caption_until is empty"):
-        replace(config, caption_until="")
+        replace(config, caption_until=until)
 
 
 def test_a_run_does_not_go_on_with_captions_of_another_end(config: PairDataConfig) -> None:

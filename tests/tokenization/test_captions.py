@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mixmodal.models.two_tower import TwoTowerConfig
+from mixmodal.models.two_tower import EncoderKind, TwoTowerConfig
 from mixmodal.tokenization.captions import (
     build_caption_tokenizer,
     encode_captions,
@@ -74,3 +74,21 @@ def test_a_tokenizer_has_at_most_the_tokens_asked_for(config: TwoTowerConfig) ->
 def test_nothing_to_learn_from_is_refused(captions: list[str]) -> None:
     with pytest.raises(ValueError, match="no captions"):
         train_caption_tokenizer(captions, "clip", 300)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_texts_are_read_up_to_what_ends_them(kind: EncoderKind) -> None:
+    captions = ["red apple, flat style", "Green Apple ,  outline style", "a, b, c", ", flat style", "pear"]
+    plain, cut = (
+        build_caption_tokenizer(train_caption_tokenizer(captions, kind, 400, until), kind, 24) for until in (None, ", ")
+    )
+
+    def read(text: str) -> str:
+        return cut.decode(cut(text)["input_ids"], skip_special_tokens=True).strip()
+
+    assert read("red apple, flat style") == read("Red  apple,\toutline") == "red apple"
+    assert read("a, b, c") == "a"
+    assert read(", flat style") == ", flat style"  # nothing would be left
+    assert read("pear") == "pear"
+    assert read("red apple,flat") == "red apple,flat"
+    assert plain.decode(plain("red apple, flat style")["input_ids"], skip_special_tokens=True).strip() != "red apple"
