@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from record import record
+from retrieval import SELECTION
 
 from mixmodal.data.retrieving import RetrieveConfig, retrieve
 from mixmodal.data.shards import Sample, read_samples
@@ -83,9 +84,8 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     samples = list(read_samples(shards))
     assert len(samples) * tokens.num_variants == len(tokens)
     queries = plant(folder / "memory", tokens, encoder, samples)
-    config = RetrieveConfig(
-        memory=folder / "memory", shards=shards, tokens=tokens.folder, out=folder / "candidates", encoder=source
-    )
+    where = {"memory": folder / "memory", "shards": shards, "tokens": tokens.folder, "out": folder / "candidates"}
+    config = RetrieveConfig(**where, encoder=source, selection=SELECTION)
     store = retrieve(config)
     found = np.full((len(samples), 2, config.selection.num_candidates), -1, np.int64)
     for row, candidates in zip(found, (store[number] for number in range(len(store)))):
