@@ -25,7 +25,8 @@ class PairDataConfig(PictureDataConfig):
     Args:
         max_tokenizer_captions: so many of the captions, from the first, teach the text tokenizer.
         caption_until: captions end before the first of these words or signs: `", "` leaves `red apple` of `red apple,
-            flat style`. What stands behind it is then nothing that a text or a picture is found by. Null takes all.
+            flat style`. What stands behind it is then nothing that a text or a picture is found by; the text tokenizer
+            still learns from it, since texts that are asked by have it. Null takes all.
     """
 
     max_tokenizer_captions: int = 1_000_000
@@ -78,7 +79,7 @@ def read_pairs(paths: Sequence[Path], counter: SkipCounter, limits: SampleLimits
 
 
 def read_captions(config: PairDataConfig) -> list[str]:
-    """The captions that the text tokenizer learns from.
+    """The captions that the text tokenizer learns from, whole ones.
 
     Raises:
         ValueError: where the training shards hold none.
@@ -86,7 +87,7 @@ def read_captions(config: PairDataConfig) -> list[str]:
     """
     counter = SkipCounter(config.limits.max_skipped_share)
     pairs = read_pairs(config.train, counter, config.limits)
-    captions = [config.cut(caption) for _, caption in islice(pairs, config.max_tokenizer_captions)]
+    captions = [caption for _, caption in islice(pairs, config.max_tokenizer_captions)]
     counter.finish()
     if not captions:
         raise ValueError(
