@@ -260,16 +260,16 @@ def _found(run: Path, results: Results) -> str:
 
     first, five = (f"{100 * results['chance'][k]:.1f} %" for k in ("1", "5"))
     rates = (
-        f"By its caption, a pair finds the right document first in {recall('text', '1')} of the cases and among the first "
-        f"five in {recall('text', '5')}; by its picture, in {recall('image', '1')} and {recall('image', '5')}. Chance: "
-        f"{first} and {five}."
+        f"By its caption, a pair finds the right document first in {recall('text', '1')} of the cases and among the "
+        f"first five in {recall('text', '5')}; by its picture, in {recall('image', '1')} and {recall('image', '5')}. "
+        f"Chance: {first} and {five}."
     )
     return section(
         "What is found",
         f"Each held-out pair asks the memory of {results['num_documents']:,} training documents, where its "
-        "concept stands in the other style only: that document is right. Shown are the nearest ones, the nearest first. A "
-        "small encoder compares them, which was trained on captions without their style; a caption finds it above all by "
-        "the words that both captions share. The transformer has drawn and described without what is found here.",
+        "concept stands in the other style only: that document is right. Shown are the nearest ones, the nearest "
+        "first. A small encoder compares them, which was trained on captions without their style; a caption finds it "
+        "above all by the words that both captions share. The transformer has drawn and described without all this.",
         paragraph(rates),
         folded([show(item) for item in results["items"][:FOUND]], FOUND_SHOWN, "more pairs, drawn at random as these"),
     )

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixmodal.quickstart.recipe import DEEPSPEED, ENCODER, MEMORY, TOKENIZERS, Recipe, command_of, config_path, load_recipe
+from mixmodal.quickstart.recipe import (
+    DEEPSPEED,
+    ENCODER,
+    MEMORY,
+    TOKENIZERS,
+    Recipe,
+    command_of,
+    config_path,
+    load_recipe,
+)
 from mixmodal.quickstart.runner import Stage, StageRunner, largest_memory_bytes, open_run, write_json
 
 if TYPE_CHECKING:
