@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 from string import Template
+from typing import NamedTuple
 
 from mixmodal.quickstart.scoring import Rate
+
+YES, NO = "&#10003;", "&#10007;"
 
 
 def page(title: str, body: Iterable[str]) -> str:
@@ -58,6 +61,40 @@ def tile(pictures: Sequence[tuple[str, str]], caption: str) -> str:
     return f'<figure><div class="pair">{cells}</div><figcaption>{caption}</figcaption></figure>'
 
 
+class Answer(NamedTuple):
+    """A picture that was found, in HTML, with words below it, and whether it is what was sought."""
+
+    image: str
+    words: str
+    right: bool
+
+
+def findings(image: str, caption: str, answers: Mapping[str, Sequence[Answer]]) -> str:
+    """A picture and its caption beside what was found for it, nearest first, in a strip for each way of asking.
+
+    What is right has a border, and a sign for those who do not see its colour.
+    """
+
+    def cell(answer: Answer) -> str:
+        sign = f'<b class="yes">{YES} right</b> ' if answer.right else ""
+        words = f'<small title="{escape(answer.words)}">{sign}{escape(answer.words)}</small>'
+        return f"<li{_class('right' if answer.right else '')}>{answer.image}{words}</li>"
+
+    strips = "".join(
+        f"<div><h4>{escape(name)}</h4><ol>{''.join(map(cell, found))}</ol></div>" for name, found in answers.items()
+    )
+    asked = f"<figcaption>{image}<span>{escape(caption)}</span></figcaption>"
+    return f'<figure class="found">{asked}<div class="strips">{strips}</div></figure>'
+
+
+def folded(items: Sequence[str], shown: int, rest: str) -> str:
+    """Items below each other; those beyond `shown` are folded away under the words `rest`."""
+    if len(items) <= shown:
+        return "".join(items)
+    hidden = f"<details><summary>{escape(rest)} ({len(items) - shown})</summary>{''.join(items[shown:])}</details>"
+    return "".join(items[:shown]) + hidden
+
+
 def tiles(items: Sequence[str], shown: int, rest: str, small: bool = False) -> str:
     """A grid of tiles; those beyond `shown` are folded away under the words `rest`."""
     kind = _class("tiles small" if small else "tiles")
@@ -70,7 +107,7 @@ def tiles(items: Sequence[str], shown: int, rest: str, small: bool = False) -> s
 
 def verdict(right: bool, words: str) -> str:
     """Words in the colour of success or failure, with a sign for those who do not see the colour."""
-    return f'<span class="{"yes" if right else "no"}">{"&#10003;" if right else "&#10007;"} {escape(words)}</span>'
+    return f'<span class="{"yes" if right else "no"}">{YES if right else NO} {escape(words)}</span>'
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]], numbers: Sequence[int] = ()) -> str:

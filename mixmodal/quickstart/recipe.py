@@ -22,6 +22,7 @@ class Entry(NamedTuple):
     paths: Mapping[str, str | list[str]]
 
 
+ENCODER, MEMORY = "encoder/export", "memory"
 TOKENIZERS = {"text_tokenizer": "text_tokenizer/text_tokenizer.model", "image_tokenizer": "image_tokenizer/export"}
 ENTRIES = {
     "corpus": Entry("mixmodal.quickstart.corpus", "DemoCorpusConfig", "", {}),
@@ -47,6 +48,19 @@ ENTRIES = {
         "",
         {"shards": ["data/train"], "out": "tokens/train", **TOKENIZERS},
     ),
+    "encoder": Entry(
+        "mixmodal.training.contrastive",
+        "EncoderTrainingConfig",
+        "train-encoder",
+        {"data.train": ["data/train"], "data.held_out": ["data/heldout"], "trainer.run_dir": "encoder"},
+    ),
+    "memory": Entry(
+        "mixmodal.data.indexing",
+        "MemoryConfig",
+        "index",
+        {"shards": ["data/train"], "tokens": "tokens/train", "encoder": ENCODER, "out": MEMORY},
+    ),
+    "retrieval": Entry("mixmodal.quickstart.finding", "FindingConfig", "", {}),
     "pretrain": Entry(
         "mixmodal.training.pretrain",
         "PretrainConfig",
@@ -100,7 +114,7 @@ def load_recipe(run: Path, folder: Path | None = None, num_processes: int = 1) -
     loaded: dict[str, Any] = {}
     for name, entry in ENTRIES.items():
         settings[name] = yaml.safe_load(texts[f"{name}.yaml"]) or {}
-        mixed = name == "tokens" and settings["corpus"].get("mixed")
+        mixed = name in ("tokens", "memory") and settings["corpus"].get("mixed")
         path = write_config(run, name, with_mixed(entry) if mixed else entry, settings[name], num_processes)
         loaded[name] = load_config(getattr(importlib.import_module(entry.module), entry.config), path)
     return Recipe(settings, loaded)
@@ -111,7 +125,7 @@ def read_packaged(name: str) -> str:
 
 
 def with_mixed(entry: Entry) -> Entry:
-    """The entry of the token shards where the corpus has documents of both styles, too."""
+    """The entry of the token shards, or of the memory of them, where the corpus has documents of both styles, too."""
     return entry._replace(paths={**entry.paths, "shards": ["data/train", "data/train_mixed"]})
 
 

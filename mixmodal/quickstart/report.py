@@ -13,10 +13,13 @@ import numpy as np
 
 from mixmodal.quickstart.charts import Curve, heat_table, line_chart
 from mixmodal.quickstart.page import (
+    Answer,
     code,
     figure,
     figure_of,
     figures,
+    findings,
+    folded,
     page,
     paragraph,
     percent,
@@ -27,13 +30,15 @@ from mixmodal.quickstart.page import (
     tiles,
     verdict,
 )
-from mixmodal.quickstart.scoring import split_rate
+from mixmodal.quickstart.scoring import Rate, split_rate
 
 ART = (
     ("Twemoji", "Twitter, Inc. and other contributors", "CC-BY 4.0", "https://creativecommons.org/licenses/by/4.0/"),
     ("OpenMoji", "the OpenMoji project", "CC BY-SA 4.0", "https://creativecommons.org/licenses/by-sa/4.0/"),
 )
 SHOWN = 16
+FOUND, FOUND_SHOWN = 24, 8
+"""Held-out pairs of which the page shows what they find, and those that are not folded away; they take much room."""
 GIB = 1024**3
 Results = Mapping[str, Any]
 
@@ -42,7 +47,7 @@ def write_report(run: Path, summary: Results, stages: Sequence[Results]) -> Path
     """Writes `run/report.html`, one self-contained page.
 
     Args:
-        run: the quickstart's folder; the samples, classification and image tokenizer stages have written into it.
+        run: the quickstart's folder; the stages before the report have written into it.
         summary: what `summary.json` holds.
         stages: a mapping for each stage: `name`, `seconds`, `peak_memory_bytes`, `command`.
     """
@@ -54,6 +59,7 @@ def write_report(run: Path, summary: Results, stages: Sequence[Results]) -> Path
         _image_to_text(run, samples),
         _mixed(run, samples["mixed"]),
         _classification(run, read_json(run / "classification" / "results.json")),
+        _found(run, read_json(run / "retrieval" / "results.json")),
         _tokenizer(run, summary),
         _curves(run),
         _making(summary, stages),
@@ -234,6 +240,38 @@ def _classification(run: Path, results: Results) -> str:
         "concepts in the same style. The tables count categories: rows are true, columns chosen.",
         *parts,
         tiles(examples, SHOWN // 2, "more pictures with the captions chosen", small=True),
+    )
+
+
+def _found(run: Path, results: Results) -> str:
+    names = {"text": "found by its caption", "image": "found by its picture"}
+
+    def answers(found: Sequence[Results]) -> list[Answer]:
+        return [Answer(picture(run / one["image"], one["caption"]), one["caption"], one["right"]) for one in found]
+
+    def show(item: Results) -> str:
+        label = item["label"]
+        strips = {words: answers(item["found"][name]) for name, words in names.items()}
+        return findings(picture(run / item["image"], label["caption"]), label["caption"], strips)
+
+    def recall(name: str, k: str) -> str:
+        found = Rate(*results[f"by_{name}"][k])
+        return f"{percent(found.share)} ({found.hits} of {found.trials})"
+
+    first, five = (f"{100 * results['chance'][k]:.1f} %" for k in ("1", "5"))
+    rates = (
+        f"By its caption, a pair finds the right document first in {recall('text', '1')} of the cases and among the "
+        f"first five in {recall('text', '5')}; by its picture, in {recall('image', '1')} and {recall('image', '5')}. "
+        f"Chance: {first} and {five}."
+    )
+    return section(
+        "What is found",
+        f"Each held-out pair asks the memory of {results['num_documents']:,} training documents, where its "
+        "concept stands in the other style only: that document is right. Shown are the nearest ones, the nearest "
+        "first. A small encoder compares them, which was trained on captions without their style; a caption finds it "
+        "above all by the words that both captions share. The transformer has drawn and described without all this.",
+        paragraph(rates),
+        folded([show(item) for item in results["items"][:FOUND]], FOUND_SHOWN, "more pairs, drawn at random as these"),
     )
 
 

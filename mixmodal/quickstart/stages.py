@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixmodal.quickstart.recipe import DEEPSPEED, TOKENIZERS, Recipe, command_of, config_path, load_recipe
+from mixmodal.quickstart.recipe import (
+    DEEPSPEED,
+    ENCODER,
+    MEMORY,
+    TOKENIZERS,
+    Recipe,
+    command_of,
+    config_path,
+    load_recipe,
+)
 from mixmodal.quickstart.runner import Stage, StageRunner, largest_memory_bytes, open_run, write_json
 
 if TYPE_CHECKING:
@@ -91,6 +100,7 @@ class Chain:
     def _stages(self) -> list[Stage]:
         tokenizers = ("data", "text tokenizer", "image tokenizer")
         trained = ("data", "pretraining")
+        shown = ("retrieval", "sampling", "classification")
         return [
             self._stage("data", self.build_data, ["data"], "corpus"),
             self._stage("text tokenizer", self.train_text_tokenizer, ["text_tokenizer"], "text_tokenizer", ("data",)),
@@ -98,10 +108,13 @@ class Chain:
                 "image tokenizer", self.train_image_tokenizer, ["image_tokenizer"], "image_tokenizer", ("data",)
             ),
             self._stage("token shards", self.write_tokens, ["tokens"], "tokens", tokenizers),
+            self._stage("encoder", self.train_encoder, ["encoder"], "encoder", ("data",)),
+            self._stage("memory", self.build_memory, [MEMORY], "memory", ("token shards", "encoder")),
+            self._stage("retrieval", self.find, ["retrieval"], "retrieval", ("data", "memory")),
             self._stage("pretraining", self.pretrain, ["pretrain", "export"], "pretrain", ("token shards",)),
             self._stage("sampling", self.sample, ["samples"], "samples", trained),
             self._stage("classification", self.classify, ["classification"], "classes", trained),
-            self._stage("report", self.report, ["report.html", "summary.json"], None, ("sampling", "classification")),
+            self._stage("report", self.report, ["report.html", "summary.json"], None, shown),
         ]
 
     def _stage(
@@ -157,6 +170,19 @@ class Chain:
         with progress_bar("shards") as progress:
             write_token_shards(self.run, self.recipe.configs["tokens"], progress)
 
+    def train_encoder(self) -> None:
+        """A two-tower encoder, in a process of its own."""
+        from mixmodal.quickstart.launch import launch, mixmodal_command
+
+        launch(mixmodal_command("train-encoder", "--config", str(config_path(self.run, "encoder"))))
+        self._need(ENCODER, "the training of the encoder")
+
+    def build_memory(self) -> None:
+        """Vectors and tokens of the training documents."""
+        from mixmodal.data.indexing import build_memory
+
+        build_memory(self.recipe.configs["memory"])
+
     def pretrain(self) -> None:
         """Through the deepspeed launcher; the exported model is copied to `export/`."""
         from mixmodal import environment
@@ -186,6 +212,18 @@ class Chain:
             train, heldout = self.run / "data" / "train", self.run / "data" / "heldout"
             self._shared = model, load_demo(train, heldout, config.image_size, config.preprocess)
         return self._shared
+
+    def find(self) -> None:
+        """What held-out pairs find in the memory."""
+        from mixmodal.quickstart.demo import load_demo
+        from mixmodal.quickstart.finding import find_for_heldout
+
+        config, encoder = self.recipe.configs["retrieval"], self.recipe.configs["encoder"].model
+        folders = (self.run / "data" / "train", self.run / "data" / "heldout")
+        demo = load_demo(*folders, encoder.image_size, "transformers")
+        shards = self.recipe.configs["memory"].shards
+        results = find_for_heldout(self.run, demo, shards, self.run / MEMORY, self.run / ENCODER, config)
+        write_json(self.run / "retrieval" / "results.json", results)
 
     def sample(self) -> None:
         """Pictures from captions, captions from pictures, and a document of both."""
@@ -221,6 +259,7 @@ class Chain:
                 say(f"      {name:<45} {value:,.3f}")
 
     def _summary(self, markers: list[dict[str, Any]]) -> dict[str, Any]:
+        from mixmodal.quickstart.finding import summarise_finding
         from mixmodal.quickstart.report import median_of, read_json, read_metrics
         from mixmodal.quickstart.samples import summarise_samples
         from mixmodal.quickstart.scoring import Rate
@@ -233,6 +272,7 @@ class Chain:
             "seconds": 0.0,
             "peak_memory_bytes": max(largest_memory_bytes(), *(marker["peak_memory_bytes"] for marker in markers)),
             "tokenizer": read_json(self.run / "image_tokenizer" / "scores.json"),
+            "retrieval": summarise_finding(read_json(self.run / "retrieval" / "results.json")),
             **summarise_samples(samples),
             "classification": {
                 **{f"{name}_heldout": Rate(classes[name]["hits"], classes[name]["trials"]).share for name in methods},

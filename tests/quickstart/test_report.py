@@ -78,6 +78,14 @@ def run(tmp_path: Path) -> Path:
     write_json(tmp_path / "classification" / "results.json", results)
     pictures = [{"original": "samples/a.png", "reconstruction": "samples/a.png", "caption": "pear", "psnr": 19.5}]
     write_json(tmp_path / "image_tokenizer" / "reconstructions.json", pictures)
+    documents = [
+        {"key": "a", "caption": NASTY, "score": 0.9, "image": "samples/a.png", "right": True},
+        {"key": "b", "caption": "plum, flat style", "score": 0.8, "image": "samples/a.png", "right": False},
+    ]
+    found = {"label": labels[0], "image": "samples/a.png", "found": {"text": documents, "image": documents[1:]}}
+    rates = {"by_text": {"1": [1, 2], "5": [2, 2]}, "by_image": {"1": [0, 2], "5": [1, 2]}}
+    results = {"num_documents": 394, "chance": {"1": 0.0025, "5": 0.0127}, **rates, "items": [found]}
+    write_json(tmp_path / "retrieval" / "results.json", results)
     metrics = tmp_path / "pretrain" / "metrics.jsonl"
     metrics.parent.mkdir()
     metrics.write_text(
@@ -135,7 +143,7 @@ def html(run: Path) -> str:
 
 def test_the_page_needs_no_other_file(html: str) -> None:
     page = Page(html)
-    assert page.tags.count("img") == 10
+    assert page.tags.count("img") == 14
     pictures = [link for link in page.links if not link.startswith("https://creativecommons.org/")]
     assert all(link.startswith("data:image/png;base64,") for link in pictures)
     assert not {"link", "script", "iframe"} & set(page.tags)
@@ -178,6 +186,16 @@ def test_figures_say_what_they_count(html: str) -> None:
     assert "72 %of the codes are usedby held-out pictures alone; equally likely codes would give 86 %" in text
     assert "of the right style or of the right concept in 1 of 1 cases; in 0 of 1 (0 %) it is right in both" in text
     assert "Solid and dashed curves measure different things" in text
+
+
+def test_what_is_found_is_shown_and_marked_not_by_colour_alone(html: str) -> None:
+    part = html[html.index("What is found") : html.index("<h2>Image tokenizer")]
+    assert part.count('<li class="right">') == part.count("&#10003; right") == 1
+    assert part.count("<li>") == 2
+    text = Page(part).text
+    assert "the memory of 394 training documents" in text
+    assert "right document first in 50 % (1 of 2) of the cases and among the first five in 100 % (2 of 2)" in text
+    assert "by its picture, in 0 % (0 of 2) and 50 % (1 of 2). Chance: 0.2 % and 1.3 %" in text
 
 
 def test_a_line_of_metrics_cut_short_by_a_kill_is_left_out(run: Path) -> None:

@@ -34,6 +34,16 @@ TINY = {
         },
         "trainer": {"max_steps": 4, "micro_batch_size": 8, "save_every": 2, "log_every": 1},
     },
+    "encoder": {
+        "model": {
+            "image_size": 16,
+            "patch_size": 8,
+            "image": {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 32},
+            "text": {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 32},
+            "vocab_size": 400,
+        },
+        "trainer": {"max_steps": 4, "micro_batch_size": 8, "log_every": 2},
+    },
     "pretrain": {
         "model": {"dim": 16, "num_layers": 1, "num_heads": 2, "ffn_dim": 32, "max_seq_len": 128},
         "data": {"seq_len": 128},
@@ -52,6 +62,7 @@ REQUIRED = {
     *(f"tokenizer.{name}" for name in ("psnr_heldout", "ssim_heldout", "codebook_usage")),
     *(f"text_to_image.{what}_accuracy_{split}" for what in ("concept", "style") for split in ("trained", "heldout")),
     *(f"image_to_text.concept_accuracy_{split}" for split in ("trained", "heldout")),
+    *(f"retrieval.{name}" for name in ("recall1_text", "recall5_text", "recall1_image", "recall5_image", "chance1")),
     *(f"classification.{method}_heldout" for method in ("image_given_text", "text_given_image")),
 }
 
@@ -106,9 +117,18 @@ def test_a_changed_file_redoes_its_stage_and_no_earlier_one(tmp_path: Path) -> N
 def test_every_stage_reads_only_earlier_ones(tmp_path: Path) -> None:
     chain = Chain(QuickstartConfig(out=tmp_path), load_recipe(tmp_path))
     names = [stage.name for stage in chain.runner.stages]
-    assert len(names) == 8
+    assert len(names) == 11
     for place, stage in enumerate(chain.runner.stages):
         assert set(stage.inputs) <= set(names[:place])
+
+
+def test_the_memory_is_of_the_documents_that_have_token_shards(tmp_path: Path) -> None:
+    configs = load_recipe(tmp_path / "both").configs
+    assert configs["memory"].shards == configs["tokens"].shards
+    assert configs["memory"].tokens == configs["tokens"].out
+    assert Path(configs["memory"].encoder) == configs["encoder"].trainer.run_dir / "export"
+    own = write_recipe(tmp_path / "own", {"corpus": {"mixed": False}})
+    assert load_recipe(tmp_path / "pairs", own).configs["memory"].shards == (tmp_path / "pairs" / "data" / "train",)
 
 
 def test_printed_commands_say_how_many_processes_and_whose_recipe(tmp_path: Path) -> None:
@@ -118,6 +138,8 @@ def test_printed_commands_say_how_many_processes_and_whose_recipe(tmp_path: Path
     commands = {stage.name: stage.command for stage in chain.runner.stages}
     assert commands["pretraining"].startswith("deepspeed --num_gpus 2 ")
     assert (config.out / "configs" / "pretrain.yaml").read_text().startswith(f"# {commands['pretraining']}\n")
+    assert commands["encoder"] == f"mixmodal train-encoder --config {config.out}/configs/encoder.yaml"
+    assert commands["memory"] == f"mixmodal index --config {config.out}/configs/memory.yaml"
     assert commands["sampling"] == f"mixmodal quickstart --out {config.out} --recipe {own} --num_processes 2"
 
 
@@ -159,9 +181,9 @@ def test_the_whole_chain_on_a_tiny_recipe_resumes_and_reports(tmp_path: Path) ->
     assert (run / "report.html").stat().st_size > 20_000
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert again.stdout.count("done before, skipped") == 8
+    assert again.stdout.count("done before, skipped") == 11
 
     (run / "stages" / "sampling.json").unlink()  # as after an interruption
     third = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert third.stdout.count("done before, skipped") == 6  # sampling and the report are done again
+    assert third.stdout.count("done before, skipped") == 9  # sampling and the report are done again
     assert json.loads((run / "summary.json").read_text())["text_to_image"] == summary["text_to_image"]
