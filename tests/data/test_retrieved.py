@@ -68,7 +68,9 @@ class FakeMemory:
     def __init__(self, name: str) -> None:
         self.name = name
         self.keys = [f"doc{number}" for number in range(NUM)]
-        self.lengths = np.array([[len(document(name, number))] * 2 for number in range(NUM)], np.uint32)
+
+    def length(self, number: int, variant: int = 0) -> int:
+        return len(document(self.name, number, variant))
 
     def __len__(self) -> int:
         return NUM

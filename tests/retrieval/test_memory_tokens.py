@@ -49,13 +49,15 @@ def test_tokens_come_back_exactly_in_every_variant(tmp_path: Path, top: int, dty
         for variant, wanted in enumerate(read(number)):
             found = memory.ids(number, variant)
             assert (found.dtype, found.tolist()) == (np.int64, wanted.tolist())
-            assert memory.lengths[number, variant] == len(wanted)
+            assert memory.length(number, variant) == len(wanted)
         assert np.array_equal(memory.ids(number), read(number)[0])
-    assert (memory.lengths.shape, memory.lengths.dtype) == ((NUM_DOCUMENTS, 3), np.uint32)
+    assert memory.num_tokens == sum(len(ids) for number in range(NUM_DOCUMENTS) for ids in read(number))
     assert {np.load(path).dtype for path in tmp_path.glob("*.tokens.npy")} == {np.dtype(dtype)}
     for place in ((-1, 0), (NUM_DOCUMENTS, 0), (0, 3), (0, -1)):
         with pytest.raises(IndexError, match="no document"):
             memory.ids(*place)
+        with pytest.raises(IndexError, match="no document"):
+            memory.length(*place)
 
 
 def test_functions_and_arrays_give_the_same_files(tmp_path: Path) -> None:
@@ -69,6 +71,7 @@ def test_another_vocabulary_format_or_tokenizer_is_refused_by_name(tmp_path: Pat
     memory = write(tmp_path)
     own: dict[str, Any] = {"vocabulary_digest": "d" * 64, "sequence_format": FORMAT}
     memory.check_tokens(**own)
+    memory.check_like({**TOKENS, "num_variants": 1, "counts": {}})
     memory.check_tokens(**{**own, "sequence_format": {"name": "cm3leon", "grids": {"image": (4, 4)}}})
     memory.check_tokens(**own, text_tokenizer_sha256="a" * 64, image_tokenizer_sha256="b" * 64)
     manifest = r"manifest\.json: tokens\."
@@ -85,6 +88,8 @@ def test_another_vocabulary_format_or_tokenizer_is_refused_by_name(tmp_path: Pat
     ):
         with pytest.raises(ValueError, match=manifest + message):
             memory.check_tokens(**{**own, key: value})
+        with pytest.raises(ValueError, match=manifest + message):
+            memory.check_like({**TOKENS, key: value})
         with pytest.raises(ValueError, match=manifest + message):
             write(tmp_path, tokens={**TOKENS, key: value})
     with pytest.raises(ValueError, match=manifest + "num_variants is 3, not 2: .* another number of variants"):
