@@ -247,8 +247,7 @@ def compare(options: argparse.Namespace) -> None:
             write("train_throughput", f"{label}: {name}, MFU", shares, "", kind, settings)
     for name in PEERS:
         ratios = [
-            ours["tokens_per_second"] / theirs["tokens_per_second"]
-            for ours, theirs in zip(found["ours"], found[name])
+            ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in zip(found["ours"], found[name])
         ]
         write("train_throughput", f"{label}: speed of ours over {name}", ratios, "times", kind, settings)
     print({name: statistics.median(one["tokens_per_second"] for one in turns) for name, turns in found.items()})

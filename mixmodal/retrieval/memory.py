@@ -331,9 +331,7 @@ def check_encoder(path: Path, manifest: Mapping[str, Any], encoder_identity: str
         )
 
 
-def check_part(
-    folder: Path, part: Mapping[str, Any], verify: bool = True, kinds: Sequence[str] = FILE_KINDS
-) -> None:
+def check_part(folder: Path, part: Mapping[str, Any], verify: bool = True, kinds: Sequence[str] = FILE_KINDS) -> None:
     """Whether the files of a part are there, and with `verify` are those that were written.
 
     Raises:
