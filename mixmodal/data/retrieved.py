@@ -158,9 +158,7 @@ def check_retrieval(config: RetrievalConfig | None, candidates: Sequence[Path | 
     """
     given = any(folder is not None for folder in candidates)
     if config is None and given:
-        raise ValueError(
-            "data: candidates can not act without retrieval; give data.retrieval.memory, or leave them out"
-        )
+        raise ValueError("data: candidates can not act without retrieval; give retrieval.memory, or leave them out")
     if config is not None and config.random and given:
         raise ValueError("data: candidates can not act where retrieval.random is true; leave one of them out")
     if config is not None and not config.random and not given:

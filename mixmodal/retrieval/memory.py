@@ -23,10 +23,13 @@ import numpy as np
 
 from mixmodal.files import sha256_of
 from mixmodal.ragged import RaggedArray, RaggedShard, Strings, map_npy
+from mixmodal.retrieval import manifests
 from mixmodal.retrieval.index import check_fits, read_index, search_index
+from mixmodal.retrieval.manifests import MANIFEST_NAME
 
 FORMAT_VERSION = 2
-MANIFEST_NAME = "manifest.json"
+KEYS = ("encoder", "encoder_identity", "dim", "tokens", "parts", "index")
+"""What the manifest holds beside its version."""
 FILE_KINDS = ("vectors", "modalities", "keys", "key_offsets", "tokens", "token_offsets")
 READ_KINDS = ("keys", "key_offsets", "tokens", "token_offsets")
 """What is needed where documents are read by number and nothing is searched for, as in training."""
@@ -63,7 +66,6 @@ class Memory:
     hold nothing for each of them.
 
     Attributes:
-        keys: key of each document, read from disk when it is asked for.
         num_variants: spellings of a document; the first has its pictures as they are.
         encoder: where the encoder of its vectors was loaded from, a folder or a hub id.
     """
@@ -75,7 +77,6 @@ class Memory:
         self.encoder: str = manifest["encoder"]
         self._names = [part["name"] for part in manifest["parts"]]
         self._starts = np.cumsum([0, *(part["documents"] for part in manifest["parts"])])
-        self.keys = Strings(RaggedArray([_map_rows(folder, name, "keys", "key_offsets") for name in self._names]))
         self._tokens = RaggedArray([_map_rows(folder, name, "tokens", "token_offsets") for name in self._names])
         self._index = index
 
@@ -87,6 +88,11 @@ class Memory:
         """SHA-256 of what is retrieved: the documents with their vectors and tokens; the index is left out."""
         content = {key: self.manifest[key] for key in ("encoder_identity", "tokens", "parts")}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def keys(self) -> Strings:
+        """The key of each document."""
+        return Strings(RaggedArray([_map_rows(self.folder, name, "keys", "key_offsets") for name in self._names]))
 
     @cached_property
     def modalities(self) -> np.ndarray:
@@ -175,8 +181,9 @@ class Memory:
             return self._vectors[0][wanted]
         rows = np.empty((len(wanted), self.dim), np.float32)
         parts = np.searchsorted(self._starts, wanted, side="right") - 1
-        for part in np.unique(parts):
-            here = parts == part
+        order = parts.argsort(kind="stable")
+        asked, firsts = np.unique(parts[order], return_index=True)
+        for part, here in zip(asked.tolist(), np.split(order, firsts[1:])):
             rows[here] = self._vectors[part][wanted[here] - self._starts[part]]
         return rows
 
@@ -280,20 +287,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming it, where it is missing or something else.
     """
-    path = folder / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_bytes())
-        version = manifest["format_version"]
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file, so {folder} holds no memory; {REMEDY}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the manifest of a memory ({error!r})") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version is {version}, this version reads {FORMAT_VERSION}; {REMEDY}")
-    needed = {"encoder", "encoder_identity", "dim", "tokens", "parts", "index"}
-    missing = sorted(needed - set(manifest)) or sorted(set(TOKEN_KEYS) - set(manifest["tokens"]))
+    manifest = manifests.read_manifest(folder, "a memory", version=FORMAT_VERSION, keys=KEYS, remedy=REMEDY)
+    missing = sorted(set(TOKEN_KEYS) - set(manifest["tokens"]))
     if missing:
-        raise ValueError(f"{path}: the key {missing[0]} is missing; {REMEDY}")
+        raise ValueError(f"{folder / MANIFEST_NAME}: the key tokens.{missing[0]} is missing; {REMEDY}")
     return manifest
 
 

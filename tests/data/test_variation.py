@@ -20,7 +20,6 @@ FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 2)}) for name in FO
 SENTINELS = VOCABULARY.ids("sentinel")
 
 
-
 def run(modality: str) -> Callable[[list[int]], Run]:
     return lambda numbers: Run(modality, VOCABULARY.to_ids(modality, np.array(numbers)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -161,3 +162,24 @@ def test_tokens_are_read_twice_and_never_kept() -> None:
     assert read == [0, 1, 2]
     rows.sha256()
     assert read == [0, 1, 2] * 2
+
+
+def test_documents_are_read_without_faiss_index_and_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write(tmp_path)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    for kind in ("index_*", "*.vectors.npy", "*.modalities.npy"):
+        for path in tmp_path.glob(kind):
+            path.unlink()
+    memory = open_memory(tmp_path, encoder_identity=None, searched=False)
+    assert (memory.digest, len(memory), memory.num_tokens) == (whole.digest, NUM_DOCUMENTS, whole.num_tokens)
+    for number in range(NUM_DOCUMENTS):
+        assert memory.keys[number] == str(number)
+        assert memory.length(number, 2) == len(memory.ids(number, 2))
+        assert np.array_equal(memory.ids(number, 2), spell(number)[2])
+    with pytest.raises(ValueError, match="opened for reading alone; open it with searched=True"):
+        memory.search(EYE[:1], 3)
+    with pytest.raises(ValueError, match=r"vectors\.npy: missing"):
+        memory.vectors([0])
+    (tmp_path / "part_00001.tokens.npy").unlink()
+    with pytest.raises(ValueError, match=r"part_00001\.tokens\.npy: missing, though .*manifest\.json names it"):
+        open_memory(tmp_path, encoder_identity=None, searched=False)
