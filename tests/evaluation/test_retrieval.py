@@ -113,6 +113,17 @@ def test_nats_are_those_of_whole_chains_with_the_best_document_last(
         assert (entry.used, entry.num_pairs) == (count, NUM)
 
 
+@pytest.mark.parametrize("predicted", ["image", "text"])
+def test_documents_are_ordered_as_the_pair_is_however_they_are_stored(
+    ablation: RetrievalAblation, pairs: list[Pair], predicted: str
+) -> None:
+    form = ablation.format
+    pairs = [pair._replace(ids=form.order_pair(pair.ids, text_first=predicted == "image")) for pair in pairs]
+    wanted = ablation.measure(pairs, predicted, (2,), num_random=1, seed=0)
+    ablation.memory.documents = [form.turn_pair(ids) for ids in ablation.memory.documents]  # type: ignore[attr-defined]
+    assert ablation.measure(pairs, predicted, (2,), num_random=1, seed=0) == wanted
+
+
 def test_random_documents_are_seeded_and_never_the_own_one(ablation: RetrievalAblation, pairs: list[Pair]) -> None:
     def draw(seed: int) -> list[list[int]]:
         choose = ablation._random(2, seed)
