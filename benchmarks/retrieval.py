@@ -146,7 +146,7 @@ def score_worth(options: argparse.Namespace, arm: str, seed: int) -> list[Worth]
     """Nats with 0, 1 and 2 documents of a finished training."""
     run = build_config(options, arm, seed).trainer.run_dir
     config = RetrievalEvaluationConfig(
-        model=run / "export",
+        model=str(run / "export"),
         memory=options.runs / "memory",
         tokens=options.quickstart / "tokens" / "heldout",
         candidates=options.runs / "candidates_heldout",

@@ -107,6 +107,17 @@ class RaggedArray:
         """The shard that a row is in."""
         return self._shards[self.place(index)[0]]
 
+    def length(self, index: int) -> int:
+        """Values of one row, by its offsets alone."""
+        shard, row = self.place(index)
+        start, stop = self._shards[shard].offsets[row : row + 2].tolist()
+        return stop - start
+
+    @property
+    def num_values(self) -> int:
+        """Of all rows."""
+        return sum(len(shard.values) for shard in self._shards)
+
     def lengths(self) -> np.ndarray:
         """Values of each row, uint32 `(rows,)`, in memory."""
         lengths = np.empty(len(self), np.uint32)

@@ -22,6 +22,7 @@ from mixmodal.document import (
     SequenceFormat,
     Text,
     build_format,
+    count_fitting,
 )
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
@@ -279,3 +280,31 @@ def test_only_a_pair_is_turned_round(name: str, parts: list) -> None:
     split = next(place for place in range(1, len(joined)) if joined[place].modality != joined[0].modality)
     assert turned is not None
     assert np.array_equal(turned, FORMAT[name].spell(Document([*joined[split:], *joined[:split]])))
+
+
+@every_format
+def test_a_pair_is_put_in_the_order_that_is_asked_for(name: str) -> None:
+    image, text, spell = Image(np.zeros(GRID, np.int64)), Text("a"), FORMAT[name].spell
+    for parts, first, wanted in (
+        ([text, image], False, [image, text]),
+        ([image, text], True, [text, image]),
+        ([text, image], True, [text, image]),
+        ([image, text], False, [image, text]),
+        ([image, Mask(0), text], True, [Mask(0), text, image]),
+        ([text, image, text], False, [text, image, text]),
+        ([image, image], True, [image, image]),
+        ([text], False, [text]),
+        ([], True, []),
+    ):
+        ordered = FORMAT[name].order_pair(spell(Document(parts)), text_first=first)
+        assert np.array_equal(ordered, spell(Document(wanted)))
+
+
+@every_format
+@given(parts=st.lists(documents, min_size=1, max_size=5), room=st.integers(0, 60))
+def test_as_many_documents_fit_as_a_chain_has_room_for(name: str, parts: list[Document], room: int) -> None:
+    first, *others = map(FORMAT[name].spell, parts)
+    count = count_fitting(map(len, others), room)
+    lengths = [len(FORMAT[name].chain([*others[:number], first])) for number in range(len(others) + 1)]
+    assert lengths[count] <= len(first) + room
+    assert count == len(others) or lengths[count + 1] > len(first) + room

@@ -23,6 +23,7 @@ SCRIPT_FOLDERS = ("tokenizers", "train", "sample")
 FLOORS = {
     "environment": 0,
     "files": 0,
+    "hub": 0,
     "ragged": 0,
     "vocabulary": 0,
     "weights": 0,

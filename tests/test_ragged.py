@@ -66,6 +66,8 @@ def test_rows_and_lengths_are_those_written(tmp_path: Path) -> None:
     assert ragged[0].dtype == np.uint16
     assert ragged.lengths().tolist() == [3, 0, 5, 1]
     assert ragged.lengths().dtype == np.uint32
+    assert [ragged.length(row) for row in range(4)] == [3, 0, 5, 1]
+    assert ragged.num_values == 9
 
 
 def test_arrays_of_more_dimensions_come_back_where_they_are_asked_for(tmp_path: Path) -> None:

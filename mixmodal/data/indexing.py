@@ -77,7 +77,7 @@ def build_memory(config: MemoryConfig) -> Memory:
     )
     memory = open_memory(config.out, encoder_identity=encoder.identity, verify=False)
     print(
-        f"{config.out}: {len(memory):,} documents with {memory.lengths.sum(dtype=np.int64):,} tokens in "
+        f"{config.out}: {len(memory):,} documents with {memory.num_tokens:,} tokens in "
         f"{memory.num_variants} variants, {counter.num_skipped} samples skipped, index "
         f"{memory.manifest['index']['build']['kind']}, {time.perf_counter() - started:.1f} s"
     )

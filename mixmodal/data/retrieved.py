@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from mixmodal.data.token_shards import TokenShards
+from mixmodal.document import count_fitting
 from mixmodal.retrieval.candidates import CandidateStore, open_candidates
 from mixmodal.retrieval.memory import Memory, open_memory
 from mixmodal.retrieval.selection import RA_CM3, DrawConfig, draw
@@ -68,7 +69,7 @@ class Retrieval:
     """Draws documents for those of one source, from random numbers that are the document's own.
 
     Args:
-        memory: what is drawn from; no index is needed.
+        memory: what is drawn from; it need not be searched.
         candidates: by sample; None draws from the whole memory.
         num_variants: documents that a sample of the source gives.
         config: see there.
@@ -79,7 +80,6 @@ class Retrieval:
     ) -> None:
         self.memory, self.config = memory, config
         self._candidates, self._num_variants = candidates, num_variants
-        self._lengths = memory.lengths
         names = (memory.digest, candidates.digest if candidates else "random")
         self.digest = hashlib.sha256(" ".join(names).encode()).hexdigest()
 
@@ -97,21 +97,16 @@ class Retrieval:
         """
         numbers = self._numbers(document, key, generator)
         variants = (generator.random(len(numbers)) * self.memory.num_variants).astype(np.int64)
-        chosen: list[tuple[int, int]] = []
-        used = 0
-        for number, variant in zip(numbers.tolist(), variants.tolist(), strict=True):
-            length = int(self._lengths[number, variant]) - 1  # one token stands between two documents, not two
-            if used + length > room:
-                break
-            chosen.append((number, variant))
-            used += length
-        left_out = len(numbers) - len(chosen)
+        drawn = tuple(zip(numbers.tolist(), variants.tolist(), strict=True))
+        lengths = [self.memory.length(number, variant) for number, variant in drawn]
+        count = count_fitting(lengths, room)
+        left_out = len(drawn) - count
         if left_out and self.config.overflow == "refuse":
             raise ValueError(
-                f"document {key}: {left_out} of {len(numbers)} retrieved documents do not fit the {room} tokens beside "
+                f"document {key}: {left_out} of {len(drawn)} retrieved documents do not fit the {room} tokens beside "
                 f"it; raise data.seq_len, draw fewer, or set data.retrieval.overflow to fewer"
             )
-        return Retrieved(tuple(chosen), used, left_out)
+        return Retrieved(drawn[:count], sum(lengths[:count]) - count, left_out)
 
     def read(self, retrieved: Retrieved) -> list[np.ndarray]:
         """The ids `(T,)` of each document that was drawn."""
@@ -143,15 +138,13 @@ def open_retrieval(
     """
     if config is None:
         return {}
-    memory = open_memory(config.memory, encoder_identity=None, verify=False)
+    memory = open_memory(config.memory, encoder_identity=None, verify=False, searched=False)
     drawn: dict[str, Retrieval] = {}
     for name, shards in sources.items():
         folder = candidates[name]
         if folder is None and not config.random:
             continue
-        memory.check_tokens(
-            vocabulary_digest=shards.vocabulary.digest, sequence_format=shards.manifest["sequence_format"]
-        )
+        memory.check_like(shards.manifest)
         store = open_candidates(folder, memory=memory, tokens_digest=shards.digest) if folder else None
         drawn[name] = Retrieval(memory, store, shards.num_variants, config)
     return drawn
@@ -165,9 +158,7 @@ def check_retrieval(config: RetrievalConfig | None, candidates: Sequence[Path | 
     """
     given = any(folder is not None for folder in candidates)
     if config is None and given:
-        raise ValueError(
-            "data: candidates can not act without retrieval; give data.retrieval.memory, or leave them out"
-        )
+        raise ValueError("data: candidates can not act without retrieval; give retrieval.memory, or leave them out")
     if config is not None and config.random and given:
         raise ValueError("data: candidates can not act where retrieval.random is true; leave one of them out")
     if config is not None and not config.random and not given:

@@ -97,13 +97,7 @@ def retrieve(config: RetrieveConfig) -> CandidateStore:
     tokens = TokenShards(config.tokens)
     encoder = _load_encoder(config)
     memory = open_memory(config.memory, encoder_identity=encoder.identity)
-    manifest = tokens.manifest
-    memory.check_tokens(
-        vocabulary_digest=manifest["vocabulary_digest"],
-        sequence_format=manifest["sequence_format"],
-        text_tokenizer_sha256=manifest["text_tokenizer_sha256"],
-        image_tokenizer_sha256=manifest["image_tokenizer_sha256"],
-    )
+    memory.check_like(tokens.manifest)
     writer = CandidateWriter(config.out, _settings(config, memory, tokens))
     total = writer.manifest["num_documents"]
     if sum(part["documents"] for part in writer.parts) < total or not all(

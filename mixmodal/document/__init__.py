@@ -9,6 +9,7 @@ from mixmodal.document.formats import (
     Run,
     SequenceFormat,
     build_format,
+    count_fitting,
     group_texts,
 )
 from mixmodal.document.parts import (
@@ -41,5 +42,6 @@ __all__ = [
     "Text",
     "TextCodec",
     "build_format",
+    "count_fitting",
     "group_texts",
 ]

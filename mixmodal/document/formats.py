@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -168,6 +168,15 @@ class SequenceFormat(ABC):
         if sorted(part[0].modality == "text" for part in parts) != [False, True]:
             return None
         return self.join([run for part in parts[::-1] for run in part])
+
+    def order_pair(self, ids: np.ndarray, *, text_first: bool) -> np.ndarray:
+        """A document of one text, masks among it, and one coded part, with the text first or last; any other as it is.
+
+        Raises:
+            SequenceError: where the ids are not a whole sequence of this format.
+        """
+        turned = self.turn_pair(ids)
+        return ids if turned is None or (self.split(ids)[0].modality == "text") == text_first else turned
 
     def parse(self, ids: np.ndarray) -> Document:
         """The inverse of `spell`.
@@ -353,6 +362,11 @@ def group_texts(runs: Sequence[Run]) -> list[list[Run]]:
     """Runs with neighbouring texts, masks among them, taken together."""
     numbered = groupby(enumerate(runs), key=lambda item: -1 if item[1].modality == "text" else item[0])
     return [[run for _, run in part] for _, part in numbered]
+
+
+def count_fitting(lengths: Iterable[int], room: int) -> int:
+    """How many whole documents of these lengths, from the first on, fit `room` tokens before another one in a chain."""
+    return sum(end <= room for end in accumulate(length - 1 for length in lengths))
 
 
 FORMATS: dict[FormatName, type[SequenceFormat]] = {"cm3leon": CM3LeonFormat, "chameleon": ChameleonFormat}

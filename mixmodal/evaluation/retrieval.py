@@ -5,14 +5,14 @@ The control has random documents of the memory in their place: what they give is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from mixmodal.classification.autoregressive import ScoredSequence, SequenceScorer
-from mixmodal.document import SequenceFormat
+from mixmodal.document import SequenceFormat, count_fitting
 from mixmodal.retrieval.candidates import CandidateStore
 from mixmodal.retrieval.memory import Memory
 
@@ -42,8 +42,9 @@ class Worth:
         kind: whether documents were retrieved for what is given, or are random.
         count: documents wanted before each pair.
         used: documents that stood there, on average: a pair can have fewer candidates, or no room.
-        nats_per_token: negative log-likelihood of the tokens of the part, among all ids, as in training.
-        nats_less: how much it is below that without documents, mean over pairs of nats a token.
+        nats_per_token: negative log-likelihood of the part over its tokens, each among all ids, as in training; mean
+            over pairs, so that a pair with a long text weighs no more than one with a short one.
+        nats_less: how much that is below what it is without documents.
         nats_less_error: standard error of that mean, over pairs.
         num_pairs: how many were scored.
     """
@@ -129,27 +130,18 @@ class RetrievalAblation:
         sequences: list[ScoredSequence] = []
         used = 0
         for pair in pairs:
-            is_text_first = not self._ends_with_text(pair.ids)
             for draw in range(draws):
-                before = list(self._fitting(pair, choose(pair, draw), is_text_first))
+                before = self._fitting(pair, choose(pair, draw))
                 used += len(before)
                 sequences.append(self._scored(before, pair.ids))
         found = self.scorer.score(sequences, restrict=False)
         return (found.totals / found.counts).reshape(len(pairs), draws), used / len(sequences)
 
-    def _fitting(self, pair: Pair, numbers: Sequence[int], text_first: bool) -> Iterator[np.ndarray]:
-        """Documents in the order in which they stand, the best one last; those that do not fit are left out."""
-        room = self.room - len(pair.ids)
-        kept: list[np.ndarray] = []
-        for number in numbers:
-            ids = self.memory.ids(number)
-            if not text_first and (turned := self.format.turn_pair(ids)) is not None:
-                ids = turned
-            if len(ids) - 1 > room:
-                break
-            kept.append(ids)
-            room -= len(ids) - 1
-        return reversed(kept)
+    def _fitting(self, pair: Pair, numbers: Sequence[int]) -> list[np.ndarray]:
+        """Documents as they stand, ordered as the pair is, the best one last; those that do not fit are left out."""
+        text_first = self.format.split(pair.ids)[0].modality == "text"
+        found = [self.format.order_pair(self.memory.ids(number), text_first=text_first) for number in numbers]
+        return found[: count_fitting(map(len, found), self.room - len(pair.ids))][::-1]
 
     def _scored(self, before: Sequence[np.ndarray], ids: np.ndarray) -> ScoredSequence:
         """The chain, in which the tokens of the last part of `ids` are scored."""
@@ -159,6 +151,3 @@ class RetrievalAblation:
         scored = np.zeros(len(chain), bool)
         scored[len(chain) - len(ids) + is_content] = True
         return ScoredSequence(chain, scored)
-
-    def _ends_with_text(self, ids: np.ndarray) -> bool:
-        return self.format.split(ids)[-1].modality == "text"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ import torch
 
 from mixmodal.document import SequenceFormat, build_format
 from mixmodal.files import write_whole
+from mixmodal.hub import find_folder
 from mixmodal.models.transformer import Transformer, TransformerConfig, load_weights, save_weights
 from mixmodal.vocabulary import Vocabulary
 
@@ -33,7 +33,6 @@ CONFIG, WEIGHTS, TEXT_TOKENIZER, IMAGE_TOKENIZER, CARD = (
     "README.md",
 )
 EXPORT_FILES = [CONFIG, "model*.safetensors", TEXT_TOKENIZER, f"{IMAGE_TOKENIZER}/*", CARD]
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 CARD_SECTIONS = {
     "data": "Training data",
     "attribution": "Attribution",
@@ -197,20 +196,10 @@ def find_export(source: Path | str) -> Path:
     Raises:
         ExportError: where there is neither.
     """
-    folder = Path(source)
-    if folder.exists() or not HUB_ID.fullmatch(str(source)):
-        return folder
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError as error:
-        raise ExportError(
-            f"there is no folder {source}; to load it as a model from the Hugging Face hub, install huggingface_hub"
-        ) from error
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=EXPORT_FILES))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise ExportError(f"there is no folder {source}, and the Hugging Face hub does not give it: {error}") from error
+        return find_folder(source, EXPORT_FILES, "an exported model")
+    except ValueError as error:
+        raise ExportError(str(error)) from error
 
 
 def write_card(card: Mapping[str, Any], config: Mapping[str, Any]) -> str:

@@ -9,16 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import torch
-
 from mixmodal.classification.autoregressive import SequenceScorer
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.document import SequenceFormat
 from mixmodal.evaluation.retrieval import Pair, RetrievalAblation, Worth
 from mixmodal.files import write_whole
-from mixmodal.interop.export import load_export
 from mixmodal.pipeline.generate import DTYPES
+from mixmodal.pipeline.mixed_modal import MixedModal
+from mixmodal.pipeline.prompts import check_memory
 from mixmodal.retrieval.candidates import open_candidates
 from mixmodal.retrieval.memory import open_memory
 
@@ -31,7 +29,7 @@ class RetrievalEvaluationConfig:
     """Scores pairs of a text and a picture, each part given the other one, with and without documents of a memory.
 
     Args:
-        model: folder of an exported model.
+        model: folder of an exported model, or an id on the Hugging Face hub.
         memory: folder of `mixmodal index`.
         tokens: token shards of the pairs, held out from training.
         candidates: folder of `mixmodal retrieve` of those token shards; `retrieve.query_dropout 0` suits an evaluation.
@@ -45,7 +43,7 @@ class RetrievalEvaluationConfig:
         dtype: of the weights.
     """
 
-    model: Path
+    model: str
     memory: Path
     tokens: Path
     candidates: Path
@@ -73,27 +71,25 @@ def evaluate_retrieval(config: RetrievalEvaluationConfig) -> list[Worth]:
     Raises:
         ValueError: where model, memory, candidates and token shards do not belong together, or there are no pairs.
     """
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    export = load_export(config.model, device, DTYPES[config.dtype])
+    model = MixedModal.from_pretrained(config.model, config.device, DTYPES[config.dtype], config.batch_size)
     shards = TokenShards.open(config.tokens)
-    shards.check(vocabulary_digest=export.vocabulary.digest)
-    memory = open_memory(config.memory, encoder_identity=None)
-    memory.check_tokens(vocabulary_digest=shards.vocabulary.digest, sequence_format=shards.manifest["sequence_format"])
+    memory = open_memory(config.memory, encoder_identity=None, verify=False, searched=False)
+    check_memory(memory, model.codec, model.folder)
+    memory.check_like(shards.manifest)
     candidates = open_candidates(config.candidates, memory=memory, tokens_digest=shards.digest)
     left_out: Counter[str] = Counter()
-    pairs = list(read_pairs(shards, export.format, left_out))[: config.max_pairs]
+    pairs = list(read_pairs(shards, model.format, left_out))[: config.max_pairs]
     if not pairs:
         raise ValueError(f"{config.tokens}: there is no document of one text and one picture to score")
-    scorer = SequenceScorer(export.model, export.format, config.batch_size)
-    ablation = RetrievalAblation(scorer, memory, candidates, export.model.config.max_seq_len)
+    scorer = SequenceScorer(model.model, model.format, config.batch_size)
+    ablation = RetrievalAblation(scorer, memory, candidates, model.model.config.max_seq_len)
     found: list[Worth] = []
     for predicted in ("image", "text"):
-        chosen = [pair._replace(ids=turn_to(export.format, pair.ids, predicted)) for pair in pairs]
+        text_first = predicted != "text"
+        chosen = [pair._replace(ids=model.format.order_pair(pair.ids, text_first=text_first)) for pair in pairs]
         found += ablation.measure(chosen, predicted, config.counts, config.num_random, config.seed)
     report = {
-        "model": str(config.model),
+        "model": config.model,
         "memory": str(config.memory),
         "tokens": str(config.tokens),
         "num_random": config.num_random,
@@ -119,15 +115,6 @@ def read_pairs(shards: TokenShards, format: SequenceFormat, left_out: Counter[st
             left_out["not pairs"] += 1
         else:
             yield Pair(sample, shards.keys[index].rpartition("#")[0], ids)
-
-
-def turn_to(format: SequenceFormat, ids: np.ndarray, predicted: str) -> np.ndarray:
-    """A pair with the part of modality `predicted` last."""
-    if format.split(ids)[-1].modality == predicted:
-        return ids
-    turned = format.turn_pair(ids)
-    assert turned is not None
-    return turned
 
 
 def table(found: Sequence[Worth]) -> Table:

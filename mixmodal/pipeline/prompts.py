@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL.Image import Image as Picture
 
-from mixmodal.document import Coded, Document, Mask, SequenceFormat, Text
+from mixmodal.document import Coded, Document, Mask, SequenceFormat, Text, count_fitting
 from mixmodal.interop.export import IMAGE_TOKENIZER
 from mixmodal.retrieval.encoder import DocumentParts
 from mixmodal.retrieval.memory import Memory
@@ -159,16 +159,6 @@ def spell_documents(codec: Codec, documents: Sequence[Before]) -> list[np.ndarra
     return spelled
 
 
-def turn_round(format: SequenceFormat, ids: np.ndarray, text_first: bool) -> np.ndarray:
-    """A document of one text and one coded part with the text first, or last; any other one as it is."""
-    runs = format.split(ids)
-    texts = [run for run in runs if run.modality == "text"]
-    coded = [run for run in runs if run.modality != "text"]
-    if len(coded) != 1 or not texts or runs[0].modality == runs[-1].modality:
-        return ids
-    return format.join([*texts, *coded] if text_first else [*coded, *texts])
-
-
 def find_documents(
     retriever: Retriever,
     codec: Codec,
@@ -185,11 +175,11 @@ def find_documents(
     wanted = [_document_parts(codec, query.parts) for query in queries]
     found = retriever.find(wanted, count) if random_seed is None else retriever.random(wanted, count, random_seed)
     turned = [
-        [one._replace(ids=turn_round(codec.format, one.ids, query.text_first)) for one in row]
+        [one._replace(ids=codec.format.order_pair(one.ids, text_first=query.text_first)) for one in row]
         for row, query in zip(found, queries)
     ]
     lengths = [query.length for query in queries]
-    counts = count_fitting([[one.ids for one in row] for row in turned], lengths, max_seq_len)
+    counts = _count_last([[one.ids for one in row] for row in turned], lengths, max_seq_len)
     return [row[len(row) - count :] for row, count in zip(turned, counts)]
 
 
@@ -204,21 +194,21 @@ def fit_documents(
     if len(before) != len(lengths):
         raise ValueError(f"before has documents for {len(before)} prompts; there are {len(lengths)}")
     spelled = [spell_documents(codec, row) for row in before]
-    counts = count_fitting(spelled, lengths, max_seq_len)
+    counts = _count_last(spelled, lengths, max_seq_len)
     return [row[len(row) - count :] for row, count in zip(spelled, counts)]
 
 
-def count_fitting(documents: Sequence[Sequence[np.ndarray]], lengths: Sequence[int], max_seq_len: int) -> list[int]:
-    """How many documents, counted from the last, fit before others of `lengths` tokens; none is ever cut.
+def _count_last(documents: Sequence[Sequence[np.ndarray]], lengths: Sequence[int], max_seq_len: int) -> list[int]:
+    """How many documents, counted from the last, fit before others of `lengths` tokens; a warning tells of the rest.
 
     Args:
         documents: ids `(T,)`, for each of the others.
         max_seq_len: the model's context, which they share.
     """
-    counts: list[int] = []
-    for row, length in zip(documents, lengths):
-        ends = np.cumsum([len(ids) - 1 for ids in reversed(row)])  # each without its <s>
-        counts.append(int((ends + length <= max_seq_len).sum()))
+    counts = [
+        count_fitting([len(ids) for ids in reversed(row)], max_seq_len - length)
+        for row, length in zip(documents, lengths)
+    ]
     short = [(count, len(row)) for count, row in zip(counts, documents) if count < len(row)]
     if short:
         used, given = min(short)

@@ -8,7 +8,6 @@ import numpy as np
 
 from mixmodal.classification.autoregressive import ScoredSequence, SequenceScorer
 from mixmodal.document import Document, Text
-from mixmodal.pipeline.prompts import turn_round
 
 
 def keep_best(
@@ -34,7 +33,7 @@ def keep_best(
             raise ValueError("best_of compares images with the prompt's text, and the prompt has none; leave it at 1")
         pictures = [part for part in prompt.parts if not isinstance(part, Text)]
         context = Document([*pictures, *candidate.parts])
-        turned = [turn_round(scorer.format, ids, text_first=False) for ids in before]
+        turned = [scorer.format.order_pair(ids, text_first=False) for ids in before]
         sequence = ScoredSequence(*scorer.format.spell_continuation(context, Document(texts)))
         sequences.append(sequence.behind(scorer.format.prefix(turned)))
     totals = scorer.score(sequences).totals.reshape(-1, best_of)

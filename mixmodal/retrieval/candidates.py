@@ -19,14 +19,24 @@ import numpy as np
 
 from mixmodal.files import replacing, sha256_of, write_whole
 from mixmodal.ragged import map_npy
+from mixmodal.retrieval import manifests
+from mixmodal.retrieval.manifests import MANIFEST_NAME
 from mixmodal.retrieval.memory import Memory
 from mixmodal.retrieval.selection import Candidates
 
 FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
 REMEDY = "retrieve again"
-KEYS = ("memory_digest", "tokens_digest", "num_documents", "num_candidates", "selection", "query_dropout", "seed")
-"""What the manifest holds beside its version and parts."""
+KEYS = (
+    "memory_digest",
+    "tokens_digest",
+    "num_documents",
+    "num_candidates",
+    "selection",
+    "query_dropout",
+    "seed",
+    "parts",
+)
+"""What the manifest holds beside its version."""
 
 
 class CandidateStore:
@@ -108,7 +118,7 @@ class CandidateWriter:
 
     Args:
         folder: made with the first part.
-        settings: what they are found with, plain data, KEYS and more.
+        settings: what they are found with, plain data: KEYS but for the parts, and more.
 
     Raises:
         ValueError: where the folder holds candidates that were found with other settings.
@@ -164,20 +174,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming it, where it is missing or something else.
     """
-    path = folder / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_bytes())
-        version = manifest["format_version"]
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file, so {folder} holds no candidates; {REMEDY}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the manifest of candidates ({error!r})") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version is {version}, this version reads {FORMAT_VERSION}; {REMEDY}")
-    missing = sorted({*KEYS, "parts"} - set(manifest))
-    if missing:
-        raise ValueError(f"{path}: the key {missing[0]} is missing; {REMEDY}")
-    return manifest
+    return manifests.read_manifest(folder, "candidates", version=FORMAT_VERSION, keys=KEYS, remedy=REMEDY)
 
 
 def check_part(folder: Path, part: Mapping[str, Any]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -19,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mixmodal.files import sha256_of
+from mixmodal.hub import find_folder
 
 T = TypeVar("T")
 
@@ -40,7 +40,6 @@ FILES = (
     "spiece.model",
 )
 """What decides a vector, as patterns: what is downloaded of a hub id, and what the identity is of."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 INSTALL = "pip install 'mixmodal[retrieval]'"
 
 
@@ -160,7 +159,7 @@ def load_encoder(source: Path | str, device: str | torch.device = "cpu", batch_s
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    folder = find_folder(source)
+    folder = find_encoder(source)
     check_folder(folder)
     try:
         from transformers import AutoModel, AutoProcessor
@@ -187,29 +186,16 @@ def load_encoder(source: Path | str, device: str | torch.device = "cpu", batch_s
     return DocumentEncoder(model.to(device).eval(), processor, identity_of(folder), batch_size)
 
 
-def find_folder(source: Path | str) -> Path:
-    """A local folder as it is; else the snapshot of a hub id.
+def find_encoder(source: Path | str) -> Path:
+    """The folder of an encoder, or of the snapshot of a hub id.
 
     Raises:
         ValueError: where there is neither.
     """
-    if Path(source).is_dir():
-        return Path(source)
-    if not HUB_ID.fullmatch(str(source)):
-        raise ValueError(f"encoder: there is no folder {source}; give one with a CLIP or SigLIP model, or a hub id")
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError as error:
-        raise ValueError(f"encoder: there is no folder {source}; to load it from the hub: {INSTALL}") from error
-    name, _, revision = str(source).partition("@")
-    try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FILES)))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(
-            f"encoder: there is no folder {source}, and the Hugging Face hub does not give it: {reason}"
-        ) from error
+        return find_folder(source, FILES, "a CLIP or SigLIP model")
+    except ValueError as error:
+        raise ValueError(f"encoder: {error}") from error
 
 
 def check_folder(folder: Path) -> None:

@@ -38,9 +38,9 @@ class LeakGuard:
             names.append(_digest(memory.keys[number].encode("utf-8", "surrogatepass")))
             pictures.extend(self._pictures(memory.ids(number)))
             ends.append(len(pictures))
-        self._names = np.array(names, np.uint64)
-        self._digests = np.array(pictures, np.uint64)
-        self._ends = np.array(ends, np.int64)
+        self._names = np.frombuffer(names, np.uint64)
+        self._digests = np.frombuffer(pictures, np.uint64)
+        self._ends = np.frombuffer(ends, np.int64)
 
     def refuse(self, keys: Sequence[str], documents: Sequence[np.ndarray]) -> Refuse:
         """What a batch may not have.
@@ -57,7 +57,8 @@ class LeakGuard:
 
         def refuse(rows: np.ndarray, numbers: np.ndarray) -> np.ndarray:
             there = np.maximum(numbers, 0)
-            starts, counts = self._ends[there].ravel(), np.diff(self._ends)[there].ravel()
+            starts = self._ends[there].ravel()
+            counts = self._ends[there + 1].ravel() - starts
             places = np.repeat(starts - np.cumsum(counts) + counts, counts) + np.arange(counts.sum())
             owners = np.repeat(np.arange(numbers.size), counts)
             of_row = np.repeat(rows.astype(np.uint64), numbers.shape[1])[owners]

@@ -23,11 +23,16 @@ import numpy as np
 
 from mixmodal.files import sha256_of
 from mixmodal.ragged import RaggedArray, RaggedShard, Strings, map_npy
+from mixmodal.retrieval import manifests
 from mixmodal.retrieval.index import check_fits, read_index, search_index
+from mixmodal.retrieval.manifests import MANIFEST_NAME
 
 FORMAT_VERSION = 2
-MANIFEST_NAME = "manifest.json"
+KEYS = ("encoder", "encoder_identity", "dim", "tokens", "parts", "index")
+"""What the manifest holds beside its version."""
 FILE_KINDS = ("vectors", "modalities", "keys", "key_offsets", "tokens", "token_offsets")
+READ_KINDS = ("keys", "key_offsets", "tokens", "token_offsets")
+"""What is needed where documents are read by number and nothing is searched for, as in training."""
 TOKEN_KEYS = (
     "vocabulary_digest",
     "sequence_format",
@@ -57,24 +62,22 @@ class Found(NamedTuple):
 class Memory:
     """Documents by number, and the nearest ones to a query; see `open_memory`.
 
+    Keys, tokens and their lengths stay on disk, in pages that processes share, so that ranks that only read documents
+    hold nothing for each of them.
+
     Attributes:
-        keys: key of each document, read from disk when it is asked for.
-        modalities: uint8 `(documents,)`: bits HAS_TEXT and HAS_IMAGE.
         num_variants: spellings of a document; the first has its pictures as they are.
         encoder: where the encoder of its vectors was loaded from, a folder or a hub id.
     """
 
-    def __init__(self, folder: Path, manifest: Mapping[str, Any], index: Any) -> None:
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], index: Any | None) -> None:
         self.folder, self.manifest = folder, manifest
         self.dim: int = manifest["dim"]
         self.num_variants: int = manifest["tokens"]["num_variants"]
         self.encoder: str = manifest["encoder"]
-        names = [part["name"] for part in manifest["parts"]]
-        self._vectors = [map_part(folder, name, "vectors", num_dims=2, kinds="f") for name in names]
-        self._starts = np.cumsum([0, *map(len, self._vectors)])
-        self.keys = Strings(RaggedArray([_map_rows(folder, name, "keys", "key_offsets") for name in names]))
-        self._tokens = RaggedArray([_map_rows(folder, name, "tokens", "token_offsets") for name in names])
-        self.modalities = np.concatenate([map_part(folder, name, "modalities") for name in names])
+        self._names = [part["name"] for part in manifest["parts"]]
+        self._starts = np.cumsum([0, *(part["documents"] for part in manifest["parts"])])
+        self._tokens = RaggedArray([_map_rows(folder, name, "tokens", "token_offsets") for name in self._names])
         self._index = index
 
     def __len__(self) -> int:
@@ -87,9 +90,31 @@ class Memory:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     @cached_property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document in each variant, uint32 `(documents, num_variants)`."""
-        return self._tokens.lengths().reshape(-1, self.num_variants)
+    def keys(self) -> Strings:
+        """The key of each document."""
+        return Strings(RaggedArray([_map_rows(self.folder, name, "keys", "key_offsets") for name in self._names]))
+
+    @cached_property
+    def modalities(self) -> np.ndarray:
+        """Bits HAS_TEXT and HAS_IMAGE of each document, uint8 `(documents,)`, in memory."""
+        return np.concatenate([map_part(self.folder, name, "modalities") for name in self._names])
+
+    @cached_property
+    def _vectors(self) -> list[np.ndarray]:
+        return [map_part(self.folder, name, "vectors", num_dims=2, kinds="f") for name in self._names]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of all documents in all variants."""
+        return self._tokens.num_values
+
+    def length(self, number: int, variant: int = 0) -> int:
+        """Tokens of a document in one of its variants.
+
+        Raises:
+            IndexError: where there is no such document or variant.
+        """
+        return self._tokens.length(self._row(number, variant))
 
     def ids(self, number: int, variant: int = 0) -> np.ndarray:
         """The tokens of a document in one of its variants, int64 `(T,)`.
@@ -97,11 +122,26 @@ class Memory:
         Raises:
             IndexError: where there is no such document or variant.
         """
+        return self._tokens[self._row(number, variant)].astype(np.int64)
+
+    def _row(self, number: int, variant: int) -> int:
         if not (0 <= number < len(self) and 0 <= variant < self.num_variants):
             raise IndexError(
                 f"{self.folder}: no document {number}, variant {variant}; there are {len(self)} of {self.num_variants}"
             )
-        return self._tokens[number * self.num_variants + variant].astype(np.int64)
+        return number * self.num_variants + variant
+
+    def check_like(self, manifest: Mapping[str, Any]) -> None:
+        """Whether the documents are spelled as token shards are, by the same tokenizers.
+
+        Args:
+            manifest: of the token shards.
+
+        Raises:
+            ValueError: naming the manifest of the memory and the key that differs.
+        """
+        wanted = {key: manifest[key] for key in TOKEN_KEYS if key != "num_variants"}
+        check_section(self.folder / MANIFEST_NAME, self.manifest["tokens"], wanted)
 
     def check_tokens(
         self,
@@ -141,8 +181,9 @@ class Memory:
             return self._vectors[0][wanted]
         rows = np.empty((len(wanted), self.dim), np.float32)
         parts = np.searchsorted(self._starts, wanted, side="right") - 1
-        for part in np.unique(parts):
-            here = parts == part
+        order = parts.argsort(kind="stable")
+        asked, firsts = np.unique(parts[order], return_index=True)
+        for part, here in zip(asked.tolist(), np.split(order, firsts[1:])):
             rows[here] = self._vectors[part][wanted[here] - self._starts[part]]
         return rows
 
@@ -153,8 +194,11 @@ class Memory:
             queries: vectors of length 1, float32 `(queries, dim)`.
 
         Raises:
-            ValueError: for queries of another shape, or that are not finite or not of length 1.
+            ValueError: for queries of another shape, or that are not finite or not of length 1; where the memory was
+                opened for reading alone.
         """
+        if self._index is None:
+            raise ValueError(f"{self.folder}: the memory was opened for reading alone; open it with searched=True")
         if queries.ndim != 2 or queries.shape[1] != self.dim:
             raise ValueError(f"queries of shape {queries.shape}; {self.folder} has vectors of {self.dim} dimensions")
         wrong = find_wrong(queries)
@@ -192,13 +236,20 @@ def find_wrong(vectors: np.ndarray) -> tuple[int, str] | None:
 
 
 def open_memory(
-    folder: Path | str, *, encoder_identity: str | None, verify: bool = True, mapped: bool = True
+    folder: Path | str,
+    *,
+    encoder_identity: str | None,
+    verify: bool = True,
+    mapped: bool = True,
+    searched: bool = True,
 ) -> Memory:
-    """The memory in a folder, ready to be searched.
+    """The memory in a folder.
 
     Args:
         encoder_identity: of the encoder that queries come from; None is not compared, for reading alone.
         verify: read every file and compare its SHA-256 with the manifest's.
+        searched: open the index as well. Otherwise documents are read by number alone, for which neither faiss nor
+            index, vectors and modalities have to be there.
         mapped: leave the index on disk, in pages that processes share; else it is read into memory, which must hold it.
 
     Raises:
@@ -214,6 +265,10 @@ def open_memory(
     if not total:
         raise ValueError(f"{path}: the memory is empty; {REMEDY}")
     entry = manifest["index"]
+    if not searched:
+        for part in manifest["parts"]:
+            check_part(folder, part, verify, READ_KINDS)
+        return Memory(folder, manifest, None)
     if entry is None or entry["documents"] != total:
         covered = entry["documents"] if entry else 0
         raise ValueError(f"{path}: the index covers {covered} of {total} documents, so the job broke off; {REMEDY}")
@@ -232,20 +287,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming it, where it is missing or something else.
     """
-    path = folder / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_bytes())
-        version = manifest["format_version"]
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: no such file, so {folder} holds no memory; {REMEDY}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not the manifest of a memory ({error!r})") from error
-    if version != FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version is {version}, this version reads {FORMAT_VERSION}; {REMEDY}")
-    needed = {"encoder", "encoder_identity", "dim", "tokens", "parts", "index"}
-    missing = sorted(needed - set(manifest)) or sorted(set(TOKEN_KEYS) - set(manifest["tokens"]))
+    manifest = manifests.read_manifest(folder, "a memory", version=FORMAT_VERSION, keys=KEYS, remedy=REMEDY)
+    missing = sorted(set(TOKEN_KEYS) - set(manifest["tokens"]))
     if missing:
-        raise ValueError(f"{path}: the key {missing[0]} is missing; {REMEDY}")
+        raise ValueError(f"{folder / MANIFEST_NAME}: the key tokens.{missing[0]} is missing; {REMEDY}")
     return manifest
 
 
@@ -283,13 +328,13 @@ def check_encoder(path: Path, manifest: Mapping[str, Any], encoder_identity: str
         )
 
 
-def check_part(folder: Path, part: Mapping[str, Any], verify: bool = True) -> None:
+def check_part(folder: Path, part: Mapping[str, Any], verify: bool = True, kinds: Sequence[str] = FILE_KINDS) -> None:
     """Whether the files of a part are there, and with `verify` are those that were written.
 
     Raises:
         ValueError: naming the file.
     """
-    for kind in FILE_KINDS:
+    for kind in kinds:
         check_file(part_path(folder, part["name"], kind), part["sha256"][kind] if verify else None)
 
 

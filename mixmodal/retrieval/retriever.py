@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from mixmodal.retrieval.encoder import DocumentEncoder, DocumentParts, find_folder, load_encoder
+from mixmodal.retrieval.encoder import DocumentEncoder, DocumentParts, find_encoder, load_encoder
 from mixmodal.retrieval.memory import MANIFEST_NAME, Memory, check_encoder, open_memory
 from mixmodal.retrieval.selection import SelectionConfig, choose, select
 
@@ -155,7 +155,7 @@ def load_retriever(
     """
     opened = open_memory(memory, encoder_identity=None, verify=verify)
     try:
-        folder = find_folder(opened.encoder if encoder is None else encoder)
+        folder = find_encoder(opened.encoder if encoder is None else encoder)
     except ValueError as error:
         if encoder is not None:
             raise

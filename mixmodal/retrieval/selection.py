@@ -156,19 +156,6 @@ def _products(vectors: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.einsum("nkd,nd->nk", vectors, others)
 
 
-def find_candidates(
-    memory: Memory,
-    config: SelectionConfig,
-    *,
-    text_queries: np.ndarray | None,
-    image_queries: np.ndarray | None,
-    own: Sequence[int] | None = None,
-) -> list[Candidates]:
-    """The candidates of a batch of documents; see `select`."""
-    found = select(memory, config, text_queries=text_queries, image_queries=image_queries, own=own).numbers
-    return [Candidates(*(numbers[numbers >= 0] for numbers in row)) for row in found]
-
-
 def select(
     memory: Memory,
     config: SelectionConfig,

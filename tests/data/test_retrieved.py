@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mixmodal.data.mixture import counters
 from mixmodal.data.packing import Batch
 from mixmodal.data.pipeline import DataConfig, PackedDocuments
 from mixmodal.data.retrieved import Retrieval, RetrievalConfig
@@ -68,7 +69,9 @@ class FakeMemory:
     def __init__(self, name: str) -> None:
         self.name = name
         self.keys = [f"doc{number}" for number in range(NUM)]
-        self.lengths = np.array([[len(document(name, number))] * 2 for number in range(NUM)], np.uint32)
+
+    def length(self, number: int, variant: int = 0) -> int:
+        return len(document(self.name, number, variant))
 
     def __len__(self) -> int:
         return NUM
@@ -259,12 +262,54 @@ def test_random_documents_come_from_the_whole_memory_but_never_the_own_one() -> 
     assert len(found) > 0.9 * NUM * (NUM - 1)
 
 
-def test_another_memory_does_not_go_on_with_a_run() -> None:
+@pytest.mark.parametrize("other", ["other", None])
+def test_another_memory_does_not_go_on_with_a_run(other: str | None) -> None:
     packed = stream()
     state = packed.state_dict()
-    state["sources"][""]["retrieval_sha256"] = "other"
+    state["sources"][""]["retrieval_sha256"] = other
     with pytest.raises(ValueError, match=r"data shards: retrieval_sha256 is .*, but the checkpoint was written with"):
         packed.load_state_dict(state)
+
+
+def test_a_checkpoint_from_before_there_was_retrieval_goes_on_without() -> None:
+    def plain() -> PackedDocuments:
+        config = replace(CONFIG, candidates=None, retrieval=None, lookahead=3)
+        return PackedDocuments(Stored("cm3leon"), FORMAT["cm3leon"], MASKED, config, micro_batch_size=2)
+
+    packed, resumed = plain(), plain()
+    next(packed)
+    state = packed.state_dict()
+    for key in ("retrieval_sha256", "retrieved", "left_out"):
+        del state["sources"][""][key]
+    resumed.load_state_dict(state)
+    assert next(resumed).tokens.equal(next(packed).tokens)
+    assert "retrieved" not in counters(resumed.state_dict())
+
+
+def test_a_source_with_documents_before_its_own_can_be_left_out_and_added() -> None:
+    sources = {name: SourceConfig(tokens=Path(name), candidates=Path("found")) for name in ("one", "two")}
+    both = replace(CONFIG, tokens=None, candidates=None, sources=sources, lookahead=4)
+    alone = replace(both, sources={"one": sources["one"]})
+
+    def build(config: DataConfig) -> PackedDocuments:
+        drawn = Retrieval(FakeMemory("cm3leon"), CANDIDATES, 1, RETRIEVAL)  # type: ignore[arg-type]
+        held = {name: Stored("cm3leon") for name in config.sources}
+        return PackedDocuments(
+            held, FORMAT["cm3leon"], MASKED, config, micro_batch_size=2, retrieval=dict.fromkeys(held, drawn)
+        )
+
+    packed, left, again = build(both), build(alone), build(both)
+    next(packed)
+    state = packed.state_dict()
+    assert {name for name, _, _ in state["pending"]} == {"one", "two"}
+    left.load_state_dict(state)
+    waiting = [drawn.document for drawn in left._pending]
+    assert waiting == [document for name, _, document in state["pending"] if name == "one"]
+    keys = [key for batch in islice(left, 4) for row in batch.keys for key in row]
+    assert {key.split(":")[0] for key in keys} == {"one"}
+    assert keys[0] == f"one:doc{waiting[0]}#0"
+    again.load_state_dict(left.state_dict())
+    assert {key.split(":")[0] for batch in islice(again, 4) for row in batch.keys for key in row} == {"one", "two"}
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +18,14 @@ from PIL import Image
 
 from mixmodal import cli
 from mixmodal.data.indexing import MemoryConfig, build_memory
+from mixmodal.data.packing import Batch
+from mixmodal.data.pipeline import DataConfig, PackedDocuments, open_retrievals, open_sources
+from mixmodal.data.retrieved import RetrievalConfig
 from mixmodal.data.retrieving import RetrieveConfig, retrieve
 from mixmodal.data.shards import PictureFile, Sample, write_shards
 from mixmodal.data.skipping import SampleLimits
 from mixmodal.data.token_shards import TokenShards
+from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.retrieval.memory import HAS_IMAGE, HAS_TEXT, Memory, open_memory
 from mixmodal.retrieval.selection import SelectionConfig
 
@@ -251,3 +258,47 @@ def test_samples_without_tokens_have_no_candidates(
     whole = retrieve(config_of(corpus, out=tmp_path / "whole"))
     for ours, theirs in ((0, 0), (1, 5)):
         assert [found.tolist() for found in store[ours]] == [found.tolist() for found in whole[theirs]]
+
+
+def rows_of(config: DataConfig, tokens: TokenShards) -> list[Batch]:
+    sources = open_sources(config)
+    rows = PackedDocuments(
+        sources,
+        tokens.build_format(),
+        CausalMasked(CausalMaskedConfig(max_masks=4), tokens.vocabulary),
+        config,
+        micro_batch_size=2,
+        retrieval=open_retrievals(config, sources),
+    )
+    return list(islice(rows, 6))
+
+
+def test_training_rows_need_neither_faiss_nor_index_and_vectors(
+    corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    retrieve(config_of(corpus))
+    memory = RetrievalConfig(memory=corpus.memory.folder)
+    candidates = corpus.shards.parent / "candidates"
+    config = DataConfig(tokens=corpus.tokens.folder, candidates=candidates, retrieval=memory, seq_len=200)
+    wanted = rows_of(config, corpus.tokens)
+    longest = max(int(batch.document_lengths.max()) for batch in wanted)
+    assert longest > corpus.tokens.lengths.max() + 3 * 4  # with what was retrieved, and not with masks alone
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    for kind in ("index_*", "*.vectors.npy", "*.modalities.npy"):
+        for path in corpus.memory.folder.glob(kind):
+            path.unlink()
+    for batch, other in zip(rows_of(config, corpus.tokens), wanted, strict=True):
+        assert batch.tokens.equal(other.tokens)
+        assert batch.keys == other.keys
+
+
+@pytest.mark.parametrize("key", ["text_tokenizer_sha256", "image_tokenizer_sha256"])
+def test_a_memory_of_another_tokenizer_is_not_trained_with(corpus: Corpus, key: str) -> None:
+    path = corpus.memory.folder / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    manifest["tokens"][key] = "f" * 64
+    path.write_text(json.dumps(manifest))
+    retrieval = RetrievalConfig(memory=corpus.memory.folder, random=True)
+    config = DataConfig(tokens=corpus.tokens.folder, retrieval=retrieval, seq_len=200)
+    with pytest.raises(ValueError, match=rf"manifest\.json: tokens\.{key} is f{{12}}"):
+        open_retrievals(config, open_sources(config))

@@ -12,7 +12,7 @@ from mixmodal.classification.autoregressive import SequenceScorer
 from mixmodal.document import Document, Image, SequenceFormat, Text, build_format
 from mixmodal.evaluation.retrieval import Pair, RetrievalAblation, Worth
 from mixmodal.models.transformer import Transformer, TransformerConfig
-from mixmodal.pipeline.evaluate_retrieval import read_pairs, turn_to
+from mixmodal.pipeline.evaluate_retrieval import read_pairs
 from mixmodal.retrieval.selection import Candidates
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
@@ -93,7 +93,7 @@ def test_nats_are_those_of_whole_chains_with_the_best_document_last(
     ablation: RetrievalAblation, pairs: list[Pair], predicted: str
 ) -> None:
     form = ablation.format
-    pairs = [pair._replace(ids=turn_to(form, pair.ids, predicted)) for pair in pairs]
+    pairs = [pair._replace(ids=form.order_pair(pair.ids, text_first=predicted == "image")) for pair in pairs]
     found = by_condition(ablation.measure(pairs, predicted, (0, 1, 2), num_random=2, seed=3))
     assert set(found) == {("retrieved", 0), ("retrieved", 1), ("retrieved", 2), ("random", 1), ("random", 2)}
     alone = []
@@ -101,7 +101,8 @@ def test_nats_are_those_of_whole_chains_with_the_best_document_last(
         wanted = []
         for pair in pairs:
             numbers = [(pair.sample + step) % NUM for step in ((1, 2) if predicted == "image" else (3, 4))][:count]
-            before = [turn_to(form, ablation.memory.ids(number), predicted) for number in numbers[::-1]]
+            documents = [ablation.memory.ids(number) for number in numbers[::-1]]
+            before = [form.order_pair(ids, text_first=predicted == "image") for ids in documents]
             wanted.append(naive(ablation, pair, before))
         alone = alone or wanted
         entry = found["retrieved", count]
@@ -110,6 +111,17 @@ def test_nats_are_those_of_whole_chains_with_the_best_document_last(
         assert entry.nats_less == pytest.approx(less.mean(), abs=1e-5)
         assert entry.nats_less_error == pytest.approx(less.std(ddof=1) / NUM**0.5, abs=1e-5)
         assert (entry.used, entry.num_pairs) == (count, NUM)
+
+
+@pytest.mark.parametrize("predicted", ["image", "text"])
+def test_documents_are_ordered_as_the_pair_is_however_they_are_stored(
+    ablation: RetrievalAblation, pairs: list[Pair], predicted: str
+) -> None:
+    form = ablation.format
+    pairs = [pair._replace(ids=form.order_pair(pair.ids, text_first=predicted == "image")) for pair in pairs]
+    wanted = ablation.measure(pairs, predicted, (2,), num_random=1, seed=0)
+    ablation.memory.documents = [form.turn_pair(ids) for ids in ablation.memory.documents]  # type: ignore[attr-defined]
+    assert ablation.measure(pairs, predicted, (2,), num_random=1, seed=0) == wanted
 
 
 def test_random_documents_are_seeded_and_never_the_own_one(ablation: RetrievalAblation, pairs: list[Pair]) -> None:

@@ -179,7 +179,9 @@ def test_a_hub_id_is_fetched_where_the_library_is_there(exported: Path, monkeypa
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     monkeypatch.setitem(sys.modules, "huggingface_hub.errors", errors)
     assert MixedModal.from_pretrained("someone/model").model
-    assert wanted == [("someone/model", {"allow_patterns": EXPORT_FILES})]
+    assert wanted == [("someone/model", {"revision": None, "allow_patterns": EXPORT_FILES})]
+    MixedModal.from_pretrained("someone/model@v1")
+    assert wanted[1][1]["revision"] == "v1"
 
     def fail(source: str, **options: object) -> str:
         raise errors.HfHubHTTPError("404")
@@ -190,7 +192,7 @@ def test_a_hub_id_is_fetched_where_the_library_is_there(exported: Path, monkeypa
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ExportError, match="install huggingface_hub"):
         MixedModal.from_pretrained("someone/model")
-    with pytest.raises(ExportError, match="/no/such/export is not a folder"):
+    with pytest.raises(ExportError, match="there is no folder /no/such/export; give one with an exported model"):
         MixedModal.from_pretrained("/no/such/export")
 
 

@@ -16,11 +16,10 @@ from PIL import Image as PIL
 
 from mixmodal.config import UsageError, parse
 from mixmodal.data.synthetic import synthetic_pairs
-from mixmodal.document import Document, Image, Mask, Text
+from mixmodal.document import Document, Text
 from mixmodal.pipeline import MixedModal
 from mixmodal.pipeline.classify import ClassifyConfig, classify
 from mixmodal.pipeline.generate import GenerateConfig, PromptPart, generate
-from mixmodal.pipeline.prompts import turn_round
 from mixmodal.retrieval import retriever as module
 from mixmodal.retrieval.building import MemoryDocument, write_memory
 from mixmodal.retrieval.encoder import DocumentParts
@@ -110,22 +109,6 @@ def test_documents_stand_as_the_prompt_does(model: MixedModal) -> None:
         pairs += sum(one.key != "page" for one in found)
         assert [one.score for one in found] == sorted(one.score for one in found)
     assert pairs > 4
-
-
-def test_only_pairs_are_turned_round(model: MixedModal) -> None:
-    image, text = Image(np.zeros((4, 4), dtype=np.int64)), Text("a")
-    spell = model.format.spell
-    for parts, first, wanted in (
-        ([text, image], False, [image, text]),
-        ([image, text], True, [text, image]),
-        ([text, image], True, [text, image]),
-        ([image, Mask(0), text], True, [Mask(0), text, image]),
-        ([text, image, text], False, [text, image, text]),
-        ([image, image], True, [image, image]),
-        ([text], False, [text]),
-    ):
-        turned = turn_round(model.format, spell(Document(parts)), first)
-        assert turned.tolist() == spell(Document(wanted)).tolist()
 
 
 @pytest.mark.parametrize("options", [{}, {"guidance_scale": 2.0}, {"best_of": 3}])

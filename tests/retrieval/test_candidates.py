@@ -83,7 +83,7 @@ def test_what_does_not_belong_to_it_is_named(tmp_path: Path) -> None:
     manifest = json.loads(path.read_bytes())
     for change, message in (
         ({"format_version": 9}, "format_version is 9, this version reads 1; retrieve again"),
-        ({"selection": None}, "the key selection is missing"),
+        ({"selection": None}, r"not the manifest of candidates \(the key selection is missing\); retrieve again"),
     ):
         found = {key: value for key, value in {**manifest, **change}.items() if value is not None}
         path.write_text(json.dumps(found))

@@ -342,7 +342,7 @@ def test_empty_and_foreign_folders_are_named(copy: Path, tmp_path: Path) -> None
     changes: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
         (lambda found: found.update(parts=[], index=None), "the memory is empty; index again"),
         (lambda found: found.update(format_version=9), "format_version is 9, this version reads 2"),
-        (lambda found: found.pop("dim"), "the key dim is missing"),
+        (lambda found: found.pop("dim"), r"not the manifest of a memory \(the key dim is missing\)"),
         (lambda found: found.clear(), "not the manifest of a memory"),
     ]
     for change, message in changes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -49,13 +50,15 @@ def test_tokens_come_back_exactly_in_every_variant(tmp_path: Path, top: int, dty
         for variant, wanted in enumerate(read(number)):
             found = memory.ids(number, variant)
             assert (found.dtype, found.tolist()) == (np.int64, wanted.tolist())
-            assert memory.lengths[number, variant] == len(wanted)
+            assert memory.length(number, variant) == len(wanted)
         assert np.array_equal(memory.ids(number), read(number)[0])
-    assert (memory.lengths.shape, memory.lengths.dtype) == ((NUM_DOCUMENTS, 3), np.uint32)
+    assert memory.num_tokens == sum(len(ids) for number in range(NUM_DOCUMENTS) for ids in read(number))
     assert {np.load(path).dtype for path in tmp_path.glob("*.tokens.npy")} == {np.dtype(dtype)}
     for place in ((-1, 0), (NUM_DOCUMENTS, 0), (0, 3), (0, -1)):
         with pytest.raises(IndexError, match="no document"):
             memory.ids(*place)
+        with pytest.raises(IndexError, match="no document"):
+            memory.length(*place)
 
 
 def test_functions_and_arrays_give_the_same_files(tmp_path: Path) -> None:
@@ -69,6 +72,7 @@ def test_another_vocabulary_format_or_tokenizer_is_refused_by_name(tmp_path: Pat
     memory = write(tmp_path)
     own: dict[str, Any] = {"vocabulary_digest": "d" * 64, "sequence_format": FORMAT}
     memory.check_tokens(**own)
+    memory.check_like({**TOKENS, "num_variants": 1, "counts": {}})
     memory.check_tokens(**{**own, "sequence_format": {"name": "cm3leon", "grids": {"image": (4, 4)}}})
     memory.check_tokens(**own, text_tokenizer_sha256="a" * 64, image_tokenizer_sha256="b" * 64)
     manifest = r"manifest\.json: tokens\."
@@ -85,6 +89,8 @@ def test_another_vocabulary_format_or_tokenizer_is_refused_by_name(tmp_path: Pat
     ):
         with pytest.raises(ValueError, match=manifest + message):
             memory.check_tokens(**{**own, key: value})
+        with pytest.raises(ValueError, match=manifest + message):
+            memory.check_like({**TOKENS, key: value})
         with pytest.raises(ValueError, match=manifest + message):
             write(tmp_path, tokens={**TOKENS, key: value})
     with pytest.raises(ValueError, match=manifest + "num_variants is 3, not 2: .* another number of variants"):
@@ -156,3 +162,24 @@ def test_tokens_are_read_twice_and_never_kept() -> None:
     assert read == [0, 1, 2]
     rows.sha256()
     assert read == [0, 1, 2] * 2
+
+
+def test_documents_are_read_without_faiss_index_and_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = write(tmp_path)
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    for kind in ("index_*", "*.vectors.npy", "*.modalities.npy"):
+        for path in tmp_path.glob(kind):
+            path.unlink()
+    memory = open_memory(tmp_path, encoder_identity=None, searched=False)
+    assert (memory.digest, len(memory), memory.num_tokens) == (whole.digest, NUM_DOCUMENTS, whole.num_tokens)
+    for number in range(NUM_DOCUMENTS):
+        assert memory.keys[number] == str(number)
+        assert memory.length(number, 2) == len(memory.ids(number, 2))
+        assert np.array_equal(memory.ids(number, 2), spell(number)[2])
+    with pytest.raises(ValueError, match="opened for reading alone; open it with searched=True"):
+        memory.search(EYE[:1], 3)
+    with pytest.raises(ValueError, match=r"vectors\.npy: missing"):
+        memory.vectors([0])
+    (tmp_path / "part_00001.tokens.npy").unlink()
+    with pytest.raises(ValueError, match=r"part_00001\.tokens\.npy: missing, though .*manifest\.json names it"):
+        open_memory(tmp_path, encoder_identity=None, searched=False)

@@ -20,7 +20,6 @@ from mixmodal.retrieval.selection import (
     choose,
     draw,
     drop_words,
-    find_candidates,
     select,
 )
 
@@ -112,10 +111,10 @@ def test_a_planted_duplicate_of_every_query_is_never_retrieved(tmp_path: Path, k
     assert np.mean([{number, number + count} == set(row) for number, row in enumerate(nearest.tolist())]) > 0.3
     assert np.mean((texts * planted).sum(axis=1) < 0.9) > 0.3
     config = SelectionConfig(num_candidates=2)
-    found = find_candidates(memory, config, text_queries=texts, image_queries=images, own=range(count))
+    found = select(memory, config, text_queries=texts, image_queries=images, own=range(count)).numbers
     sizes = []
     for number, candidates in enumerate(found):
-        pool = np.concatenate(candidates)
+        pool = candidates[candidates >= 0]
         assert not {number, number + count} & set(pool.tolist())
         assert (memory.vectors(pool) @ documents[number] <= 0.9).all()
         among = memory.vectors(pool) @ memory.vectors(pool).T - np.eye(len(pool))
@@ -128,13 +127,14 @@ def test_candidates_of_one_query_and_without_an_own_document(tmp_path: Path) -> 
     rows = at(0, 40, -40, 80)
     memory = build(tmp_path, rows)
     config = SelectionConfig(max_score=1.0)
-    (found,) = find_candidates(memory, config, text_queries=at(10), image_queries=None)
-    assert (found.text.tolist(), found.image.tolist()) == ([0, 1], [])
-    (found,) = find_candidates(memory, config, text_queries=at(10), image_queries=at(10), own=[1])
-    assert 1 not in np.concatenate(found)
+    (found,) = select(memory, config, text_queries=at(10), image_queries=None).numbers
+    assert found.tolist() == [[0, 1], [-1, -1]]
+    (found,) = select(memory, config, text_queries=at(10), image_queries=at(10), own=[1]).numbers
+    assert 1 not in found
+    assert 0 in found
     for queries, own in (((None, None), None), ((at(1, 2), at(1)), None), ((at(1), None), [0, 1])):
         with pytest.raises(ValueError, match=r"different numbers .* or no queries"):
-            find_candidates(memory, config, text_queries=queries[0], image_queries=queries[1], own=own)
+            select(memory, config, text_queries=queries[0], image_queries=queries[1], own=own)
 
 
 def test_the_ceiling_is_judged_by_the_whole_document_not_by_the_query(tmp_path: Path) -> None:
