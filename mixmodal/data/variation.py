@@ -80,7 +80,9 @@ class Variation:
             ids = self._without_text(ids)
         elif turn and (turned := self.sequence_format.turn_pair(ids)) is not None:
             ids = turned
-            before = [one if (other := self.sequence_format.turn_pair(one)) is None else other for one in before]
+        if before:
+            text_first = bool(self._is_text[ids[1]])
+            before = [self.sequence_format.order_pair(one, text_first=text_first) for one in before]
         factors = self._factors([*before, ids])
         chain = self.sequence_format.chain([*before, ids]) if before else ids
         if masked:
@@ -118,7 +120,7 @@ class Variation:
             if place < len(documents) - 1:
                 own *= self.retrieved_weight
             ends = np.flatnonzero((ids[2:] == vocabulary.break_) | (ids[2:] == vocabulary.end_of_span))
-            if len(ends) and vocabulary.break_ in ids:
+            if len(ends) and ids[ends[0] + 3 : -1].size:
                 own[: ends[0] + 1] *= self.first_part_weight
             start += len(ids) - 1
         return factors
