@@ -50,6 +50,13 @@ CONFIG = ROOT / "configs" / "train" / "demo_retrieval.yaml"
 ARMS = {"retrieval": "trained with retrieval", "plain": "trained without"}
 COUNTS = (0, 1, 2)
 RECALLED = (1, 5)
+SHOWN = {
+    "concept": "right concept",
+    "style": "right style",
+    "told": "nearest to its own of the held-out pictures",
+    "distance": "distance to the true picture",
+}
+"""Shares of the held-out pairs, and the mean of the root mean square difference of RGB values in [0, 1]."""
 NUM_RANDOM = 8
 NUM_VARIANTS = 8
 """Of each picture, moved and scaled a little."""
@@ -170,9 +177,14 @@ def draw_held_out(options: argparse.Namespace, arm: str, seed: int, demo: Demo) 
     for count in (0, max(COUNTS)):
         found = model.retrieve(captions, count) if count else [[] for _ in captions]
         pictures = [one[0] for one in model.generate_batch(captions, "image", seed=seed, temperature=0.0, before=found)]
-        nearest = nearest_pictures(torch.stack([to_tensor(picture) for picture in pictures]), redrawn).indices.tolist()
+        images = torch.stack([to_tensor(picture) for picture in pictures])
+        nearest = nearest_pictures(images, redrawn).indices.tolist()
         verdicts = [judge(demo.labels[own], demo.labels[place]) for own, place in zip(held_out, nearest, strict=True)]
         rates = {name: float(np.mean([one[f"{name}_right"] for one in verdicts])) for name in ("concept", "style")}
+        wanted = redrawn[torch.tensor(held_out)]
+        own = nearest_pictures(images, wanted).indices == torch.arange(len(wanted))
+        rates["told"] = float(own.double().mean())
+        rates["distance"] = float((images - wanted).div(2).square().mean(dim=(1, 2, 3)).sqrt().mean())
         results[count] = {"pictures": pictures, "found": [show(model, documents) for documents in found], **rates}
     return results
 
@@ -209,9 +221,9 @@ def report(options: argparse.Namespace) -> None:
     drawn = {arm: [draw_held_out(options, arm, seed, demo) for seed in options.seeds] for arm in ARMS}
     for arm, title in ARMS.items():
         for count in (0, max(COUNTS)):
-            for what in ("concept", "style"):
+            for what, name in SHOWN.items():
                 values = [one[count][what] for one in drawn[arm]]
-                record("retrieval_drawn", f"{title}: right {what}, {count} documents", values, "", "cpu", settings)
+                record("retrieval_drawn", f"{title}: {name}, {count} documents", values, "", "cpu", settings)
     first = drawn["retrieval"][0]
     rows = [
         Row(demo.labels[place].caption, found, {count: one["pictures"][number] for count, one in first.items()})
