@@ -63,7 +63,7 @@ NUM_VARIANTS = 8
 SELECTION = SelectionConfig(max_score=0.98)
 """This encoder reads captions without their style: both styles of a concept have products of 0.77 to 0.98, where CLIP
 has near-duplicates. Documents themselves and pictures of the same codes are left out whatever their score."""
-SPEED_STEPS, SPEED_WARM_UP, SPEED_REPEATS = 700, 100, 5
+SPEED_STEPS, SPEED_WARM_UP, SPEED_REPEATS = 450, 50, 5
 
 
 def prepare(options: argparse.Namespace) -> None:
