@@ -32,6 +32,7 @@ from mixmodal.config import load_config
 from mixmodal.data.indexing import MemoryConfig, build_memory
 from mixmodal.data.pretokenize import PretokenizeConfig, pretokenize
 from mixmodal.data.retrieving import RetrieveConfig, retrieve
+from mixmodal.data.shards import INDEX_NAME, Sample, read_samples, remove_unfinished, write_shards
 from mixmodal.evaluation.retrieval import Worth
 from mixmodal.pipeline import MixedModal
 from mixmodal.pipeline.evaluate_retrieval import RetrievalEvaluationConfig, evaluate_retrieval
@@ -58,8 +59,9 @@ SHOWN = {
 }
 """Shares of the held-out pairs, and the mean of the root mean square difference of RGB values in [0, 1]."""
 NUM_RANDOM = 8
-NUM_VARIANTS = 8
-"""Of each picture, moved and scaled a little."""
+NUM_VARIANTS, NUM_VARIANTS_TWICE = 8, 4
+"""Of each picture, moved and scaled a little, all pictures of a variant alike."""
+SHARD_SIZE = 1000
 SELECTION = SelectionConfig(max_score=0.98)
 """This encoder reads captions without their style: both styles of a concept have products of 0.77 to 0.98, where CLIP
 has near-duplicates. Documents themselves and pictures of the same codes are left out whatever their score."""
@@ -69,14 +71,20 @@ SPEED_STEPS, SPEED_WARM_UP, SPEED_REPEATS = 450, 50, 5
 def prepare(options: argparse.Namespace) -> None:
     """Token shards of all demo pictures but the held-out ones, their memory, and candidates."""
     quickstart, runs = options.quickstart, options.runs
-    tokens = load_config(PretokenizeConfig, quickstart / "configs" / "tokens.yaml")
+    tokens = replace(
+        load_config(PretokenizeConfig, quickstart / "configs" / "tokens.yaml"),
+        text_tokenizer=quickstart / "text_tokenizer" / "text_tokenizer.model",
+        image_tokenizer=quickstart / "image_tokenizer" / "export",
+        num_variants=NUM_VARIANTS,
+        change_alike=True,
+    )
     own = {
         "shards": (quickstart / "data" / "train", quickstart / "data" / "tokenizer_extra"),
         "out": runs / "tokens",
-        "text_tokenizer": quickstart / "text_tokenizer" / "text_tokenizer.model",
-        "image_tokenizer": quickstart / "image_tokenizer" / "export",
     }
-    pretokenize(replace(tokens, **own, num_variants=NUM_VARIANTS))
+    pretokenize(replace(tokens, **own))
+    write_twice(own["shards"], runs / "twice")
+    pretokenize(replace(tokens, shards=(runs / "twice",), out=runs / "tokens_twice", num_variants=NUM_VARIANTS_TWICE))
     build_memory(
         MemoryConfig(shards=own["shards"], tokens=own["out"], encoder=str(options.encoder), out=runs / "memory")
     )
@@ -87,16 +95,25 @@ def prepare(options: argparse.Namespace) -> None:
     retrieve(replace(find, **held_out, out=runs / "candidates_heldout", query_dropout=0.0))
 
 
+def write_twice(shards: Sequence[Path], out: Path) -> None:
+    """Documents of a caption and its picture and both again: of these a small model learns within minutes to read."""
+    if not (out / INDEX_NAME).is_file():
+        remove_unfinished(out)
+        write_shards((Sample(one.key, one.parts * 2, one.metadata) for one in read_samples(shards)), out, SHARD_SIZE)
+
+
 def build_config(options: argparse.Namespace, arm: str, seed: int) -> PretrainConfig:
     """The demo's training with retrieval, or the same without."""
     config = load_config(PretrainConfig, CONFIG)
     quickstart, runs = options.quickstart, options.runs
     assert config.data.retrieval
+    with_documents = arm == "retrieval"
+    pairs, twice = config.data.sources["pairs"], config.data.sources["twice"]
+    pairs = replace(pairs, tokens=runs / "tokens", candidates=runs / "candidates" if with_documents else None)
     data = replace(
         config.data,
-        tokens=runs / "tokens",
-        candidates=runs / "candidates" if arm == "retrieval" else None,
-        retrieval=replace(config.data.retrieval, memory=runs / "memory") if arm == "retrieval" else None,
+        sources={"pairs": pairs, "twice": replace(twice, tokens=runs / "tokens_twice")},
+        retrieval=replace(config.data.retrieval, memory=runs / "memory") if with_documents else None,
         held_out_tokens=quickstart / "tokens" / "heldout",
     )
     steps = options.steps or config.trainer.max_steps
@@ -259,7 +276,9 @@ def time_training(options: argparse.Namespace, arm: str) -> float:
             log_every=SPEED_WARM_UP,
             tensorboard=False,
         )
-        pretrain(replace(config, trainer=trainer, data=replace(config.data, held_out_tokens=None)))
+        pairs = replace(config.data.sources["pairs"], weight=1.0)
+        data = replace(config.data, sources={"pairs": pairs}, stages=(), held_out_tokens=None)
+        pretrain(replace(config, trainer=trainer, data=data))
         lines = [json.loads(line) for line in (trainer.run_dir / "metrics.jsonl").read_text().splitlines()]
     first, *_, last = (line for line in lines if "tokens" in line)
     return (last["tokens"] - first["tokens"]) / (last["wall_time_s"] - first["wall_time_s"])
@@ -273,7 +292,7 @@ if __name__ == "__main__":
     parser.add_argument("--runs", type=Path, default=Path("runs/retrieval"))
     parser.add_argument("--arm", choices=ARMS)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="the recipe was chosen on seed 0")
     parser.add_argument("--steps", type=int, default=0, help="0: the config's")
     given = parser.parse_args()
     if given.what == "prepare":

@@ -59,6 +59,8 @@ class TokensConfig:
         num_sentinels: mask tokens of the vocabulary.
         num_variants: documents a sample gives; the first has its pictures as they are, the others changed ones.
         augment: how the further variants are changed.
+        change_alike: whether a variant is one and the same change of all pictures; otherwise each has its own. With it,
+            `data.retrieval.variants: same` reads documents that are changed as the one they stand before.
         batch_size: pictures that are encoded at once.
         device: where the image tokenizer runs: `cpu`, `cuda`, ...
         seed: of the changes.
@@ -70,6 +72,7 @@ class TokensConfig:
     num_sentinels: int = 512
     num_variants: int = 1
     augment: AugmentConfig = field(default_factory=AugmentConfig)
+    change_alike: bool = False
     batch_size: int = 64
     device: str = "cpu"
     seed: int = 0
@@ -82,6 +85,10 @@ class TokensConfig:
             raise ValueError(f"num_variants is {self.num_variants}, but augment changes nothing; set one of its shares")
         if self.num_variants == 1 and self.augment.changes_pictures:
             raise ValueError("augment is set, but num_variants is 1 and the first variant is never changed; raise it")
+        if self.num_variants == 1 and self.change_alike:
+            raise ValueError(
+                "change_alike is set, but num_variants is 1 and the first variant is never changed; raise it"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,6 +164,7 @@ class Pretokenizer:
             "sequence_format": config.sequence_format,
             "num_variants": config.num_variants,
             "augment": asdict(config.augment),
+            "change_alike": config.change_alike,
             "max_pixels": config.limits.max_pixels,
             "max_caption_words": config.limits.max_caption_words,
             "seed": config.seed,
@@ -273,8 +281,11 @@ class Pretokenizer:
     def _encode(self, shard: int, batch: Sequence[tuple[int, Sample, list[Tensor]]], variant: int) -> list[np.ndarray]:
         """Codes `(h, w)` of all pictures of a batch in one variant, in order."""
         images = [image for _, _, images in batch for image in images]
+        alike = self.config.change_alike
         draws = [
-            draw_changes(self.config.seed, shard, number, variant, place)
+            draw_changes(self.config.seed, variant)
+            if alike
+            else draw_changes(self.config.seed, shard, number, variant, place)
             for number, _, images in batch
             for place in range(len(images))
         ]

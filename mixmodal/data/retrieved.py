@@ -17,6 +17,7 @@ from mixmodal.retrieval.memory import Memory, open_memory
 from mixmodal.retrieval.selection import RA_CM3, DrawConfig, draw
 
 Overflow = Literal["fewer", "refuse"]
+Variants = Literal["any", "same"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,9 @@ class RetrievalConfig:
         loss_weight: factor on the loss weights of retrieved documents: 1 is CM3Leon's, 0.1 RA-CM3's.
         overflow: what is done with documents that do not fit a row beside the one they were found for: `fewer` leaves
             out the last that were drawn, whole, and counts them; `refuse` ends the training.
+        variants: which one of a document is read: `any`, or the `same` as of the document that it stands before, which
+            has as many; where pictures are changed alike (`change_alike` of token shards), what is read then lies
+            where it is to be drawn.
         random: documents drawn from the whole memory in the place of candidates, for comparison.
     """
 
@@ -37,6 +41,7 @@ class RetrievalConfig:
     draw: DrawConfig = RA_CM3
     loss_weight: float = 1.0
     overflow: Overflow = "fewer"
+    variants: Variants = "any"
     random: bool = False
 
     def __post_init__(self) -> None:
@@ -44,6 +49,8 @@ class RetrievalConfig:
             raise ValueError(f"data.retrieval.loss_weight is {self.loss_weight}; it must be at least 0")
         if self.overflow not in ("fewer", "refuse"):
             raise ValueError(f"data.retrieval.overflow is {self.overflow!r}; choose fewer or refuse")
+        if self.variants not in ("any", "same"):
+            raise ValueError(f"data.retrieval.variants is {self.variants!r}; choose any or same")
         if self.random and self.draw.queries != RA_CM3.queries:
             raise ValueError("data.retrieval.draw.queries can not act where random is true; leave it out")
 
@@ -73,6 +80,9 @@ class Retrieval:
         candidates: by sample; None draws from the whole memory.
         num_variants: documents that a sample of the source gives.
         config: see there.
+
+    Raises:
+        ValueError: where variants are to be the same and there are not as many of them.
     """
 
     def __init__(
@@ -81,6 +91,11 @@ class Retrieval:
         self.memory, self.config = memory, config
         self._candidates, self._num_variants = candidates, num_variants
         names = (memory.digest, candidates.digest if candidates else "random")
+        if config.variants == "same" and memory.num_variants != num_variants:
+            raise ValueError(
+                f"{memory.folder}: {memory.num_variants} variants a document, where those that are trained on have "
+                f"{num_variants}; make both of the same token shards, or set data.retrieval.variants to any"
+            )
         self.digest = hashlib.sha256(" ".join(names).encode()).hexdigest()
 
     def draw(self, document: int, key: str, room: int, generator: np.random.Generator) -> Retrieved:
@@ -97,6 +112,8 @@ class Retrieval:
         """
         numbers = self._numbers(document, key, generator)
         variants = (generator.random(len(numbers)) * self.memory.num_variants).astype(np.int64)
+        if self.config.variants == "same":
+            variants[:] = document % self._num_variants
         drawn = tuple(zip(numbers.tolist(), variants.tolist(), strict=True))
         lengths = [self.memory.length(number, variant) for number, variant in drawn]
         count = count_fitting(lengths, room)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from pathlib import Path
@@ -92,6 +93,9 @@ class MemoryWriter:
         if self.manifest["dim"] != dim:
             raise ValueError(f"{path}: the memory has vectors of {self.manifest['dim']} dimensions, not {dim}")
         self.manifest["encoder"] = encoder  # the same one, by its identity, may stand elsewhere by now
+        self.manifest.pop("encoder_relative", None)
+        if Path(encoder).is_dir():
+            self.manifest["encoder_relative"] = os.path.relpath(encoder, self.folder)
 
     @property
     def num_variants(self) -> int:

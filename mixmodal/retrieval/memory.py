@@ -67,14 +67,17 @@ class Memory:
 
     Attributes:
         num_variants: spellings of a document; the first has its pictures as they are.
-        encoder: where the encoder of its vectors was loaded from, a folder or a hub id.
+        encoder: where the encoder of its vectors is found: a hub id, or the folder that it was loaded from; where that
+            is gone, the one that lies to the memory as it did, so that both may be moved together.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], index: Any | None) -> None:
         self.folder, self.manifest = folder, manifest
         self.dim: int = manifest["dim"]
         self.num_variants: int = manifest["tokens"]["num_variants"]
-        self.encoder: str = manifest["encoder"]
+        moved = folder / manifest.get("encoder_relative", "")
+        gone = "encoder_relative" in manifest and not Path(manifest["encoder"]).is_dir()
+        self.encoder: str = str(moved) if gone and moved.is_dir() else manifest["encoder"]
         self._names = [part["name"] for part in manifest["parts"]]
         self._starts = np.cumsum([0, *(part["documents"] for part in manifest["parts"])])
         self._tokens = RaggedArray([_map_rows(folder, name, "tokens", "token_offsets") for name in self._names])

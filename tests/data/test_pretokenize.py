@@ -110,6 +110,20 @@ def test_first_variant_is_the_plain_picture_and_others_are_changed(build, build_
     assert any(not np.array_equal(tokens[3 * index + 1], tokens[3 * index + 2]) for index in range(5))
 
 
+def test_a_variant_can_be_one_change_of_all_pictures(build, build_shards, build_picture, tmp_path):
+    twice = [Sample(name, (name, build_picture(7))) for name in ("one", "other")]
+    shards = build_shards(3, extra=twice)
+    for alike in (True, False):
+        tokens = build(shards, num_variants=6, augment=SHIFTS, change_alike=alike).write()
+        (tmp_path / "tokens").rename(tmp_path / f"tokens {alike}")
+        vocabulary = tokens.vocabulary
+        codes = [ids[vocabulary.contains("image", ids)] for ids in (tokens[index] for index in range(18, 30))]
+        same = [np.array_equal(codes[variant], codes[6 + variant]) for variant in range(6)]
+        assert all(same) == alike
+        assert same[0]
+        assert len({ids.tobytes() for ids in codes[:6]}) > 2
+
+
 def test_variants_follow_from_the_seed_alone(build, build_shards, tmp_path):
     shards = build_shards(5)
     results = []
@@ -294,6 +308,7 @@ def test_settings_that_can_not_act_are_refused(build, build_shards):
     for options, message in (
         ({"num_variants": 2}, "augment changes nothing"),
         ({"augment": SHIFTS}, "num_variants is 1"),
+        ({"change_alike": True}, "change_alike is set, but num_variants is 1"),
         ({"batch_size": 0}, "batch_size is 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -64,7 +64,7 @@ class Stored:
 class FakeMemory:
     """Two variants of each of the documents, of which the streams know nothing but this."""
 
-    num_variants, digest = 2, "memory"
+    num_variants, digest, folder = 2, "memory", Path("memory")
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -262,6 +262,20 @@ def test_random_documents_come_from_the_whole_memory_but_never_the_own_one() -> 
     assert len(found) > 0.9 * NUM * (NUM - 1)
 
 
+@pytest.mark.parametrize("random", [False, True])
+def test_documents_are_read_in_the_variant_of_their_own(random: bool) -> None:
+    draw = DrawConfig(counts=(2,)) if random else TWO
+    config = replace(RETRIEVAL, variants="same", random=random, draw=draw)
+    drawn = Retrieval(FakeMemory("cm3leon"), None if random else CANDIDATES, 2, config)  # type: ignore[arg-type]
+    for index in range(2 * NUM):
+        generator = np.random.default_rng(index)
+        found = drawn.draw(index, f"doc{index // 2}#{index % 2}", 80, generator)
+        assert found.documents
+        assert {variant for _, variant in found.documents} == {index % 2}
+    with pytest.raises(ValueError, match=r"memory: 2 variants a document, where those .* have 3; .*variants to any"):
+        Retrieval(FakeMemory("cm3leon"), CANDIDATES, 3, config)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("other", ["other", None])
 def test_another_memory_does_not_go_on_with_a_run(other: str | None) -> None:
     packed = stream()
@@ -329,10 +343,12 @@ def test_keys_that_can_not_act_are_refused(wrong: dict[str, Any], message: str) 
         replace(CONFIG, **wrong)
 
 
-def test_weights_and_overflows_that_are_none_are_refused() -> None:
+def test_settings_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError, match="loss_weight"):
         replace(RETRIEVAL, loss_weight=-1)
     with pytest.raises(ValueError, match="overflow"):
         replace(RETRIEVAL, overflow="cut")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"draw\.queries can not act"):
         replace(RETRIEVAL, random=True)
+    with pytest.raises(ValueError, match="variants"):
+        replace(RETRIEVAL, variants="each")  # type: ignore[arg-type]

@@ -97,6 +97,19 @@ def test_another_vocabulary_format_or_tokenizer_is_refused_by_name(tmp_path: Pat
         write(tmp_path, tokens={**TOKENS, "num_variants": 2})
 
 
+def test_a_memory_and_its_encoder_are_moved_together(tmp_path: Path) -> None:
+    encoder = tmp_path / "run" / "encoder" / "export"
+    encoder.mkdir(parents=True)
+    write(tmp_path / "run" / "memory", encoder=str(encoder))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    found = Path(open_memory(tmp_path / "moved" / "memory", encoder_identity=None).encoder)
+    assert found.samefile(tmp_path / "moved" / "encoder" / "export")
+    encoder.mkdir(parents=True)  # where it was, there is one again
+    assert open_memory(tmp_path / "moved" / "memory", encoder_identity=None).encoder == str(encoder)
+    write(tmp_path / "moved" / "memory", encoder="org/clip")
+    assert open_memory(tmp_path / "moved" / "memory", encoder_identity=None).encoder == "org/clip"
+
+
 def test_a_digest_names_documents_vectors_and_tokens_but_not_the_index(tmp_path: Path) -> None:
     digest = write(tmp_path / "one").digest
     assert len(digest) == 64
