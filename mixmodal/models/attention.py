@@ -114,12 +114,28 @@ class KVCache:
             raise ValueError(f"the cache holds {self.size} tokens a row; {self.used} are needed")
 
     def write(self, index: int, positions: Tensor, keys: Tensor, values: Tensor) -> LayerCache:
-        """Stores keys and values `(B, K, T, H)` at `positions` `(B, T)`; returns all that may be seen."""
+        """Stores keys and values `(B, K, T, H)` at `positions` `(B, T)`; returns all that may be seen.
+
+        They are those of the first B rows: a cache may have more.
+        """
         layer = self.layers[index]
         rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
         layer.keys[rows, :, positions] = keys.transpose(1, 2).to(layer.keys.dtype)
         layer.values[rows, :, positions] = values.transpose(1, 2).to(layer.values.dtype)
-        return LayerCache(layer.keys[:, :, : self.used], layer.values[:, :, : self.used])
+        seen = slice(len(rows)), slice(None), slice(self.used)
+        return LayerCache(layer.keys[seen], layer.values[seen])
+
+    def put(self, row: int, other: KVCache) -> None:
+        """Copies what another cache holds to the rows from `row` on."""
+        for layer, new in zip(self.layers, other.layers):
+            for kept, found in zip(layer, new):
+                kept[row : row + len(found), :, : other.used] = found[:, :, : other.used]
+
+    def move(self, source: int, target: int, num_tokens: int) -> None:
+        """Copies the first tokens of one row to another."""
+        for layer in self.layers:
+            for kept in layer:
+                kept[target, :, :num_tokens] = kept[source, :, :num_tokens]
 
     def select(self, rows: Tensor) -> KVCache:
         """A copy whose rows are `rows` `(B',)` of this one: a shared prefix is computed once and repeated."""

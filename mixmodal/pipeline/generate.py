@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from PIL.Image import Image as Picture
 from PIL.PngImagePlugin import PngInfo
 
 from mixmodal.pipeline.mixed_modal import MixedModal
-from mixmodal.pipeline.options import DEFAULT_SAMPLING
+from mixmodal.pipeline.options import DEFAULT_SAMPLING, GUIDANCE, SamplingOptions, build_guidance
 from mixmodal.pipeline.reading import ReadingConfig
 from mixmodal.retrieval.retriever import Retrieved
-from mixmodal.sampling.guidance import TokenSampling
+from mixmodal.sampling.guidance import Unconditional
+from mixmodal.sampling.rules import TokenSampling
 from mixmodal.tokenization.preprocessing import open_picture
 
 RESULTS = "results.json"
@@ -52,6 +53,11 @@ class GenerateConfig(ReadingConfig):
         seed: equal seeds give equal samples.
         best_of: images drawn for each one that is kept, the one from which the model reads the prompt's text best.
         guidance_scale: how closely images follow the text: weight of classifier-free guidance; 1 is none.
+        image_guidance_scale: how closely they follow the prompt's pictures, for editing; 1 is none.
+        unconditional: how guidance does without: `mask` puts a mask in the place of text (CM3Leon), `drop` leaves it
+            out (Chameleon).
+        contrast_k: k of contrastive decoding CD-K in place of guidance (CM3Leon); 0 is none.
+        contrast_alpha: its alpha: what share of the k-th likeliest code's probability a code must have.
         text_sampling: how text is drawn.
         image_sampling: how the codes of images are drawn.
         max_new_tokens: most tokens of a sample; null is as many as the model's context takes.
@@ -68,6 +74,10 @@ class GenerateConfig(ReadingConfig):
     seed: int = 0
     best_of: int = 1
     guidance_scale: float = 1.0
+    image_guidance_scale: float = 1.0
+    unconditional: Unconditional = "mask"
+    contrast_k: int = 0
+    contrast_alpha: float = 0.1
     text_sampling: TokenSampling = DEFAULT_SAMPLING["text"]
     image_sampling: TokenSampling = DEFAULT_SAMPLING["image"]
     max_new_tokens: int | None = None
@@ -77,9 +87,21 @@ class GenerateConfig(ReadingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        build_guidance(self.guidance_options())
         for modality, idle in (("text", "image"), ("image", "text")):
             if self.output == modality and getattr(self, f"{idle}_sampling") != DEFAULT_SAMPLING[idle]:
                 raise ValueError(f"{idle}_sampling can not act where output is {modality}; leave it out")
+
+    def guidance_options(self) -> SamplingOptions:
+        """What steers pictures."""
+        return cast(SamplingOptions, {name: getattr(self, name) for name in GUIDANCE})
+
+    def options(self) -> SamplingOptions:
+        """How tokens are drawn, for `MixedModal.generate`."""
+        chosen = {"text": self.text_sampling, "image": self.image_sampling}
+        names = [one.name for one in fields(TokenSampling)]
+        by_modality = {name: {modality: getattr(one, name) for modality, one in chosen.items()} for name in names}
+        return cast(SamplingOptions, {**by_modality, **self.guidance_options()})
 
     @classmethod
     def read_arguments(cls, argv: Sequence[str]) -> list[str]:
@@ -115,13 +137,7 @@ def generate(config: GenerateConfig) -> None:
     """
     prompt = [read_part(part, place) for place, part in enumerate(config.parts)]
     model = MixedModal.from_pretrained(config.model, config.device, DTYPES[config.dtype], config.batch_size)
-    sampling = {"text": config.text_sampling, "image": config.image_sampling}
-    options: dict[str, Any] = {
-        name: {modality: getattr(one, name) for modality, one in sampling.items()}
-        for name in ("temperature", "top_k", "top_p")
-    }
-    options |= {"best_of": config.best_of, "guidance_scale": config.guidance_scale}
-    options["max_new_tokens"] = config.max_new_tokens
+    options: dict[str, Any] = {**config.options(), "best_of": config.best_of, "max_new_tokens": config.max_new_tokens}
     config.attach(model)
     documents: list[Retrieved] = []
     if config.retrieve:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from mixmodal.classification.autoregressive import (
 from mixmodal.document import Document, Image, Mask, Text
 from mixmodal.interop.export import find_export, load_export
 from mixmodal.models.transformer import Transformer
-from mixmodal.pipeline.options import PerModality, build_sampling
+from mixmodal.pipeline.drawing import Piece, Plan, build_plan, parse_sample, read_pieces
+from mixmodal.pipeline.options import SamplingOptions
 from mixmodal.pipeline.prompts import (
     Before,
     Query,
@@ -30,16 +31,13 @@ from mixmodal.pipeline.prompts import (
     fit_documents,
     output_room,
     parts_of,
-    sample_seed,
     spell_documents,
     spell_prompts,
-    without_text,
 )
 from mixmodal.pipeline.reranking import keep_best
 from mixmodal.retrieval.retriever import DEFAULT_SELECTION, Retrieved, Retriever, load_retriever
 from mixmodal.retrieval.selection import SelectionConfig
 from mixmodal.sampling.generator import SequenceGenerator
-from mixmodal.sampling.grammar import MIXED
 from mixmodal.tokenization.codec import Codec, Content
 
 Sample = Any
@@ -86,7 +84,7 @@ class MixedModal:
         self.model, self.codec, self.batch_size = model, codec, batch_size
         self.format, self.folder = codec.format, folder
         self.retriever = retriever
-        self._generator = SequenceGenerator(model, codec.format)
+        self._generator = SequenceGenerator(model, codec.format, batch_size)
         self._scorer = SequenceScorer(model, codec.format, batch_size)
 
     @classmethod
@@ -200,13 +198,10 @@ class MixedModal:
         num: int = 1,
         seed: int = 0,
         best_of: int = 1,
-        guidance_scale: float = 1.0,
-        temperature: PerModality[float] = None,
-        top_k: PerModality[int] = None,
-        top_p: PerModality[float] = None,
         max_new_tokens: int | None = None,
         retrieve: int = 0,
         before: Sequence[Before] | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> list[Sample]:
         """`num` samples behind one prompt.
 
@@ -216,21 +211,20 @@ class MixedModal:
             seed: equal seeds give equal samples, whatever else is generated with them.
             best_of: candidates drawn for each image, of which the one is kept from which the model reads the prompt's
                 text best, by log p(text | image): re-ranking as DALL-E does with CLIP (arXiv 2102.12092, 2.6).
-            guidance_scale: weight of classifier-free guidance of images: how closely they follow the text; 1 is none.
-            temperature, top_k, top_p: for all modalities, or by modality as `{"text": 0.7, "image": 1.0}`.
             max_new_tokens: most tokens of a sample; None is as many as the model's context takes.
             retrieve: documents of the attached memory that the model reads before the prompt; see `retrieve`.
             before: other whole documents that it reads in their place, in this order: shots as
                 `[[picture, "a red apple"], ...]`, or what `retrieve` has found. Where not all fit into the context
                 beside the output, the first ones are left out, with a warning.
+            options: how tokens are drawn and pictures guided, see `SamplingOptions`: `temperature=`, `top_k=`,
+                `guidance_scale=`, ...
 
         Raises:
             ValueError: for settings that can not act, or a prompt behind which the output does not fit.
         """
-        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-        options |= {"best_of": best_of, "guidance_scale": guidance_scale, "max_new_tokens": max_new_tokens}
-        options |= {"retrieve": retrieve, "before": None if before is None else [before]}
-        return self.generate_batch([prompt], output, num=num, seed=seed, **options)[0]
+        more: dict[str, Any] = {"best_of": best_of, "max_new_tokens": max_new_tokens, "retrieve": retrieve, **options}
+        more["before"] = None if before is None else [before]
+        return self.generate_batch([prompt], output, num=num, seed=seed, **more)[0]
 
     def generate_batch(
         self,
@@ -240,64 +234,74 @@ class MixedModal:
         num: int = 1,
         seed: int = 0,
         best_of: int = 1,
-        guidance_scale: float = 1.0,
-        temperature: PerModality[float] = None,
-        top_k: PerModality[int] = None,
-        top_p: PerModality[float] = None,
         max_new_tokens: int | None = None,
         retrieve: int = 0,
         before: Sequence[Sequence[Before]] | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> list[list[Sample]]:
         """`num` samples for each of many prompts; the arguments are those of `generate`, `before` for each prompt."""
         if min(num, best_of) < 1:
             raise ValueError(f"num is {num} and best_of is {best_of}; both must be at least 1")
-        if retrieve and before is not None:
-            raise ValueError("retrieve and before both say what is read before the prompt; give one of them")
-        sampling = build_sampling(self.format.vocabulary.modalities, temperature, top_k, top_p)
-        if best_of > 1 and (output not in self.format.blocks or not sampling[output].temperature):
+        plan = self._plan(prompts, output, num * best_of, seed, max_new_tokens, retrieve, before, options)
+        if best_of > 1 and (output not in self.format.blocks or not plan.sampling[output].temperature):
             raise ValueError(
                 "best_of chooses among images that differ; it needs output image and a temperature above 0"
             )
-        spelled = spell_prompts(self.codec, prompts, output)
-        rows = [prompt.ids for prompt in spelled]
-        guidance = None
-        if guidance_scale != 1:
-            following = None if output == MIXED else output
-            guidance = [self.format.spell_prompt(without_text(prompt.document), following) for prompt in spelled]
-        queries = [prompt.query(output_room(self.format, output, max_new_tokens)) for prompt in spelled]
-        if retrieve:
-            before = self._find(queries, retrieve)
-        lengths, context = [query.length for query in queries], self.model.config.max_seq_len
-        read = fit_documents(self.codec, [[]] * len(rows) if before is None else before, lengths, context)
-        prefixes = [self.format.prefix(documents) for documents in read]
-        order = [(row, sample) for row in range(len(rows)) for sample in range(num * best_of)]
-        found: list[Document] = []
-        for start in range(0, len(order), self.batch_size):
-            chosen = order[start : start + self.batch_size]
-            continuations = self._generator.generate(
-                [rows[row] for row, _ in chosen],
-                [sample_seed(seed, sample, rows[row]) for row, sample in chosen],
-                output=output,
-                sampling=sampling,
-                guidance_prompts=None if guidance is None else [guidance[row] for row, _ in chosen],
-                guidance_scale=guidance_scale,
-                max_new_tokens=max_new_tokens,
-                before=[prefixes[row] for row, _ in chosen],
-            )
-            found += [self._parse(rows[row], ids) for (row, _), ids in zip(chosen, continuations)]
+        drawn = self._generator.generate(plan.requests, plan.sampling, plan.guidance)
+        found = [parse_sample(self.format, request.prompt, ids) for request, ids in zip(plan.requests, drawn)]
         if best_of > 1:
-            asked = [(spelled[row].document, read[row]) for row, _ in order]
+            asked = [(plan.documents[row], plan.read[row]) for row in range(len(prompts)) for _ in range(num * best_of)]
             found = keep_best(self._scorer, asked, found, best_of)
         samples = [_sample(parts, output) for parts in self.codec.from_documents(found)]
         return [samples[start : start + num] for start in range(0, len(samples), num)]
 
-    def _parse(self, prompt: np.ndarray, continuation: np.ndarray) -> Document:
-        """The generated parts; a sample that ran out of room, or stopped before a block, is ended here."""
-        eos = self.format.vocabulary.eos
-        if len(continuation) and continuation[-1] in {block.open_id for block in self.format.blocks.values()}:
-            continuation = continuation[:-1]
-        end = [] if len(continuation) and continuation[-1] == eos else [eos]
-        return self.format.parse_continuation(np.concatenate([prompt, continuation, end]).astype(np.int64), len(prompt))
+    def stream(
+        self,
+        prompt: str | Sequence[Content],
+        output: str = "mixed",
+        *,
+        num: int = 1,
+        seed: int = 0,
+        preview_every: int = 0,
+        max_new_tokens: int | None = None,
+        retrieve: int = 0,
+        before: Sequence[Before] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[Piece]:
+        """The samples of `generate` in pieces, as they come: whole parts, and meanwhile what there is of them.
+
+        Args:
+            preview_every: codes after which an unfinished picture is shown again; 0 shows it when it is whole.
+        """
+        if num < 1 or preview_every < 0:
+            raise ValueError(f"num is {num} (at least 1) and preview_every is {preview_every} (at least 0)")
+        given = None if before is None else [before]
+        plan = self._plan([prompt], output, num, seed, max_new_tokens, retrieve, given, options)
+        chunk = {"chunk": preview_every} if preview_every else {}
+        pieces = self._generator.stream(plan.requests, plan.sampling, plan.guidance, **chunk)
+        yield from read_pieces(self.codec, plan.requests, pieces, previews=bool(preview_every))
+
+    def _plan(
+        self,
+        prompts: Sequence[str | Sequence[Content]],
+        output: str,
+        num: int,
+        seed: int,
+        max_new_tokens: int | None,
+        retrieve: int,
+        before: Sequence[Sequence[Before]] | None,
+        options: SamplingOptions,
+    ) -> Plan:
+        """`num` requests for each prompt."""
+        if retrieve and before is not None:
+            raise ValueError("retrieve and before both say what is read before the prompt; give one of them")
+        spelled = spell_prompts(self.codec, prompts, output)
+        queries = [prompt.query(output_room(self.format, output, max_new_tokens)) for prompt in spelled]
+        if retrieve:
+            before = self._find(queries, retrieve)
+        lengths, context = [query.length for query in queries], self.model.config.max_seq_len
+        read = fit_documents(self.codec, [[]] * len(spelled) if before is None else before, lengths, context)
+        return build_plan(self._generator, spelled, read, output, num, seed, max_new_tokens, options)
 
     # likelihood
 
@@ -362,7 +366,7 @@ class MixedModal:
 
 
 def _sample(parts: Sequence[str | Picture | Mask], output: str) -> Sample:
-    if output == MIXED:
+    if output == "mixed":
         return list(parts)
     if output == "text":
         return "".join(part for part in parts if isinstance(part, str))

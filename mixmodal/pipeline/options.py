@@ -1,13 +1,15 @@
-"""How tokens are drawn, as users say it: one value for all modalities, or one for each."""
+"""How samples are drawn, as users say it: one value for all modalities or one for each, and what steers pictures."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
-from mixmodal.sampling.guidance import TokenSampling
+from mixmodal.sampling.guidance import Guidance, Unconditional
+from mixmodal.sampling.rules import TokenSampling
 
-# Chameleon's settings for text and Anole's for images (arXiv 2405.09818 and 2407.06135, released code)
+# Chameleon's settings for text and Anole's for images (arXiv 2405.09818 and 2407.06135, released code), but for
+# Chameleon's repetition penalty of 1.2, which would keep a text from saying what its prompt says
 DEFAULT_SAMPLING = {
     "text": TokenSampling(temperature=0.7, top_p=0.9),
     "image": TokenSampling(temperature=1.0, top_p=0.9),
@@ -18,20 +20,60 @@ PerModality = Value | Mapping[str, Value] | None
 """One value for all modalities, one by modality, or None for the default."""
 
 
-def build_sampling(
-    modalities: Sequence[str],
-    temperature: PerModality[float],
-    top_k: PerModality[int],
-    top_p: PerModality[float],
-) -> dict[str, TokenSampling]:
+class SamplingOptions(TypedDict, total=False):
+    """How tokens are drawn; what is left out has its default.
+
+    Args:
+        temperature, top_k, top_p, min_p, repetition_penalty: see `TokenSampling`; for all modalities, or by modality as
+            `{"text": 0.7, "image": 1.0}`.
+        guidance_scale: weight of classifier-free guidance of pictures: how closely they follow the text; 1 is none.
+        image_guidance_scale: the same for the prompt's pictures: `text_scale` and `image_scale` of `Guidance`.
+        unconditional, contrast_k, contrast_alpha: see `Guidance`.
+    """
+
+    temperature: PerModality[float]
+    top_k: PerModality[int]
+    top_p: PerModality[float]
+    min_p: PerModality[float]
+    repetition_penalty: PerModality[float]
+    guidance_scale: float
+    image_guidance_scale: float
+    unconditional: Unconditional
+    contrast_k: int
+    contrast_alpha: float
+
+
+GUIDANCE = {
+    "guidance_scale": "text_scale",
+    "image_guidance_scale": "image_scale",
+    "unconditional": "unconditional",
+    "contrast_k": "contrast_k",
+    "contrast_alpha": "contrast_alpha",
+}
+"""Options by what `Guidance` calls them."""
+
+
+def build_guidance(options: SamplingOptions) -> Guidance:
+    """What steers pictures.
+
+    Raises:
+        ValueError: for settings that can not act.
+    """
+    return Guidance(**{name: options[option] for option, name in GUIDANCE.items() if option in options})
+
+
+def build_sampling(modalities: Sequence[str], options: SamplingOptions) -> dict[str, TokenSampling]:
     """The settings of each modality, with defaults for what is not given.
 
     Raises:
-        ValueError: for a value out of range, or of a modality that there is not.
+        ValueError: for a value out of range, of a modality that there is not, or an option that there is not.
     """
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     settings: dict[str, dict[str, Any]] = {name: {} for name in modalities}
-    for option, values in given.items():
+    for option, values in options.items():
+        if option in GUIDANCE:
+            continue
+        if option not in SamplingOptions.__annotations__:
+            raise ValueError(f"there is no option {option!r}; choose {', '.join(SamplingOptions.__annotations__)}")
         values = dict.fromkeys(modalities, values) if not isinstance(values, Mapping) else values
         for modality, value in values.items():
             if modality not in settings:

@@ -11,12 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from PIL.Image import Image as Picture
 
-from mixmodal.document import Coded, Document, Mask, SequenceFormat, Text, count_fitting
+from mixmodal.document import Coded, Document, Mask, Part, SequenceFormat, Text, count_fitting
 from mixmodal.interop.export import IMAGE_TOKENIZER
 from mixmodal.retrieval.encoder import DocumentParts
 from mixmodal.retrieval.memory import Memory
 from mixmodal.retrieval.retriever import Retrieved, Retriever
 from mixmodal.sampling.grammar import MIXED
+from mixmodal.sampling.guidance import Guidance, Stream, build_streams
 from mixmodal.tokenization.codec import Codec, Content
 from mixmodal.tokenization.image import ImageTokenizer
 
@@ -91,15 +92,32 @@ def spell_prompts(codec: Codec, prompts: Sequence[str | Sequence[Content]], outp
     return [Prompt(*forms) for forms in zip(parts, documents, rows)]
 
 
-def without_text(document: Document) -> Document:
-    """The unconditional prompt of guidance: every text is one mask (CM3Leon, arXiv 2309.02591 section 3.2).
+def spell_streams(
+    format: SequenceFormat, prompt: Prompt, guidance: Guidance, output: str
+) -> tuple[float, tuple[Stream, ...]]:
+    """The weight of a prompt's own row, and the rows of guidance beside it; none for guidance that does not act.
 
     Raises:
-        ValueError: where there is no text to leave out.
+        ValueError: where there is nothing that the guidance could strengthen.
     """
-    if not any(isinstance(part, Text) for part in document.parts):
-        raise ValueError("guidance_scale strengthens the prompt's text, and the prompt has none; leave it at 1")
-    return Document(Mask(0) if isinstance(part, Text) else part for part in document.parts)
+    if not guidance.acts:
+        return 1.0, ()
+    if output == "text":
+        raise ValueError("guidance acts on pictures alone; leave it out for the output 'text'")
+    parts = prompt.document.parts
+    has_text, has_pictures = (any(isinstance(part, kind) for part in parts) for kind in (Text, Coded))
+    if not has_text and (guidance.contrast_k or guidance.text_scale != 1):
+        raise ValueError("guidance_scale and contrast_k strengthen the prompt's text, and it has none; leave them out")
+    if not has_pictures and guidance.image_scale != 1:
+        raise ValueError("image_guidance_scale strengthens the prompt's pictures, and it has none; leave it at 1")
+    following = None if output == MIXED else output
+    if guidance.unconditional == "mask":
+        without_text = [Mask(0) if isinstance(part, Text) else part for part in parts]
+        nothing: list[Part] = [Mask(0)]
+    else:
+        without_text, nothing = [part for part in parts if not isinstance(part, Text)], []
+    rows = [format.spell_prompt(Document(some), following) for some in (without_text, nothing)]
+    return build_streams(guidance, prompt.ids, *rows)
 
 
 def sample_seed(seed: int, sample: int, prompt: np.ndarray) -> list[int]:

@@ -15,7 +15,7 @@ from rich.progress import track
 from mixmodal.pipeline import MixedModal
 from mixmodal.quickstart.demo import Demo, choose, save_picture
 from mixmodal.quickstart.scoring import DISTANCE, Label, named_concept, nearest_pictures, split_rate
-from mixmodal.sampling.guidance import TokenSampling
+from mixmodal.sampling.rules import TokenSampling
 from mixmodal.tokenization.preprocessing import to_pictures, to_tensor
 
 REFERENCES = {"original": "", "redrawn": ", to each demo picture as the image tokenizer redraws it"}

@@ -35,16 +35,6 @@ class State(NamedTuple):
     room: Tensor
 
 
-class Stretch(NamedTuple):
-    """Steps that need no look at the device: `num_steps` (0: every row is done) over the columns of `modality`.
-
-    `modality` is None where rows choose between several ranges; then `num_steps` is 1.
-    """
-
-    num_steps: int
-    modality: str | None
-
-
 class Grammar:
     """The ids that may follow in each row.
 
@@ -182,10 +172,9 @@ class Grammar:
             if self.output == modality and block.close_id is not None:
                 follows[index[f"end {modality}"], self._kinds.index(block.close_id)] = self.done
         self._modalities = [self._only_modality(node, edges) for node in self._nodes]
-        chosen = torch.tensor([self.vocabulary.modalities.index(name or "text") for name in self._modalities])
         self.kinds = torch.from_numpy(self._kind_of).to(device)  # (V,)
         self.follows, self.costs = follows.to(device), costs.to(device)  # (N, K)
-        self.lengths, self.ends, self.chosen = lengths.to(device), ends.to(device), chosen.to(device)  # (N,)
+        self.lengths, self.ends = lengths.to(device), ends.to(device)  # (N,)
 
     def _only_modality(self, node: str, edges: dict[tuple[str, str | int], str]) -> str | None:
         """The coded modality whose codes alone may follow at `node`, or None."""
@@ -194,28 +183,31 @@ class Grammar:
 
     # use
 
-    def start(self, prompts: Sequence[np.ndarray], rooms: Sequence[int], before: Sequence[int] | None = None) -> State:
+    def start(
+        self, prompts: Sequence[np.ndarray], rooms: Sequence[int], before: Sequence[int] | None = None, first: int = 0
+    ) -> State:
         """The state behind each prompt `(T,)`, with `rooms` tokens that may follow.
 
         Args:
             before: tokens that the model reads before each prompt; for the message alone.
+            first: number of the first prompt, for the message alone.
 
         Raises:
             SequenceError: for a prompt that the format does not allow, or behind which nothing fits.
         """
-        found = [self._read(np.asarray(prompt), row) for row, prompt in enumerate(prompts)]
+        found = [self._read(np.asarray(prompt), first + row) for row, prompt in enumerate(prompts)]
         nodes, left = (torch.tensor(column, device=self.costs.device) for column in zip(*found))
         state = State(nodes, left, torch.tensor(list(rooms), device=self.costs.device))
         stuck = ~(self.costs[nodes] <= state.room[:, None]).any(dim=1) | (left > state.room)
         if stuck.any():
             row = int(stuck.nonzero()[0])
             if not (self.costs[nodes[row]] < NEVER).any():
-                raise SequenceError(f"prompt {row} is open for another part than the output {self.output!r}")
+                raise SequenceError(f"prompt {first + row} is open for another part than the output {self.output!r}")
             behind = f" behind {before[row]} of other documents" if before is not None and before[row] else ""
             raise SequenceError(
-                f"prompt {row} has {len(prompts[row])} tokens{behind} and {rooms[row]} may follow it: too few for the "
-                f"output {self.output!r}. Shorten {'them' if behind else 'the prompt'}, or raise max_new_tokens or the "
-                "model's max_seq_len"
+                f"prompt {first + row} has {len(prompts[row])} tokens{behind} and {rooms[row]} may follow it: too few "
+                f"for the output {self.output!r}. Shorten {'them' if behind else 'the prompt'}, or raise "
+                "max_new_tokens or the model's max_seq_len"
             )
         return state
 
@@ -243,12 +235,9 @@ class Grammar:
         """Ids that may follow, `(B, V)` bool."""
         return (self.costs[state.nodes] <= state.room[:, None])[:, self.kinds]
 
-    def modality(self, state: State) -> Tensor:
-        """Whose sampling settings count, `(B,)` int64 index into the vocabulary's modalities.
-
-        A coded modality where only its codes may follow, else text: text also decides whether a block opens.
-        """
-        return self.chosen[state.nodes]
+    def modality_at(self, node: int) -> str | None:
+        """The coded modality of which only codes may follow at a node of a `State`; None where there is a choice."""
+        return self._modalities[node]
 
     def columns(self, modality: str) -> slice:
         """The ids of a modality."""
@@ -265,13 +254,48 @@ class Grammar:
         nodes = torch.where((room == 0) | ~self.live(state), self.done, nodes)
         return State(nodes, torch.where(in_block, codes_left, 0), room)
 
-    def stretch(self, state: State) -> Stretch:
-        """How many steps can be taken before the host has to look again; this look is the only wait for the device."""
-        nodes, left = torch.stack((state.nodes, state.codes_left)).tolist()
-        live = [(self._modalities[node], max(codes, 1)) for node, codes in zip(nodes, left) if node != self.done]
-        if not live:
-            return Stretch(0, None)
-        modalities = {modality for modality, _ in live}
-        if len(modalities) > 1 or None in modalities:
-            return Stretch(1, None)
-        return Stretch(min(codes for _, codes in live), modalities.pop())
+
+class Template:
+    """Codes of one modality in a given number, among them tokens that are given: what stands in for a grammar there.
+
+    Args:
+        format: the sequence format.
+        modality: of the codes.
+    """
+
+    done = Grammar.done
+
+    def __init__(self, format: SequenceFormat, modality: str, device: torch.device | str = "cpu") -> None:
+        if modality not in format.blocks:
+            raise ValueError(f"{modality!r} has no codes; choose {', '.join(format.blocks)}")
+        ids = format.vocabulary.ids(modality)
+        self._modality, self._columns, self._device = modality, slice(ids.start, ids.stop), device
+
+    def start(self, lengths: Sequence[int], rooms: Sequence[int], first: int = 0) -> State:
+        """The state before `lengths` tokens, of which `rooms` fit.
+
+        Raises:
+            SequenceError: where they do not fit.
+        """
+        for row, (length, room) in enumerate(zip(lengths, rooms)):
+            if length > room:
+                raise SequenceError(f"prompt {first + row}: {length} tokens follow it, and {room} fit into the context")
+        left = torch.tensor(list(lengths), device=self._device)
+        return State(torch.ones_like(left), left, left.clone())
+
+    def advance(self, state: State, tokens: Tensor) -> State:
+        """The state after one more token in each row."""
+        left = state.codes_left - 1
+        return State(torch.where(left > 0, state.nodes, self.done), left, left)
+
+    def modality_at(self, node: int) -> str | None:
+        """The modality of the codes."""
+        return None if node == self.done else self._modality
+
+    def columns(self, modality: str) -> slice:
+        """The ids of the modality."""
+        return self._columns
+
+    def legal(self, state: State) -> Tensor:
+        """Never asked: there are only codes."""
+        raise AssertionError

@@ -1,117 +1,121 @@
-"""From logits to a token: guidance, then an ordered list of small rules, then one draw.
+"""What steers the codes of images: rows of the same sample that know less of its prompt.
 
-Every rule takes logits `(B, V)` float32, where -inf marks what can not be drawn, and a value for each row `(B,)`.
+A sample has one row for its whole prompt, and as many others as its guidance needs, each with a weight. Logits are
+mixed by these weights (classifier-free guidance), or the whole prompt is contrasted with what knows no text (CD-K).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Rule = Callable[[Tensor, Tensor], Tensor]
-"""Logits `(B, V)` and the index of each row's modality `(B,)` to logits `(B, V)`."""
+Unconditional = Literal["mask", "drop"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenSampling:
-    """How the tokens of one modality are drawn.
+class Guidance:
+    """How codes follow the prompt; text is never guided.
+
+    With f for the whole prompt, i for its pictures without text and u for neither, the logits are
+
+        u + image_scale (i - u) + text_scale (f - i)
+
+    as in Chameleon's released code and InstructPix2Pix (arXiv 2211.09800, equation 3). A prompt without pictures has
+    i = u, and CM3Leon's `u + text_scale (f - u)` is left (arXiv 2309.02591, section 3.2). Rows of no weight are not
+    computed: one of the scales at 1, or both alike, take two rows.
 
     Args:
-        temperature: divides the logits; 0 always takes the likeliest token.
-        top_k: draw from the k likeliest tokens; 0 is all of them.
-        top_p: draw from the likeliest tokens that together reach this probability (nucleus, arXiv 1904.09751).
+        text_scale: weight of what the text adds; 1 is none.
+        image_scale: weight of what the prompt's pictures add; 1 is none.
+        unconditional: how a row goes without: `mask` puts `<mask>` in the place of text (CM3Leon, needs no training
+            beyond CM3's objective), `drop` leaves it out (Chameleon).
+        contrast_k: k of contrastive decoding CD-K (CM3Leon, section 3.2): codes are drawn by how much likelier the text
+            makes them, among those of at least `contrast_alpha` times the probability of the k-th likeliest. 0 is none.
+        contrast_alpha: 0 .. 1.
     """
 
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    text_scale: float = 1.0
+    image_scale: float = 1.0
+    unconditional: Unconditional = "mask"
+    contrast_k: int = 0
+    contrast_alpha: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 or more")
-        if self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k}; it must be 0 (all tokens) or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must lie in (0, 1]")
+        for name in ("text_scale", "image_scale"):
+            if not np.isfinite(getattr(self, name)):
+                raise ValueError(f"guidance: {name} is {getattr(self, name)}; it must be a number, 1 for none")
+        if self.unconditional not in ("mask", "drop"):
+            raise ValueError(f"guidance: unconditional is {self.unconditional!r}; choose mask or drop")
+        if self.contrast_k < 0 or not 0 <= self.contrast_alpha <= 1:
+            raise ValueError(
+                f"guidance: contrast_k is {self.contrast_k} (0 or more), contrast_alpha {self.contrast_alpha} (0 .. 1)"
+            )
+        if self.contrast_k and (self.text_scale, self.image_scale) != (1, 1):
+            raise ValueError("guidance: contrast_k takes the place of the scales; leave them at 1")
+        if not self.contrast_k and self.contrast_alpha != 0.1:
+            raise ValueError("guidance: contrast_alpha can not act without contrast_k; leave it out")
+        if not self.acts and self.unconditional != "mask":
+            raise ValueError("guidance: unconditional can not act without a scale or contrast_k; leave it out")
+
+    @property
+    def acts(self) -> bool:
+        """Whether samples have more rows than one."""
+        return bool(self.contrast_k) or (self.text_scale, self.image_scale) != (1, 1)
 
 
-def guide(conditional: Tensor, unconditional: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance for tokens (CM3Leon, arXiv 2309.02591 section 3.2); a scale of 1 is none."""
-    return unconditional + scale * (conditional - unconditional)
+NO_GUIDANCE = Guidance()
 
 
-def apply_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Logits over temperature; a row with temperature 0 keeps its first largest logit only."""
-    greedy = (temperature == 0)[:, None]
-    scaled = logits / temperature.masked_fill(temperature == 0, 1)[:, None]
-    best = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, logits.argmax(dim=1, keepdim=True), True)
-    return scaled.masked_fill(greedy & ~best, -torch.inf)
+class Stream(NamedTuple):
+    """A further row of a sample: `prompt` ids `(T,)` that know less, and the `weight` of its logits."""
+
+    prompt: np.ndarray
+    weight: float
 
 
-def keep_top_k(logits: Tensor, top_k: Tensor, largest: int) -> Tensor:
-    """Drops what is less likely than the k-th likeliest; ties stay. `largest` is the largest k of any row."""
-    values = logits.topk(min(largest, logits.shape[1]), dim=1).values
-    places = (top_k - 1).clamp(0, values.shape[1] - 1)
-    threshold = values.gather(1, places[:, None])
-    return logits.masked_fill((logits < threshold) & (top_k > 0)[:, None], -torch.inf)
-
-
-def keep_top_p(logits: Tensor, top_p: Tensor) -> Tensor:
-    """Drops the least likely tokens without which the others reach `top_p`; at least one stays."""
-    values, order = logits.sort(dim=1, descending=True, stable=True)
-    probabilities = values.softmax(dim=1)
-    before = probabilities.cumsum(dim=1) - probabilities
-    dropped = (before >= top_p[:, None]) & (top_p < 1)[:, None]
-    dropped[:, 0] = False
-    return logits.masked_fill(torch.zeros_like(dropped).scatter_(1, order, dropped), -torch.inf)
-
-
-def build_rules(
-    sampling: Mapping[str, TokenSampling], modalities: Sequence[str], device: torch.device | str = "cpu"
-) -> list[Rule]:
-    """The rules in the order in which they apply: temperature, top-k, top-p; what would change nothing is left out.
+def build_streams(
+    guidance: Guidance, whole: np.ndarray, without_text: np.ndarray, without_both: np.ndarray
+) -> tuple[float, tuple[Stream, ...]]:
+    """The weight of the whole prompt, and the further rows that have one.
 
     Args:
-        sampling: settings by modality; a modality without an entry has the defaults of `TokenSampling`.
-        modalities: what the indices that a rule is given stand for.
-
-    Raises:
-        ValueError: for settings of a modality that there is not.
+        whole, without_text, without_both: one prompt as f, i and u, ids `(T,)`.
     """
-    unknown = sorted(set(sampling) - set(modalities))
-    if unknown:
-        raise ValueError(f"sampling settings for {', '.join(unknown)}; the model has {', '.join(modalities)}")
-    settings = [sampling.get(name, TokenSampling()) for name in modalities]
-    temperature = torch.tensor([one.temperature for one in settings], device=device)
-    top_k = torch.tensor([one.top_k for one in settings], device=device)
-    top_p = torch.tensor([one.top_p for one in settings], device=device)
-    largest = max(one.top_k for one in settings)
-    rules: list[Rule] = []
-    if any(one.temperature != 1 for one in settings):
-        rules.append(lambda logits, modality: apply_temperature(logits, temperature[modality]))
-    if largest:
-        rules.append(lambda logits, modality: keep_top_k(logits, top_k[modality], largest))
-    if any(one.top_p < 1 for one in settings):
-        rules.append(lambda logits, modality: keep_top_p(logits, top_p[modality]))
-    return rules
+    if guidance.contrast_k:
+        return 1.0, (Stream(without_text, -1.0),)
+    text, image = guidance.text_scale, guidance.image_scale
+    weights: dict[bytes, list] = {}
+    for prompt, weight in ((whole, text), (without_text, image - text), (without_both, 1 - image)):
+        entry = weights.setdefault(prompt.tobytes(), [prompt, 0.0])  # equal prompts have equal logits
+        entry[1] += weight
+    (_, first), *others = weights.values()
+    return first, tuple(Stream(prompt, weight) for prompt, weight in others if weight)
 
 
-def draw_uniforms(seeds: Sequence[int | Sequence[int]], num_steps: int) -> Tensor:
-    """One number in [0, 1) for each sample and step, `(B, num_steps)` float64.
+def mix(logits: Tensor, weights: Tensor) -> Tensor:
+    """Classifier-free guidance: logits `(K, B, C)` of streams to their sum `(B, C)` by `weights` `(K, B)`."""
+    return (logits * weights[:, :, None]).sum(dim=0)
 
-    They depend on the sample's seed and the step alone, so that a sample does not change with the batch around it, with
-    the columns that are computed, or with the device.
+
+def contrast(expert: Tensor, amateur: Tensor, k: int, alpha: float) -> Tensor:
+    """CD-K: log-ratios `(B, C)` of the plausible codes, -inf for the others (CM3Leon, equations 3 and 4).
+
+    Args:
+        expert, amateur: logits `(B, C)` with and without the text.
+        k, alpha: plausible is what has at least `alpha` times the k-th largest probability of the expert.
     """
-    rows = [np.random.default_rng(seed).random(num_steps) for seed in seeds]
-    return torch.from_numpy(np.stack(rows))
+    likely, unlikely = expert.log_softmax(dim=1), amateur.log_softmax(dim=1)
+    bar = likely.exp().topk(min(k, likely.shape[1]), dim=1).values[:, -1:] * alpha
+    return (likely - unlikely).masked_fill(likely.exp() < bar, -torch.inf)
 
 
-def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Columns `(B,)` drawn from the softmax of `logits` `(B, V)` by inverting its distribution at `uniforms` `(B,)`."""
-    cumulative = logits.softmax(dim=1).double().cumsum(dim=1)
-    threshold = uniforms[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+def steer(guidance: Guidance, logits: Sequence[Tensor] | Tensor, weights: Tensor) -> Tensor:
+    """Logits `(S, B, C)` of the streams, the whole prompt first, to those that are drawn from, `(B, C)`."""
+    if guidance.contrast_k:
+        return contrast(logits[0], logits[1], guidance.contrast_k, guidance.contrast_alpha)
+    return mix(torch.as_tensor(logits), weights)

@@ -16,7 +16,7 @@ from mixmodal.data.token_shards import TokenShards
 from mixmodal.document import Document, Image, Text
 from mixmodal.models.transformer import Transformer
 from mixmodal.sampling.generator import SequenceGenerator
-from mixmodal.sampling.guidance import TokenSampling
+from mixmodal.sampling.rules import TokenSampling
 from mixmodal.tokenization.codec import Codec
 from mixmodal.tokenization.image import ImageTokenizer
 from mixmodal.tokenization.text import TextTokenizer
@@ -73,9 +73,9 @@ class SampleSheet:
         prompts = [form.spell_prompt(Document([text]), Image.modality) for text, _ in self.pairs]
         assert isinstance(model, Transformer)
         with uncompiled():
-            found = SequenceGenerator(model, form).generate(
-                prompts, [(0, number) for number in range(len(prompts))], output="image", sampling={"image": SAMPLING}
-            )
+            generator = SequenceGenerator(model, form)
+            requests = [generator.request(prompt, (0, number), "image") for number, prompt in enumerate(prompts)]
+            found = generator.generate(requests, {"image": SAMPLING})
         vocabulary, grid = form.vocabulary, form.grids[Image.modality]
         drawn = []
         for ids in found:

@@ -14,7 +14,7 @@ from mixmodal.data.skipping import SkipCounter, TooManySkipped
 from mixmodal.pipeline import MixedModal
 from mixmodal.pipeline.classify import ClassifyConfig, classify
 from mixmodal.pipeline.generate import GenerateConfig, PromptPart, generate
-from mixmodal.sampling.guidance import TokenSampling
+from mixmodal.sampling.rules import TokenSampling
 
 COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
 

@@ -13,7 +13,8 @@ from mixmodal import MixedModal
 from mixmodal.classification.autoregressive import ScoredSequence
 from mixmodal.document import Document, Image, Mask, SequenceError, Text
 from mixmodal.interop.export import EXPORT_FILES, ExportError
-from mixmodal.pipeline.prompts import without_text
+from mixmodal.pipeline.prompts import spell_prompts, spell_streams
+from mixmodal.sampling.guidance import Guidance
 
 PROMPTS = [["a red apple"], ["pear"], ["a green apple, flat style"]]
 
@@ -108,11 +109,59 @@ def test_the_likeliest_class_is_chosen(model: MixedModal, picture: PIL.Image, me
     np.testing.assert_allclose(found.scores[0], totals, atol=1e-5, rtol=0)  # worst seen 5e-7
 
 
-def test_the_prompt_of_guidance_is_masked_text(picture: PIL.Image) -> None:
-    image = Image(np.zeros((4, 4), dtype=np.int64))
-    assert without_text(Document([Text("a"), image, Text("b")])).parts == (Mask(0), image, Mask(0))
-    with pytest.raises(ValueError, match="the prompt has none"):
-        without_text(Document([image]))
+@pytest.mark.parametrize("unconditional", ["mask", "drop"])
+def test_rows_of_guidance_know_less_of_the_prompt(model: MixedModal, picture: PIL.Image, unconditional: str) -> None:
+    (prompt,) = spell_prompts(model.codec, [["a", picture, "pear"]], "image")
+    guidance = Guidance(text_scale=3.0, image_scale=1.5, unconditional=unconditional)  # type: ignore[arg-type]
+    weight, streams = spell_streams(model.format, prompt, guidance, "image")
+    image = prompt.document.parts[1]
+    masks = {"mask": ([Mask(0), image, Mask(0)], [Mask(0)]), "drop": ([image], [])}[unconditional]
+    for stream, parts in zip(streams, masks, strict=True):
+        assert stream.prompt.tolist() == model.format.spell_prompt(Document(parts), "image").tolist()
+    assert (weight, *(stream.weight for stream in streams)) == (3.0, -1.5, -0.5)
+
+
+def test_guidance_needs_something_to_strengthen(model: MixedModal, picture: PIL.Image) -> None:
+    for prompt, options, message in (
+        ([picture], {"guidance_scale": 2.0}, "strengthen the prompt's text, and it has none"),
+        ([picture], {"contrast_k": 2}, "strengthen the prompt's text, and it has none"),
+        (["pear"], {"image_guidance_scale": 2.0}, "strengthens the prompt's pictures, and it has none"),
+        (["pear"], {"guidance_scale": 2.0, "output": "text"}, "guidance acts on pictures alone"),
+        (["pear"], {"contrast_k": 2, "guidance_scale": 2.0}, "contrast_k takes the place of the scales"),
+        (["pear"], {"unconditional": "drop"}, "unconditional can not act without"),
+        (["pear"], {"guidance": 2.0}, "there is no option 'guidance'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(prompt, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("output", ["text", "image", "mixed"])
+def test_pieces_end_as_the_samples(model: MixedModal, output: str) -> None:
+    options = {"num": 3, "seed": 4, "max_new_tokens": 40}
+    wanted = model.generate("pear", output, **options)
+    parts: dict[int, dict[int, object]] = {0: {}, 1: {}, 2: {}}
+    for piece in model.stream("pear", output, preview_every=3, **options):
+        assert not isinstance(parts[piece.sample].get(piece.place), tuple), "a whole part came again"
+        parts[piece.sample][piece.place] = (piece.part,) if piece.whole else piece.part
+    for sample, found in zip(wanted, parts.values()):
+        assert all(isinstance(part, tuple) for part in found.values())
+        pieces = [part[0] for _, part in sorted(found.items())]  # type: ignore[index]
+        expected = sample if output == "mixed" else [sample]
+        assert [one if isinstance(one, str) else one.tobytes() for one in pieces] == [
+            one if isinstance(one, str) else one.tobytes() for one in expected if one != ""
+        ]
+
+
+def test_a_picture_is_shown_while_it_is_drawn(model: MixedModal) -> None:
+    pieces = list(model.stream("pear", "image", preview_every=5))
+    assert [piece.whole for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    shown = [np.asarray(piece.part) for piece in pieces]
+    grey = [int((one == 235).all(axis=-1).sum()) for one in shown]
+    assert len(pieces) == 4
+    assert grey == sorted(grey, reverse=True)
+    assert grey[0] > grey[-1]
+    rows = model.codec.image_tokenizer.config.image_size // 4
+    assert np.abs(shown[-2][:rows].astype(int) - shown[-1][:rows]).max() < 255  # the first row of codes is there
 
 
 def test_a_cut_character_is_a_replacement_and_no_crash(model: MixedModal) -> None:
@@ -131,7 +180,7 @@ def test_a_cut_character_is_a_replacement_and_no_crash(model: MixedModal) -> Non
         ({"seed": -1}, "seed is -1"),
         ({"top_p": {"sound": 0.5}}, "top_p for 'sound'; the model has text, image"),
         ({"temperature": -1.0}, "temperature is -1"),
-        ({"output": "text", "guidance_scale": 2.0}, "acts on coded modalities only"),
+        ({"output": "text", "guidance_scale": 2.0}, "acts on pictures alone"),
         ({"max_new_tokens": 3}, "too few for the output"),
     ],
 )

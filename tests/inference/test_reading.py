@@ -129,15 +129,14 @@ def test_what_is_retrieved_is_what_is_read(
 
 
 def test_the_prompt_stands_behind_the_chain(model: MixedModal, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, Any]] = []
+    seen: list[Any] = []
     generate_ids = model._generator.generate
-    monkeypatch.setattr(
-        model._generator, "generate", lambda *args, **more: seen.append(more) or generate_ids(*args, **more)
-    )
+    monkeypatch.setattr(model._generator, "generate", lambda *args: seen.append(args) or generate_ids(*args))
     model.generate([LIKE_FIRST], before=[["pear", PAIRS[0][1]], [PAIRS[1][1], "a red apple"]])
     shots = model.codec.to_documents([["pear", PAIRS[0][1]], [PAIRS[1][1], "a red apple"]])
     wanted = model.format.prefix([model.format.spell(shot) for shot in shots])
-    assert [prefix.tolist() for prefix in seen[0]["before"]] == [wanted.tolist()]
+    (requests, *_) = seen[0]
+    assert [request.before.tolist() for request in requests] == [wanted.tolist()]
 
 
 def test_the_best_of_several_is_found_with_the_documents_picture_first(

@@ -1,0 +1,153 @@
+"""From requests to samples: what is drawn of them, parsed when it is whole and shown before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from PIL.Image import Image as Picture
+from PIL.Image import fromarray
+
+from mixmodal.document import PART_TYPES, Document, SequenceFormat
+from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling
+from mixmodal.pipeline.prompts import Prompt, sample_seed, spell_streams
+from mixmodal.sampling.engine import Progress, Request
+from mixmodal.sampling.generator import SequenceGenerator
+from mixmodal.sampling.guidance import Guidance
+from mixmodal.sampling.rules import TokenSampling
+from mixmodal.tokenization.codec import Codec
+
+UNDRAWN = 235
+"""Grey level of what is not drawn yet of a picture."""
+
+
+class Plan(NamedTuple):
+    """What is drawn for some prompts, and how.
+
+    Args:
+        requests: as many for each prompt, in their order.
+        documents: the prompts.
+        read: ids `(T,)` of the whole documents that are read before each prompt.
+        sampling: settings by modality.
+        guidance: of pictures.
+    """
+
+    requests: list[Request]
+    documents: list[Document]
+    read: list[list[np.ndarray]]
+    sampling: dict[str, TokenSampling]
+    guidance: Guidance
+
+
+def build_plan(
+    generator: SequenceGenerator,
+    prompts: Sequence[Prompt],
+    read: Sequence[Sequence[np.ndarray]],
+    output: str,
+    num: int,
+    seed: int,
+    max_new_tokens: int | None,
+    options: SamplingOptions,
+) -> Plan:
+    """`num` requests for each prompt, behind the whole documents that are `read` before it.
+
+    Raises:
+        ValueError: for settings that can not act.
+    """
+    format = generator.format
+    sampling, guidance = build_sampling(format.vocabulary.modalities, options), build_guidance(options)
+    requests: list[Request] = []
+    for prompt, documents in zip(prompts, read, strict=True):
+        weight, streams = spell_streams(format, prompt, guidance, output)
+        more = {"weight": weight, "streams": streams, "max_new_tokens": max_new_tokens}
+        more["before"] = format.prefix(documents)
+        seeds = [sample_seed(seed, sample, prompt.ids) for sample in range(num)]
+        requests += [generator.request(prompt.ids, one, output, **more) for one in seeds]
+    return Plan(requests, [prompt.document for prompt in prompts], [list(row) for row in read], sampling, guidance)
+
+
+class Piece(NamedTuple):
+    """A part of a sample as it is by now.
+
+    Args:
+        sample: its number.
+        place: of the part in the sample.
+        part: the text so far, or the picture.
+        whole: whether it stays so. A text is whole where something else follows or the sample ends.
+    """
+
+    sample: int
+    place: int
+    part: str | Picture
+    whole: bool
+
+
+def parse_sample(format: SequenceFormat, prompt: np.ndarray, continuation: np.ndarray) -> Document:
+    """The generated parts; a sample that ran out of room, or stopped before a block, is ended here."""
+    eos = format.vocabulary.eos
+    if len(continuation) and continuation[-1] in {block.open_id for block in format.blocks.values()}:
+        continuation = continuation[:-1]
+    end = [] if len(continuation) and continuation[-1] == eos else [eos]
+    return format.parse_continuation(np.concatenate([prompt, continuation, end]).astype(np.int64), len(prompt))
+
+
+def read_pieces(
+    codec: Codec, requests: Sequence[Request], pieces: Iterable[Progress], *, previews: bool
+) -> Iterator[Piece]:
+    """Parts of each sample: those that have become whole, and the one that is being drawn.
+
+    Args:
+        previews: show pictures before they are whole.
+    """
+    drawn = [np.zeros(0, np.int64) for _ in requests]
+    told = [0] * len(requests)  # parts of each sample that are whole
+    for progress in pieces:
+        number = progress.number
+        drawn[number] = np.concatenate([drawn[number], progress.ids])
+        ids, codes, modality = _divide(codec.format, drawn[number])
+        document = parse_sample(codec.format, requests[number].prompt, ids) if len(ids) else Document([])
+        parts = document.parts[told[number] :]
+        if not progress.finished and not len(codes) and parts and parts[-1].modality == "text":
+            open_text, parts = parts[-1:], parts[:-1]
+        else:
+            open_text = ()
+        for part in codec.from_document(Document(parts)):
+            yield Piece(number, told[number], _shown(part), whole=True)
+            told[number] += 1
+        for part in codec.from_document(Document(open_text)):
+            yield Piece(number, told[number], _shown(part), whole=False)
+        if previews and modality is not None and len(codes):
+            yield Piece(number, told[number], _preview(codec, modality, codes), whole=False)
+
+
+def _shown(part: object) -> str | Picture:
+    return part if isinstance(part, Picture) else str(part)
+
+
+def _divide(format: SequenceFormat, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, str | None]:
+    """Ids up to a coded part that is not whole yet; its codes; its modality."""
+    for modality, block in format.blocks.items():
+        is_code = np.asarray(format.vocabulary.contains(modality, ids))
+        others = np.flatnonzero(~is_code)
+        count = len(ids) - (others[-1] + 1 if len(others) else 0)
+        missing = count % block.length
+        if missing:
+            start = len(ids) - missing
+            return ids[:start], np.asarray(format.vocabulary.from_ids(modality, ids[start:])), modality
+        if count and block.close_id is not None:  # whole, but for the token that closes it
+            return np.append(ids, block.close_id), ids[:0], None
+    return ids, ids[:0], None
+
+
+def _preview(codec: Codec, modality: str, codes: np.ndarray) -> Picture:
+    """What a picture's first codes show; the rest is grey."""
+    grid = codec.format.grids[modality]
+    filled = np.full(grid, codes[-1], dtype=np.int64)
+    filled.reshape(-1)[: len(codes)] = codes
+    (picture,) = codec.decode_images([PART_TYPES[modality](filled)])
+    shown = np.asarray(picture).copy()
+    missing = np.arange(filled.size).reshape(grid) >= len(codes)
+    height, width = (side // cells for side, cells in zip(shown.shape, grid))
+    shown[np.kron(missing, np.ones((height, width), dtype=bool))] = UNDRAWN
+    return fromarray(shown)
