@@ -13,7 +13,7 @@ from PIL.Image import Image as Picture
 from PIL.PngImagePlugin import PngInfo
 
 from mixmodal.pipeline.mixed_modal import MixedModal
-from mixmodal.pipeline.options import DEFAULT_SAMPLING, GUIDANCE, SamplingOptions, build_guidance
+from mixmodal.pipeline.options import DEFAULT_SAMPLING, SamplingOptions, build_guidance
 from mixmodal.pipeline.reading import ReadingConfig
 from mixmodal.retrieval.retriever import Retrieved
 from mixmodal.sampling.guidance import Unconditional
@@ -94,7 +94,13 @@ class GenerateConfig(ReadingConfig):
 
     def guidance_options(self) -> SamplingOptions:
         """What steers pictures."""
-        return cast(SamplingOptions, {name: getattr(self, name) for name in GUIDANCE})
+        return {
+            "guidance_scale": self.guidance_scale,
+            "image_guidance_scale": self.image_guidance_scale,
+            "unconditional": self.unconditional,
+            "contrast_k": self.contrast_k,
+            "contrast_alpha": self.contrast_alpha,
+        }
 
     def options(self) -> SamplingOptions:
         """How tokens are drawn, for `MixedModal.generate`."""
