@@ -73,6 +73,7 @@ COMMANDS: dict[str, Subcommand] = {
         "evaluate_retrieval",
         "what documents of a memory are worth",
     ),
+    "serve": Subcommand("mixmodal.serve.server", "ServeConfig", "serve", "a web page: chat with pictures, and editing"),
     "import": Subcommand(
         "mixmodal.interop.importing", "ImportConfig", "import_checkpoint", "image tokenizers of other projects"
     ),

@@ -40,8 +40,9 @@ FLOORS = {
     "interop": 5,
     "training": 6,
     "pipeline": 7,
-    "quickstart": 8,
-    "cli": 9,
+    "serve": 8,
+    "quickstart": 9,
+    "cli": 10,
 }
 # configs/FOLDER/*.yaml holds the config of this command, unless the file's stem is listed with another
 CONFIG_TYPES = {

@@ -1,0 +1,285 @@
+"""The page in gradio: where things stand and what calls what. What they do is in `studio` and `html`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from importlib import resources
+from typing import Any
+
+import gradio as gr  # pyright: ignore[reportMissingImports]
+
+from mixmodal.serve.conversation import MAX_DRAWN, Conversation
+from mixmodal.serve.html import EMPTY, LITTLE, conversation_html, problem, turn_html
+from mixmodal.serve.settings import MAX_SEED, Settings, choose_seed, default_sampling
+from mixmodal.serve.studio import Studio
+from mixmodal.serve.uploads import enlarge
+
+FONT = ("system-ui", "-apple-system", "Segoe UI", "sans-serif")
+MONO = ("ui-monospace", "DejaVu Sans Mono", "Menlo", "monospace")
+IDLE_S = 3600
+"""Seconds after which a conversation that nobody goes on with, and the files of it, are forgotten."""
+SETTLE_S = 300
+"""Seconds between two looks for such files."""
+CALLS = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+"""Of every event that calls the model: one at a time, in the order of the queue."""
+LIGHT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+"""Of every other event."""
+
+
+def build_theme() -> Any:
+    """Colours and corners of the report page; fonts of the visitor's own machine, so that none is fetched."""
+    return gr.themes.Base(
+        primary_hue="orange",
+        neutral_hue="stone",
+        radius_size="lg",
+        font=FONT,
+        font_mono=MONO,
+    )
+
+
+def read_css() -> str:
+    return resources.files("mixmodal.serve").joinpath("style.css").read_text(encoding="utf-8")
+
+
+def build_page(studio: Studio, title: str) -> Any:
+    """The whole page as `gr.Blocks`, with its queue still to be set.
+
+    Args:
+        title: what is served, for the head of the page.
+    """
+    with gr.Blocks(title="mixmodal", analytics_enabled=False, delete_cache=(SETTLE_S, IDLE_S)) as page:
+        conversation = gr.State(Conversation, time_to_live=IDLE_S)
+        gr.HTML(_head(studio, title), elem_id="head", padding=False)
+        with gr.Tabs(elem_id="tabs") as tabs:
+            with gr.Tab("Chat", id="chat"):
+                editor_button = _build_chat(studio, conversation)
+            with gr.Tab("Edit", id="edit"):
+                editor = _build_edit(studio, conversation)
+        editor_button.click(_latest, conversation, [tabs, editor], **LIGHT)
+    return page
+
+
+def _head(studio: Studio, title: str) -> str:
+    height, width = studio.model.format.grids["image"]
+    facts = [f"{studio.image_size} px pictures", f"{height * width} codes each"]
+    if studio.has_memory:
+        facts.append("reads from a memory")
+    from html import escape
+
+    spans = "".join(f"<span>{fact}</span>" for fact in facts)
+    return f"<h1>{escape(title)}</h1><div>{spans}</div>"
+
+
+class Controls:
+    """The settings of a tab.
+
+    Args:
+        studio: its limits are those of the controls.
+        of_chat: with all of them; an edit has one output and no documents.
+    """
+
+    def __init__(self, studio: Studio, of_chat: bool) -> None:
+        limits, start = studio.limits, Settings()
+        self.output = gr.Radio(
+            [("Picture", "image"), ("Text", "text"), ("Mixed", "mixed")],
+            value="image",
+            label="Answer with",
+            visible=of_chat,
+            elem_classes="segments",
+        )
+        self.num = gr.Slider(1, limits.max_num, value=1, step=1, label="Samples")
+        with gr.Row(elem_classes="seed"):
+            self.seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=MAX_SEED, min_width=120)
+            self.is_random = gr.Checkbox(True, label="New each time", container=False, min_width=120)
+        self.temperature = gr.Slider(
+            0, 2, value=start.temperature, step=0.05, label="Temperature", info="0 takes the likeliest"
+        )
+        self.top_p = gr.Slider(0.05, 1, value=start.top_p, step=0.05, label="Top-p")
+        self.guidance = gr.Slider(
+            1, 10, value=1, step=0.25, label="Guidance", info="how closely pictures follow the text; 1 is none"
+        )
+        self.image_guidance = gr.Slider(
+            1, 10, value=1, step=0.25, label="Image guidance", info="the same for added pictures", visible=of_chat
+        )
+        self.retrieve = gr.Slider(
+            0,
+            limits.max_retrieve,
+            value=min(2, limits.max_retrieve),
+            step=1,
+            label="Documents read first",
+            info="the nearest of the memory",
+            visible=of_chat and studio.has_memory,
+        )
+        self.remember = gr.Slider(
+            0, 4, value=0, step=1, label="Earlier turns read first", info="as far as they fit", visible=of_chat
+        )
+        self.has_memory, self.of_chat = studio.has_memory, of_chat
+
+    @property
+    def inputs(self) -> list[Any]:
+        """In the order that `settings` takes them."""
+        scales = [self.temperature, self.top_p, self.guidance, self.image_guidance]
+        return [self.output, self.num, self.seed, *scales, self.retrieve, self.remember]
+
+    def settings(self, values: Sequence[Any]) -> Settings:
+        """What the controls say."""
+        output, num, seed, temperature, top_p, guidance, image_guidance, retrieve, remember = values
+        return Settings(
+            output=output,
+            temperature=temperature,
+            top_p=top_p,
+            guidance_scale=guidance,
+            image_guidance_scale=image_guidance if self.of_chat else 1.0,
+            num=int(num),
+            seed=int(seed or 0),
+            retrieve=int(retrieve) if self.has_memory and self.of_chat else 0,
+            remember=int(remember),
+        )
+
+
+def _build_chat(studio: Studio, conversation: Any) -> Any:
+    """The tab; gives the button that takes the latest picture to the other one."""
+    with gr.Row(elem_id="chat", equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            with gr.Column(elem_id="talk", elem_classes=["crisp"] if studio.image_size <= LITTLE else []):
+                answer = gr.HTML("", elem_id="answer", padding=False)
+                history = gr.HTML(EMPTY, elem_id="history", padding=False)
+            with gr.Group(elem_id="composer"):
+                prompt = gr.MultimodalTextbox(
+                    placeholder="a waving hand, flat style",
+                    show_label=False,
+                    label="Prompt",
+                    file_types=["image"],
+                    file_count="multiple",
+                    sources=["upload"],
+                    submit_btn=False,
+                    autofocus=True,
+                    max_lines=6,
+                    elem_id="prompt",
+                    max_plain_text_length=studio.limits.max_text_chars,
+                )
+                with gr.Row(elem_id="actions"):
+                    clear = gr.Button("Clear", variant="secondary", min_width=80, elem_id="clear")
+                    stop = gr.Button("Stop", variant="secondary", min_width=80, elem_id="stop", visible=False)
+                    generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
+            gallery = gr.Gallery(
+                label="Drawn so far",
+                columns=6,
+                height="auto",
+                object_fit="contain",
+                format="png",
+                interactive=False,
+                buttons=["download", "fullscreen"],
+                elem_id="gallery",
+                elem_classes=["crisp"] if studio.image_size <= LITTLE else [],
+            )
+            edit = gr.Button("Edit the latest picture", size="sm", variant="secondary", elem_id="to-edit")
+        with gr.Column(scale=2, min_width=260, elem_id="settings"):
+            controls = Controls(studio, of_chat=True)
+
+    def converse(kept: Conversation, asked: dict[str, Any] | None, *values: Any) -> Iterator[tuple[Any, ...]]:
+        given = asked or {"text": "", "files": []}
+        busy, idle = (gr.update(visible=True), gr.update(visible=False)), (gr.update(visible=False), gr.update())
+        first, turn = True, None
+        with closing(_answers(studio, kept, given, controls.settings(values))) as turns:
+            for turn in turns:
+                if kept.open is not turn:
+                    break
+                yield conversation_html(kept) if first else gr.skip(), turn_html(turn), gr.skip(), gr.skip(), busy[0]
+                first = False
+        refused = turn is not None and turn.error and not any(turn.samples)
+        box = gr.skip() if refused else gr.update(value=None)
+        yield conversation_html(kept), "", _drawn(kept), box, idle[0]
+
+    def settle(kept: Conversation) -> tuple[Any, ...]:
+        kept.settle()
+        return conversation_html(kept), "", _drawn(kept), gr.update(visible=False)
+
+    def forget(kept: Conversation) -> tuple[Any, ...]:
+        kept.clear()
+        return EMPTY, "", [], gr.update(visible=False)
+
+    shown = [history, answer, gallery]
+    asking = []
+    for trigger in (generate.click, prompt.submit):
+        chosen = trigger(choose_seed, [controls.seed, controls.is_random], controls.seed, **LIGHT)
+        inputs = [conversation, prompt, *controls.inputs]
+        asking.append(
+            chosen.then(converse, inputs, [*shown, prompt, stop], show_progress="hidden", trigger_mode="once", **CALLS)
+        )
+    stop.click(settle, conversation, [*shown, stop], cancels=asking, **LIGHT)
+    clear.click(forget, conversation, [*shown, stop], cancels=asking, **LIGHT)
+    controls.output.change(default_sampling, controls.output, [controls.temperature, controls.top_p], **LIGHT)
+    return edit
+
+
+def _answers(studio: Studio, kept: Conversation, given: dict[str, Any], settings: Settings) -> Any:
+    return studio.answer(kept, given.get("text"), given.get("files") or [], settings)
+
+
+def _drawn(kept: Conversation) -> list[tuple[Any, str]]:
+    """The gallery, newest first."""
+    return [(one.picture, one.caption) for one in reversed(kept.drawn)][:MAX_DRAWN]
+
+
+def _latest(kept: Conversation) -> tuple[Any, ...]:
+    """Opens the other tab with the newest picture, where there is one."""
+    if not kept.drawn:
+        gr.Warning("There is no picture yet.")
+        return gr.skip(), gr.skip()
+    picture = enlarge(kept.drawn[-1].picture)
+    return gr.update(selected="edit"), {"background": picture, "layers": [], "composite": picture}
+
+
+def _build_edit(studio: Studio, conversation: Any) -> Any:
+    """The tab; gives its editor."""
+    with gr.Row(elem_id="edit", equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            editor = gr.ImageEditor(
+                type="pil",
+                format="png",
+                image_mode="RGBA",
+                sources=["upload", "clipboard"],
+                transforms=(),
+                layers=False,
+                brush=gr.Brush(default_size=48, colors=[("#e8702a", 0.75)], color_mode="fixed"),
+                eraser=gr.Eraser(default_size=48),
+                canvas_size=(512, 512),
+                height=620,
+                buttons=[],
+                label="Paint over what is to be drawn anew",
+                elem_id="editor",
+            )
+            prompt = gr.Textbox(
+                placeholder="what the whole picture shows then; may be empty",
+                show_label=False,
+                label="Prompt",
+                max_length=studio.limits.max_text_chars,
+                elem_id="edit-prompt",
+            )
+            redraw = gr.Button("Redraw", variant="primary", elem_id="redraw")
+        with gr.Column(scale=2, min_width=260):
+            message = gr.HTML("", elem_id="edit-message", padding=False)
+            results = gr.Gallery(
+                label="Drawn anew",
+                columns=2,
+                height="auto",
+                object_fit="contain",
+                format="png",
+                interactive=False,
+                buttons=["download", "fullscreen"],
+                elem_id="edits",
+                elem_classes=["crisp"] if studio.image_size <= LITTLE else [],
+            )
+            controls = Controls(studio, of_chat=False)
+
+    def edit(kept: Conversation, painting: Any, text: str | None, *values: Any) -> tuple[Any, str]:
+        pictures, error = studio.redraw(kept, painting, text, controls.settings(values))
+        return (pictures or gr.skip()), problem(error)
+
+    inputs = [conversation, editor, prompt, *controls.inputs]
+    for trigger in (redraw.click, prompt.submit):
+        chosen = trigger(choose_seed, [controls.seed, controls.is_random], controls.seed, **LIGHT)
+        chosen.then(edit, inputs, [results, message], trigger_mode="once", **CALLS)
+    return editor
