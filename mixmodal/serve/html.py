@@ -91,8 +91,11 @@ def _documents(documents: Sequence[Read]) -> str:
         return ""
     cells = []
     for one in reversed(documents):
-        parts = "".join(_content(part, "a picture of the memory") for part in one.parts)
-        cells.append(f'<li title="{escape(one.key)}">{parts}<small>{one.score:.2f}</small></li>')
+        shown = "".join(image(part, "a picture of the memory") for part in one.parts if isinstance(part, Picture))
+        words = "".join(f"<p>{escape(part)}</p>" for part in one.parts if isinstance(part, str))
+        cells.append(
+            f'<li title="{escape(one.key)}"><div>{shown}</div><div>{words}<small>{one.score:.2f}</small></div></li>'
+        )
     count = f"{len(documents)} document{'s' if len(documents) > 1 else ''}"
     return f'<details class="read" open><summary>Read {count} first</summary><ol>{"".join(cells)}</ol></details>'
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from html import escape
 from importlib import resources
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr  # pyright: ignore[reportMissingImports]
 
-from mixmodal.serve.conversation import MAX_DRAWN, Conversation
+from mixmodal.serve.conversation import Conversation
 from mixmodal.serve.html import EMPTY, LITTLE, conversation_html, problem, turn_html
 from mixmodal.serve.settings import MAX_SEED, Settings, choose_seed, default_sampling
 from mixmodal.serve.studio import Studio
@@ -48,7 +49,7 @@ def build_page(studio: Studio, title: str) -> Any:
     Args:
         title: what is served, for the head of the page.
     """
-    with gr.Blocks(title="mixmodal", analytics_enabled=False, delete_cache=(SETTLE_S, IDLE_S)) as page:
+    with gr.Blocks(title="mixmodal", analytics_enabled=False, fill_width=True, delete_cache=(SETTLE_S, IDLE_S)) as page:
         conversation = gr.State(Conversation, time_to_live=IDLE_S)
         gr.HTML(_head(studio, title), elem_id="head", padding=False)
         with gr.Tabs(elem_id="tabs") as tabs:
@@ -65,8 +66,6 @@ def _head(studio: Studio, title: str) -> str:
     facts = [f"{studio.image_size} px pictures", f"{height * width} codes each"]
     if studio.has_memory:
         facts.append("reads from a memory")
-    from html import escape
-
     spans = "".join(f"<span>{fact}</span>" for fact in facts)
     return f"<h1>{escape(title)}</h1><div>{spans}</div>"
 
@@ -166,7 +165,8 @@ def _build_chat(studio: Studio, conversation: Any) -> Any:
             gallery = gr.Gallery(
                 label="Drawn so far",
                 columns=6,
-                height="auto",
+                fit_columns=False,
+                visible=False,
                 object_fit="contain",
                 format="png",
                 interactive=False,
@@ -174,59 +174,58 @@ def _build_chat(studio: Studio, conversation: Any) -> Any:
                 elem_id="gallery",
                 elem_classes=["crisp"] if studio.image_size <= LITTLE else [],
             )
-            edit = gr.Button("Edit the latest picture", size="sm", variant="secondary", elem_id="to-edit")
-        with gr.Column(scale=2, min_width=260, elem_id="settings"):
+            edit = gr.Button(
+                "Edit the latest picture", size="sm", variant="secondary", visible=False, elem_id="to-edit"
+            )
+        with gr.Column(scale=2, min_width=280, elem_classes="side"):
             controls = Controls(studio, of_chat=True)
 
     def converse(kept: Conversation, asked: dict[str, Any] | None, *values: Any) -> Iterator[tuple[Any, ...]]:
-        given = asked or {"text": "", "files": []}
-        busy, idle = (gr.update(visible=True), gr.update(visible=False)), (gr.update(visible=False), gr.update())
+        given = asked or {}
+        turns = studio.answer(kept, given.get("text"), given.get("files") or [], controls.settings(values))
         first, turn = True, None
-        with closing(_answers(studio, kept, given, controls.settings(values))) as turns:
+        with closing(cast(Any, turns)):
             for turn in turns:
-                if kept.open is not turn:
-                    break
-                yield conversation_html(kept) if first else gr.skip(), turn_html(turn), gr.skip(), gr.skip(), busy[0]
-                first = False
+                if kept.open is turn:
+                    past = conversation_html(kept) if first else gr.skip()
+                    yield past, turn_html(turn), gr.skip(), gr.skip(), gr.update(visible=True), gr.skip()
+                    first = False
         refused = turn is not None and turn.error and not any(turn.samples)
-        box = gr.skip() if refused else gr.update(value=None)
-        yield conversation_html(kept), "", _drawn(kept), box, idle[0]
+        yield *_settled(kept), gr.skip() if refused else None
 
     def settle(kept: Conversation) -> tuple[Any, ...]:
         kept.settle()
-        return conversation_html(kept), "", _drawn(kept), gr.update(visible=False)
+        return _settled(kept)
 
     def forget(kept: Conversation) -> tuple[Any, ...]:
         kept.clear()
-        return EMPTY, "", [], gr.update(visible=False)
+        return _settled(kept)
 
-    shown = [history, answer, gallery]
+    shown = [history, answer, gallery, edit, stop]
     asking = []
     for trigger in (generate.click, prompt.submit):
         chosen = trigger(choose_seed, [controls.seed, controls.is_random], controls.seed, **LIGHT)
         inputs = [conversation, prompt, *controls.inputs]
         asking.append(
-            chosen.then(converse, inputs, [*shown, prompt, stop], show_progress="hidden", trigger_mode="once", **CALLS)
+            chosen.then(converse, inputs, [*shown, prompt], show_progress="hidden", trigger_mode="once", **CALLS)
         )
-    stop.click(settle, conversation, [*shown, stop], cancels=asking, **LIGHT)
-    clear.click(forget, conversation, [*shown, stop], cancels=asking, **LIGHT)
+    stop.click(settle, conversation, shown, cancels=asking, **LIGHT)
+    clear.click(forget, conversation, shown, cancels=asking, **LIGHT)
     controls.output.change(default_sampling, controls.output, [controls.temperature, controls.top_p], **LIGHT)
     return edit
 
 
-def _answers(studio: Studio, kept: Conversation, given: dict[str, Any], settings: Settings) -> Any:
-    return studio.answer(kept, given.get("text"), given.get("files") or [], settings)
-
-
-def _drawn(kept: Conversation) -> list[tuple[Any, str]]:
-    """The gallery, newest first."""
-    return [(one.picture, one.caption) for one in reversed(kept.drawn)][:MAX_DRAWN]
+def _settled(kept: Conversation) -> tuple[Any, ...]:
+    """What stands on the page while nothing is drawn: turns, no answer, gallery (newest first), its button, no stop."""
+    drawn = [(one.picture, one.caption) for one in reversed(kept.drawn)]
+    there = bool(drawn)
+    shown = gr.update(value=drawn, visible=there), gr.update(visible=there)
+    return conversation_html(kept), "", *shown, gr.update(visible=False)
 
 
 def _latest(kept: Conversation) -> tuple[Any, ...]:
     """Opens the other tab with the newest picture, where there is one."""
     if not kept.drawn:
-        gr.Warning("There is no picture yet.")
         return gr.skip(), gr.skip()
     picture = enlarge(kept.drawn[-1].picture)
     return gr.update(selected="edit"), {"background": picture, "layers": [], "composite": picture}
@@ -259,12 +258,12 @@ def _build_edit(studio: Studio, conversation: Any) -> Any:
                 elem_id="edit-prompt",
             )
             redraw = gr.Button("Redraw", variant="primary", elem_id="redraw")
-        with gr.Column(scale=2, min_width=260):
+        with gr.Column(scale=2, min_width=280, elem_classes="side"):
             message = gr.HTML("", elem_id="edit-message", padding=False)
             results = gr.Gallery(
                 label="Drawn anew",
                 columns=2,
-                height="auto",
+                fit_columns=False,
                 object_fit="contain",
                 format="png",
                 interactive=False,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -106,6 +108,7 @@ def launch(studio: Studio, config: ServeConfig) -> None:
             print(f"anyone who reaches {config.host}:{config.port} may use this page: it has no password", flush=True)
         page.launch(**launch_options(config), theme=build_theme(), css=read_css(), prevent_thread_lock=True)
         print(f"serving {config.model} on http://{config.host}:{config.port} (Ctrl-C ends it)", flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the folder goes, too
         try:
             page.block_thread()
         finally:

@@ -14,6 +14,8 @@ from mixmodal.pipeline.options import DEFAULT_SAMPLING, SamplingOptions
 Output = Literal["image", "text", "mixed"]
 OUTPUTS: tuple[str, ...] = get_args(Output)
 MAX_SEED = 2**31 - 1
+NEW_SEEDS = 1_000_000
+"""New seeds are below this: short enough to be read out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +89,7 @@ class Settings:
 
 def choose_seed(seed: float | None, is_random: bool) -> int:
     """The seed of the field, or a new one; an empty field is 0."""
-    return random.SystemRandom().randint(0, MAX_SEED) if is_random else int(seed or 0)
+    return random.SystemRandom().randrange(NEW_SEEDS) if is_random else int(seed or 0)
 
 
 def default_sampling(output: str) -> tuple[float, float]:

@@ -33,7 +33,7 @@ class StubModel:
         self.format = SimpleNamespace(grids={"image": GRID}, parse=self._parse)
         self.retriever = object() if has_memory else None
         self.calls: list[dict[str, Any]] = []
-        self.open = self.most_open = self.num_closed = self.num_finished = 0
+        self.open = self.most_open = self.num_closed = self.num_finished = self.num_infilled = 0
 
     def _parse(self, ids: np.ndarray) -> list[Any]:
         return [self.picture(int(ids[0])), f"document {int(ids[0])}"]
@@ -85,6 +85,7 @@ class StubModel:
         self.calls = [*self.calls[-9:], call]
         if picture.size != region.size:
             raise AssertionError("picture and region differ in size")
+        self.num_infilled += 1
         drawn = [picture.copy() for _ in range(num)]
         for sample, one in enumerate(drawn):
             one.paste((200, 30 * sample, 30), mask=region)

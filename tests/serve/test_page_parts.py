@@ -93,7 +93,7 @@ def test_seeds_are_new_or_those_of_the_field() -> None:
 
 @pytest.mark.parametrize("wrong", [{"output": "audio"}, {"seed": -1}, {"seed": MAX_SEED + 1}, {"retrieve": -1}])
 def test_settings_that_no_control_gives_are_refused(wrong: dict) -> None:
-    with pytest.raises(ValueError, match="must|choose"):
+    with pytest.raises(ValueError, match=r"must|choose"):
         Settings(**wrong)
 
 

@@ -22,7 +22,9 @@ def build(model: StubModel, **options: Any) -> Studio:
     return Studio(cast(Any, model), **{"interval_s": 0.0, **options})
 
 
-def ask(studio: Studio, text: str, files: tuple[str, ...] = (), talk: Conversation | None = None, **chosen: Any) -> Turn:
+def ask(
+    studio: Studio, text: str, files: tuple[str, ...] = (), talk: Conversation | None = None, **chosen: Any
+) -> Turn:
     """The last view of an answer."""
     *_, turn = studio.answer(Conversation() if talk is None else talk, text, list(files), Settings(**chosen))
     return turn
