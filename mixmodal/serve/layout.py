@@ -22,6 +22,7 @@ IDLE_S = 3600
 """Seconds after which a conversation that nobody goes on with, and the files of it, are forgotten."""
 SETTLE_S = 300
 """Seconds between two looks for such files."""
+EDIT_HELP = "Add a picture, paint over what is to be drawn anew, and say what the whole picture shows then."
 CALLS = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 """Of every event that calls the model: one at a time, in the order of the queue."""
 LIGHT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -186,10 +187,11 @@ def _build_chat(studio: Studio, conversation: Any) -> Any:
         first, turn = True, None
         with closing(cast(Any, turns)):
             for turn in turns:
-                if kept.open is turn:
-                    past = conversation_html(kept) if first else gr.skip()
-                    yield past, turn_html(turn), gr.skip(), gr.skip(), gr.update(visible=True), gr.skip()
-                    first = False
+                if kept.open is not turn:  # whole, or stopped
+                    break
+                past = conversation_html(kept) if first else gr.skip()
+                yield past, turn_html(turn), gr.skip(), gr.skip(), gr.update(visible=True), gr.skip()
+                first = False
         refused = turn is not None and turn.error and not any(turn.samples)
         yield *_settled(kept), gr.skip() if refused else None
 
@@ -235,6 +237,7 @@ def _build_edit(studio: Studio, conversation: Any) -> Any:
     """The tab; gives its editor."""
     with gr.Row(elem_id="edit", equal_height=False):
         with gr.Column(scale=5, min_width=320):
+            gr.HTML(f"<p>{EDIT_HELP}</p>", elem_id="edit-help", padding=False)
             editor = gr.ImageEditor(
                 type="pil",
                 format="png",
@@ -245,13 +248,14 @@ def _build_edit(studio: Studio, conversation: Any) -> Any:
                 brush=gr.Brush(default_size=48, colors=[("#e8702a", 0.75)], color_mode="fixed"),
                 eraser=gr.Eraser(default_size=48),
                 canvas_size=(512, 512),
-                height=620,
+                height=560,
                 buttons=[],
-                label="Paint over what is to be drawn anew",
+                label="Picture to edit",
+                show_label=False,
                 elem_id="editor",
             )
             prompt = gr.Textbox(
-                placeholder="what the whole picture shows then; may be empty",
+                placeholder="what the whole picture shows; may be empty",
                 show_label=False,
                 label="Prompt",
                 max_length=studio.limits.max_text_chars,
@@ -264,6 +268,7 @@ def _build_edit(studio: Studio, conversation: Any) -> Any:
                 label="Drawn anew",
                 columns=2,
                 fit_columns=False,
+                visible=False,
                 object_fit="contain",
                 format="png",
                 interactive=False,
@@ -275,7 +280,7 @@ def _build_edit(studio: Studio, conversation: Any) -> Any:
 
     def edit(kept: Conversation, painting: Any, text: str | None, *values: Any) -> tuple[Any, str]:
         pictures, error = studio.redraw(kept, painting, text, controls.settings(values))
-        return (pictures or gr.skip()), problem(error)
+        return (gr.update(value=pictures, visible=True) if pictures else gr.skip()), problem(error)
 
     inputs = [conversation, editor, prompt, *controls.inputs]
     for trigger in (redraw.click, prompt.submit):

@@ -70,7 +70,7 @@ class Studio:
             self._check(settings)
             turn.prompt = read_prompt(text, files, self.limits, self.model.codec.image_tokenizer.config)
             yield from self._draw(turn, conversation.documents(settings.remember))
-            turn.state = "done"
+            turn.state = "done" if turn.state == "drawing" else turn.state
         except Exception as error:
             turn.error = explain(error)
             turn.state = "stopped"
@@ -113,6 +113,8 @@ class Studio:
         shown = time.monotonic()
         with closing(cast(Any, pieces)):
             for piece in pieces:
+                if turn.state != "drawing":  # settled meanwhile, by a click on Stop
+                    return
                 turn.add(piece)
                 if time.monotonic() - shown >= self.interval_s:
                     yield turn
@@ -133,9 +135,9 @@ class Studio:
             prompt = (text or "").strip()
             if len(prompt) > self.limits.max_text_chars:
                 raise ValueError(f"the text has {len(prompt)} characters; {self.limits.max_text_chars} are allowed")
-            options, _ = settings.options([prompt] if prompt else [])
-            model = cast(Any, self.model)
-            pictures = model.infill(picture, region, prompt, num=settings.num, seed=settings.seed, **options)
+            parts = [prompt] if prompt else []
+            options, _ = settings.options(parts)
+            pictures = self.model.infill(picture, region, parts, num=settings.num, seed=settings.seed, **options)
         except Exception as error:
             return [], explain(error)
         conversation.keep(pictures, f"{prompt or 'redrawn'} \N{MIDDLE DOT} seed {settings.seed}")

@@ -123,8 +123,7 @@ def test_visitors_wait_for_each_other(serve: Callable[..., Any], visit: Callable
     for page in pages:
         page.wait_for_selector("#history .turn.done img")
     assert [page.inner_text("#history .asked") for page in pages] == [f"apple {number}" for number in range(3)]
-    found = server.counters()
-    assert (found["most_open"], found["num_finished"]) == (1, 3)
+    assert server.wait(lambda found: found["num_finished"] == 3)["most_open"] == 1
 
 
 def test_a_picture_is_painted_on_and_drawn_anew(serve: Callable[..., Any], visit: Callable[..., Any]) -> None:
@@ -138,7 +137,7 @@ def test_a_picture_is_painted_on_and_drawn_anew(serve: Callable[..., Any], visit
     page.click("#redraw")
     page.wait_for_selector("#edit-message .problem")
     assert "nothing is painted" in page.inner_text("#edit-message")
-    box = page.locator("#editor canvas").bounding_box()
+    box = page.locator("#editor canvas").first.bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.4)
     page.mouse.down()
     page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.6, steps=12)
@@ -147,7 +146,7 @@ def test_a_picture_is_painted_on_and_drawn_anew(serve: Callable[..., Any], visit
     page.fill("#edit-prompt textarea", "a pear")
     page.click("#redraw")
     page.wait_for_selector("#edits img")
-    assert server.counters()["num_infilled"] == 1
+    server.wait(lambda found: found["num_infilled"] == 1)
     assert page.inner_text("#edit-message").strip() == ""
 
 

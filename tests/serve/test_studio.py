@@ -128,13 +128,15 @@ def test_an_answer_that_nobody_waits_for_stops_the_model(stub: StubModel) -> Non
     assert talk.open is None
 
 
-def test_a_turn_that_was_settled_meanwhile_is_there_once(stub: StubModel) -> None:
+def test_a_turn_that_is_settled_meanwhile_stops_the_model_and_is_there_once(stub: StubModel) -> None:
     talk = Conversation()
     answer = cast(Any, build(stub).answer(talk, "an apple", [], Settings()))
-    next(answer)
+    while not any(next(answer).samples):
+        pass
     talk.settle()
-    answer.close()
-    assert len(talk.turns) == 1
+    *_, turn = answer
+    assert (stub.open, stub.num_closed, stub.num_finished) == (0, 1, 0)
+    assert (turn.state, len(talk.turns)) == ("stopped", 1)
 
 
 def test_a_thousand_requests_keep_no_more_than_a_few_do(stub: StubModel) -> None:
@@ -171,7 +173,7 @@ def test_the_painted_region_is_drawn_anew_at_the_size_of_the_model(stub: StubMod
     assert len(pictures) == 2
     assert call["picture"].tobytes() == StubModel().picture(5, 0.5).tobytes()
     assert (call["region"].mode, call["region"].size, call["region"].getbbox()) == ("L", (32, 32), (0, 0, 16, 32))
-    assert (call["prompt"], call["seed"], call["guidance_scale"]) == ("a pear", 3, 2.0)
+    assert (call["prompt"], call["seed"], call["guidance_scale"]) == (["a pear"], 3, 2.0)
     assert len(talk.drawn) == 2
 
 
