@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
 from PIL.Image import Image as Picture
+from typing_extensions import Unpack
 
 from mixmodal.classification.autoregressive import (
     AutoregressiveClassifier,
@@ -22,6 +23,7 @@ from mixmodal.document import Document, Image, Mask, Text
 from mixmodal.interop.export import find_export, load_export
 from mixmodal.models.transformer import Transformer
 from mixmodal.pipeline.drawing import Piece, Plan, build_plan, parse_sample, read_pieces
+from mixmodal.pipeline.infilling import Infilling
 from mixmodal.pipeline.options import SamplingOptions
 from mixmodal.pipeline.prompts import (
     Before,
@@ -57,7 +59,7 @@ class LogLikelihood:
     count: int
 
 
-class MixedModal:
+class MixedModal(Infilling):
     """A trained model with its tokenizers.
 
     Args:
