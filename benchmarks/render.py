@@ -31,6 +31,8 @@ TITLES = {
     "saving": "What a checkpoint costs",
     "data": "Packed rows of a mixture: what they cost and how full they are",
     "decode": "Generating with the tiny model",
+    "guidance": "The quickstart's model by guidance: pictures of the right concept and style",
+    "infilling": "Half of a held-out picture drawn anew",
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",
     "stability": "Stability at a high learning rate: a value for each seed (docs/stability.md)",
@@ -41,6 +43,8 @@ PIVOTED = (
     "stability",
     "ranks",
     "train_length",
+    "guidance",
+    "infilling",
     "retrieval_encoder",
     "retrieval_image",
     "retrieval_text",
@@ -50,7 +54,16 @@ PIVOTED = (
 """Benchmarks whose subjects are `ARM: FIGURE`: a row for each arm, a column for each figure, all repeats in a cell."""
 
 
-ON_CPU = ("memory", "retrieval_encoder", "retrieval_image", "retrieval_text", "retrieval_drawn", "retrieval_leaks")
+ON_CPU = (
+    "guidance",
+    "infilling",
+    "memory",
+    "retrieval_encoder",
+    "retrieval_image",
+    "retrieval_text",
+    "retrieval_drawn",
+    "retrieval_leaks",
+)
 """Benchmarks of which a GPU would change nothing but the time they take, or nothing at all."""
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL.Image import Image as Picture
 from PIL.Image import fromarray
 
-from mixmodal.document import PART_TYPES, Document, SequenceFormat
+from mixmodal.document import PART_TYPES, Document, SequenceFormat, Text
 from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling
 from mixmodal.pipeline.prompts import Prompt, sample_seed, spell_streams
 from mixmodal.sampling.engine import Progress, Request
@@ -56,10 +56,13 @@ def build_plan(
         ValueError: for settings that can not act.
     """
     format = generator.format
-    sampling, guidance = build_sampling(format.vocabulary.modalities, options), build_guidance(options)
+    sampling = build_sampling(format.vocabulary.modalities, options)
+    guidance = build_guidance(options, follows_text=output != "text")
     requests: list[Request] = []
     for prompt, documents in zip(prompts, read, strict=True):
-        weight, streams = spell_streams(format, prompt, guidance, output)
+        has_text = any(isinstance(part, Text) for part in prompt.document.parts)
+        own = build_guidance(options, follows_text=has_text and output != "text")
+        weight, streams = spell_streams(format, prompt, own, output)
         more = {"weight": weight, "streams": streams, "max_new_tokens": max_new_tokens}
         more["before"] = format.prefix(documents)
         seeds = [sample_seed(seed, sample, prompt.ids) for sample in range(num)]

@@ -52,7 +52,8 @@ class GenerateConfig(ReadingConfig):
         num: number of samples.
         seed: equal seeds give equal samples.
         best_of: images drawn for each one that is kept, the one from which the model reads the prompt's text best.
-        guidance_scale: how closely images follow the text: weight of classifier-free guidance; 1 is none.
+        guidance_scale: how closely images follow the text: weight of classifier-free guidance; 1 is none, null is 2
+            wherever a picture may follow a text.
         image_guidance_scale: how closely they follow the prompt's pictures, for editing; 1 is none.
         unconditional: how guidance does without: `mask` puts a mask in the place of text (CM3Leon), `drop` leaves it
             out (Chameleon).
@@ -73,7 +74,7 @@ class GenerateConfig(ReadingConfig):
     num: int = 1
     seed: int = 0
     best_of: int = 1
-    guidance_scale: float = 1.0
+    guidance_scale: float | None = None
     image_guidance_scale: float = 1.0
     unconditional: Unconditional = "mask"
     contrast_k: int = 0
@@ -87,7 +88,7 @@ class GenerateConfig(ReadingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        build_guidance(self.guidance_options())
+        build_guidance(self.guidance_options(), follows_text=self.output != "text")
         for modality, idle in (("text", "image"), ("image", "text")):
             if self.output == modality and getattr(self, f"{idle}_sampling") != DEFAULT_SAMPLING[idle]:
                 raise ValueError(f"{idle}_sampling can not act where output is {modality}; leave it out")

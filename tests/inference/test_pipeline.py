@@ -11,7 +11,7 @@ from PIL import Image as PIL
 
 from mixmodal import MixedModal
 from mixmodal.classification.autoregressive import ScoredSequence
-from mixmodal.document import Document, Image, Mask, SequenceError, Text
+from mixmodal.document import Document, Mask, SequenceError, Text
 from mixmodal.interop.export import EXPORT_FILES, ExportError
 from mixmodal.pipeline.prompts import spell_prompts, spell_streams
 from mixmodal.sampling.guidance import Guidance
@@ -128,11 +128,21 @@ def test_guidance_needs_something_to_strengthen(model: MixedModal, picture: PIL.
         (["pear"], {"image_guidance_scale": 2.0}, "strengthens the prompt's pictures, and it has none"),
         (["pear"], {"guidance_scale": 2.0, "output": "text"}, "guidance acts on pictures alone"),
         (["pear"], {"contrast_k": 2, "guidance_scale": 2.0}, "contrast_k takes the place of the scales"),
-        (["pear"], {"unconditional": "drop"}, "unconditional can not act without"),
+        (["pear"], {"unconditional": "drop", "guidance_scale": 1.0}, "unconditional can not act without"),
         (["pear"], {"guidance": 2.0}, "there is no option 'guidance'"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(prompt, **options)  # type: ignore[arg-type]
+
+
+def test_pictures_that_follow_a_text_are_guided_by_default(model: MixedModal, picture: PIL.Image) -> None:
+    for prompt in (["pear"], [picture, "pear"]):
+        found = model.generate(prompt, num=3)
+        assert found == model.generate(prompt, num=3, guidance_scale=2.0)
+        assert found != model.generate(prompt, num=3, guidance_scale=1.0)
+        assert model.generate(prompt, contrast_k=2) == model.generate(prompt, contrast_k=2, guidance_scale=1.0)
+    assert model.generate([picture], num=3) == model.generate([picture], num=3, guidance_scale=1.0)
+    assert model.generate([picture], unconditional="drop") == model.generate([picture])
 
 
 @pytest.mark.parametrize("output", ["text", "image", "mixed"])
