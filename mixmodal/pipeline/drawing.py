@@ -9,7 +9,7 @@ import numpy as np
 from PIL.Image import Image as Picture
 from PIL.Image import fromarray
 
-from mixmodal.document import PART_TYPES, Document, SequenceFormat, Text
+from mixmodal.document import PART_TYPES, Document, SequenceFormat
 from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling
 from mixmodal.pipeline.prompts import Prompt, sample_seed, spell_streams
 from mixmodal.sampling.engine import Progress, Request
@@ -60,9 +60,8 @@ def build_plan(
     guidance = build_guidance(options, follows_text=output != "text")
     requests: list[Request] = []
     for prompt, documents in zip(prompts, read, strict=True):
-        has_text = any(isinstance(part, Text) for part in prompt.document.parts)
-        own = build_guidance(options, follows_text=has_text and output != "text")
-        weight, streams = spell_streams(format, prompt, own, output)
+        asked = options.get("guidance_scale") is not None
+        weight, streams = spell_streams(format, prompt, guidance, output, asked=asked)
         more = {"weight": weight, "streams": streams, "max_new_tokens": max_new_tokens}
         more["before"] = format.prefix(documents)
         seeds = [sample_seed(seed, sample, prompt.ids) for sample in range(num)]

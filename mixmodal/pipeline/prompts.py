@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,9 +94,12 @@ def spell_prompts(codec: Codec, prompts: Sequence[str | Sequence[Content]], outp
 
 
 def spell_streams(
-    format: SequenceFormat, prompt: Prompt, guidance: Guidance, output: str
+    format: SequenceFormat, prompt: Prompt, guidance: Guidance, output: str, *, asked: bool = True
 ) -> tuple[float, tuple[Stream, ...]]:
     """The weight of a prompt's own row, and the rows of guidance beside it; none for guidance that does not act.
+
+    Args:
+        asked: whether the text's scale was asked for; otherwise a prompt without text goes without.
 
     Raises:
         ValueError: where there is nothing that the guidance could strengthen.
@@ -106,6 +110,10 @@ def spell_streams(
         raise ValueError("guidance acts on pictures alone; leave it out for the output 'text'")
     parts = prompt.document.parts
     has_text, has_pictures = (any(isinstance(part, kind) for part in parts) for kind in (Text, Coded))
+    if not has_text and not asked and not guidance.contrast_k:
+        if guidance.image_scale == 1:
+            return 1.0, ()
+        guidance = replace(guidance, text_scale=1.0)
     if not has_text and (guidance.contrast_k or guidance.text_scale != 1):
         raise ValueError("guidance_scale and contrast_k strengthen the prompt's text, and it has none; leave them out")
     if not has_pictures and guidance.image_scale != 1:
