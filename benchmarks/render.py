@@ -1,4 +1,4 @@
-"""Renders docs/results.md, and the tables of docs/retrieval.md, from benchmarks/results/*.jsonl:
+"""Renders docs/results.md, and the tables of docs/retrieval.md and sampling.md, from benchmarks/results/*.jsonl:
 
     python benchmarks/render.py
 
@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
-RETRIEVAL_PAGE = ROOT / "docs" / "retrieval.md"
+WRITTEN_PAGES = (ROOT / "docs" / "retrieval.md", ROOT / "docs" / "sampling.md")
 MARK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 """In a page that is written by hand, what stands between is rendered."""
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
@@ -31,8 +31,6 @@ TITLES = {
     "saving": "What a checkpoint costs",
     "data": "Packed rows of a mixture: what they cost and how full they are",
     "decode": "Generating with the tiny model",
-    "guidance": "The quickstart's model by guidance: pictures of the right concept and style",
-    "infilling": "Half of a held-out picture drawn anew",
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",
     "stability": "Stability at a high learning rate: a value for each seed (docs/stability.md)",
@@ -153,7 +151,7 @@ def short(value: float) -> str:
 
 if __name__ == "__main__":
     measured = read_lines()
-    filled = fill(RETRIEVAL_PAGE.read_text(encoding="utf-8"), measured)
-    for page, text in ((PAGE, render(measured)), (RETRIEVAL_PAGE, filled)):
+    filled = [(page, fill(page.read_text(encoding="utf-8"), measured)) for page in WRITTEN_PAGES]
+    for page, text in ((PAGE, render(measured)), *filled):
         page.write_text(text, encoding="utf-8")
         print(f"wrote {page.relative_to(ROOT)}")

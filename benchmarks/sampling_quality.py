@@ -3,8 +3,9 @@
     python benchmarks/sampling_quality.py --quickstart runs/quickstart [--what guidance infilling]
 
 Guidance: pictures for the captions of held-out pairs, and of as many pairs that were trained on, apart; the share whose
-nearest demo picture, as the image tokenizer redraws it, is of the right concept. Infilling: half of each held-out
-picture is drawn anew; the share where the drawn half is nearer to the true one than the mean of all demo pictures is.
+nearest demo picture, as the image tokenizer redraws it, is of the right concept (docs/guidance.png). Infilling: half of
+each held-out picture is drawn anew (docs/infilling.png); the share where the drawn half is nearer to the true one than
+the mean of all demo pictures is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from curves import draw_curves
 from record import record
 from torch import Tensor
 
@@ -23,10 +25,13 @@ from mixmodal.quickstart.demo import Demo, choose, load_demo
 from mixmodal.quickstart.samples import judge, redraw
 from mixmodal.quickstart.scoring import nearest_pictures
 from mixmodal.tokenization.preprocessing import to_pictures, to_tensor
+from mixmodal.training.sample_sheet import draw_pairs
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 CONTRASTS = ((1, 0.1), (2, 0.1), (4, 0.1), (8, 0.1), (2, 0.5), (4, 0.5), (8, 0.5))
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+NUM_SHOWN = 8
 HALVES = ("lower", "upper", "right")
 NUM = 4
 """Samples for each caption, of seeds of their own."""
@@ -39,6 +44,7 @@ def measure_guidance(model: MixedModal, demo: Demo, redrawn: Tensor) -> None:
     settings: dict[str, dict[str, Any]] = {f"guidance {scale:g}": {"guidance_scale": scale} for scale in SCALES}
     for k, alpha in CONTRASTS:
         settings[f"CD-K, k {k}, alpha {alpha:g}"] = {"contrast_k": k, "contrast_alpha": alpha}
+    curves: dict[str, dict[str, list[list[tuple[float, float]]]]] = {}
     for name, options in settings.items():
         for split, places in chosen.items():
             captions = [demo.labels[place].caption for place in places]
@@ -46,6 +52,11 @@ def measure_guidance(model: MixedModal, demo: Demo, redrawn: Tensor) -> None:
             for what, rate in rates(demo, redrawn, places, samples).items():
                 shape = {"captions": len(places), "samples": NUM, **options}
                 record("guidance", f"{name}: right {what}, {split} pairs", [rate], "", model_device(model), shape)
+                along = "CD-K, by k" if "contrast_k" in options else "guidance, by its scale"
+                arm = split if "contrast_k" not in options else f"{split}, alpha {options['contrast_alpha']:g}"
+                (curve,) = curves.setdefault(f"right {what}: {along}", {}).setdefault(arm, [[]])
+                curve.append((options.get("contrast_k", options.get("guidance_scale")), rate))
+    draw_curves(curves, DOCS / "guidance.png", logarithmic=False)
 
 
 def rates(demo: Demo, redrawn: Tensor, places: list[int], samples: list[list[Any]]) -> dict[str, float]:
@@ -65,7 +76,7 @@ def measure_infilling(model: MixedModal, demo: Demo, redrawn: Tensor) -> None:
     for half in HALVES:
         left, top, right, bottom = boxes[half]
         for order in ("raster", "masks"):
-            nearer = []
+            nearer, shown = [], []
             for place in places:
                 (picture,) = to_pictures(demo.images[place][None])
                 (drawn,) = model.infill(picture, boxes[half], demo.labels[place].caption, order=order)
@@ -74,6 +85,11 @@ def measure_infilling(model: MixedModal, demo: Demo, redrawn: Tensor) -> None:
                     float((one[:, top:bottom, left:right] - true).square().mean()) for one in (to_tensor(drawn), mean)
                 ]
                 nearer.append(errors[0] < errors[1])
+                known = picture.copy()
+                known.paste((235, 235, 235), boxes[half])
+                shown.append((demo.labels[place].caption, known, drawn))
+            if (half, order) == (HALVES[0], "raster"):
+                draw_pairs(*map(list, zip(*shown[:NUM_SHOWN]))).save(DOCS / "infilling.png", optimize=True)
             shape = {"pictures": len(places), "half": half, "order": order}
             name = f"{half} half, order {order}: nearer to the true half than the mean picture"
             record("infilling", name, [float(np.mean(nearer))], "", model_device(model), shape)
