@@ -6,8 +6,11 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -43,6 +46,12 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a path that is read from a file, with whichever slashes, stays in the folder that it is relative to."""
+    pure = PurePosixPath(name.replace("\\", "/"))
+    return not (pure.is_absolute() or ".." in pure.parts or "\0" in name or DRIVE.match(name))
 
 
 def sha256_of(path: Path) -> str:
