@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
@@ -46,6 +48,17 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Appends one line of JSON; the folder is made where it is missing.
+
+    Raises:
+        OSError: naming the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, default=str) + "\n")
 
 
 def stays_inside(name: str) -> bool:
