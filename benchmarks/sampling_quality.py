@@ -20,12 +20,12 @@ from curves import draw_curves
 from record import record
 from torch import Tensor
 
+from mixmodal.evaluation.sheet import draw_captioned
 from mixmodal.pipeline import MixedModal
 from mixmodal.quickstart.demo import Demo, choose, load_demo
 from mixmodal.quickstart.samples import judge, redraw
 from mixmodal.quickstart.scoring import nearest_pictures
 from mixmodal.tokenization.preprocessing import to_pictures, to_tensor
-from mixmodal.training.sample_sheet import draw_pairs
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 CONTRASTS = ((1, 0.1), (2, 0.1), (4, 0.1), (8, 0.1), (2, 0.5), (4, 0.5), (8, 0.5))
@@ -89,7 +89,7 @@ def measure_infilling(model: MixedModal, demo: Demo, redrawn: Tensor) -> None:
                 known.paste((235, 235, 235), boxes[half])
                 shown.append((demo.labels[place].caption, known, drawn))
             if (half, order) == (HALVES[0], "raster"):
-                draw_pairs(*map(list, zip(*shown[:NUM_SHOWN]))).save(DOCS / "infilling.png", optimize=True)
+                draw_captioned(*map(list, zip(*shown[:NUM_SHOWN]))).save(DOCS / "infilling.png", optimize=True)
             shape = {"pictures": len(places), "half": half, "order": order}
             name = f"{half} half, order {order}: nearer to the true half than the mean picture"
             record("infilling", name, [float(np.mean(nearer))], "", model_device(model), shape)
