@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import torch
-
-from mixmodal.pipeline.mixed_modal import MixedModal
-from mixmodal.pipeline.options import DEFAULT_SAMPLING, SamplingOptions, build_guidance
-from mixmodal.pipeline.prompt_files import NamedPrompt, PromptPart, Shard, is_launched
-from mixmodal.pipeline.reading import ReadingConfig
-from mixmodal.sampling.guidance import Unconditional
+from mixmodal.pipeline.drawing_config import DrawingConfig
+from mixmodal.pipeline.options import DEFAULT_SAMPLING
+from mixmodal.pipeline.prompt_files import NamedPrompt, PromptPart, Shard
 from mixmodal.sampling.rules import TokenSampling
-
-DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ReadingConfig):
+class GenerateConfig(DrawingConfig):
     """Samples texts and pictures behind a prompt, or behind each of many.
 
     `--prompt TEXT` and `--image FILE`, given as often as needed, are short for the entries of `parts`, in their order.
     With `--prompts FILE.jsonl` there are many, whose samples are written as they end; the same command goes on where it
     broke off. With `--memory DIR --retrieve N` the model reads documents of a memory first.
 
+    Further options are those of `DrawingConfig`.
+
     Args:
-        model: folder of an exported model, or an id on the Hugging Face hub.
-        out: folder for the samples and `results.json`; made where it is missing.
         parts: the prompt, as `[{text: a red apple}, {image: apple.png}]`.
         prompts: a JSONL file in place of `parts`: `{"prompt": "a red apple"}` or `{"parts": [{"text": ...}, {"image":
             "apple.png"}]}` a line, where a `key` may begin the names of its files (else the number of the line does),
@@ -41,49 +34,23 @@ class GenerateConfig(ReadingConfig):
         contact_sheet: draw the first 64 pictures with their prompts into `contact_sheet.png`, where there is more than
             one.
         output: `text`, `image`, or `mixed` for texts and pictures as the model likes.
-        num: number of samples of a prompt.
-        seed: equal seeds give equal samples.
         best_of: images drawn for each one that is kept, the one from which the model reads the prompt's text best.
-        guidance_scale: how closely images follow the text: weight of classifier-free guidance; 1 is none, null is 2
-            wherever a picture may follow a text.
-        image_guidance_scale: how closely they follow the prompt's pictures, for editing; 1 is none.
-        unconditional: how guidance does without: `mask` puts a mask in the place of text (CM3Leon), `drop` leaves it
-            out (Chameleon).
-        contrast_k: k of contrastive decoding CD-K in place of guidance (CM3Leon); 0 is none.
-        contrast_alpha: its alpha: what share of the k-th likeliest code's probability a code must have.
         text_sampling: how text is drawn.
-        image_sampling: how the codes of images are drawn.
         max_new_tokens: most tokens of a sample; null is as many as the model's context takes.
-        batch_size: samples in one forward; they do not depend on it.
-        device: `auto` takes the accelerator where there is one.
-        dtype: of the weights.
     """
 
-    model: str
-    out: Path
     parts: list[PromptPart] = field(default_factory=list)
     prompts: Path | None = None
     shard: str | None = None
     contact_sheet: bool = True
     output: Literal["text", "image", "mixed"] = "image"
-    num: int = 1
-    seed: int = 0
     best_of: int = 1
-    guidance_scale: float | None = None
-    image_guidance_scale: float = 1.0
-    unconditional: Unconditional = "mask"
-    contrast_k: int = 0
-    contrast_alpha: float = 0.1
     text_sampling: TokenSampling = DEFAULT_SAMPLING["text"]
-    image_sampling: TokenSampling = DEFAULT_SAMPLING["image"]
     max_new_tokens: int | None = None
-    batch_size: int = 64
-    device: str = "auto"
-    dtype: Literal["stored", "float32", "bfloat16"] = "stored"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        build_guidance(self.guidance_options(), follows_text=self.output != "text")
+        self.check_guidance(follows_text=self.output != "text")
         if self.prompts is not None and self.parts:
             raise ValueError("give either prompts, a file, or one prompt by --prompt, --image or --parts")
         if self.shard is not None:
@@ -94,22 +61,10 @@ class GenerateConfig(ReadingConfig):
             if self.output == modality and getattr(self, f"{idle}_sampling") != DEFAULT_SAMPLING[idle]:
                 raise ValueError(f"{idle}_sampling can not act where output is {modality}; leave it out")
 
-    def guidance_options(self) -> SamplingOptions:
-        """What steers pictures."""
-        return {
-            "guidance_scale": self.guidance_scale,
-            "image_guidance_scale": self.image_guidance_scale,
-            "unconditional": self.unconditional,
-            "contrast_k": self.contrast_k,
-            "contrast_alpha": self.contrast_alpha,
-        }
-
-    def options(self) -> SamplingOptions:
-        """How tokens are drawn, for `MixedModal.generate`."""
-        chosen = {"text": self.text_sampling, "image": self.image_sampling}
-        names = [one.name for one in fields(TokenSampling)]
-        by_modality = {name: {modality: getattr(one, name) for modality, one in chosen.items()} for name in names}
-        return cast(SamplingOptions, {**by_modality, **self.guidance_options()})
+    @property
+    def samplings(self) -> dict[str, TokenSampling]:
+        """How tokens are drawn, by modality."""
+        return {"text": self.text_sampling, **super().samplings}
 
     def drawing_options(self) -> dict[str, Any]:
         """The settings of every sample, for the results and for `MixedModal.generate_each`."""
@@ -138,15 +93,6 @@ class GenerateConfig(ReadingConfig):
             "settings": self.drawing_options(),
             **self.describe(),
         }
-
-    def load(self) -> MixedModal:
-        """The model, on this process's device where a launcher has started several, with its memory."""
-        device = self.device
-        if device == "auto" and is_launched() and torch.cuda.is_available():
-            device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-        model = MixedModal.from_pretrained(self.model, device, DTYPES[self.dtype], self.batch_size)
-        self.attach(model)
-        return model
 
     @classmethod
     def read_arguments(cls, argv: Sequence[str]) -> list[str]:

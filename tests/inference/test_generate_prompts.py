@@ -163,7 +163,7 @@ def test_samples_of_other_settings_are_not_mixed_in(config: GenerateConfig, no_m
     no_model()
     changes: list[tuple[str, dict[str, Any]]] = [
         ("seed was 4 when this was written and is 5 now", {"seed": 5}),
-        ("settings.guidance_scale was 1.0", {"guidance_scale": 2.0}),
+        ("settings.guidance_scale was null", {"guidance_scale": 2.0}),
         (r"settings.top_k.image was 0 .* is 7 now", {"image_sampling": TokenSampling(top_p=0.9, top_k=7)}),
         ("output was .image. .* is .text. now", {"output": "text"}),
         ("settings.best_of was 1", {"best_of": 2}),
