@@ -1,6 +1,6 @@
 """A region of a picture, drawn anew.
 
-python sample/infill.py --model runs/NAME/export --picture apple.png --box "[0,16,32,32]" --prompt "a red apple" --out out
+python sample/infill.py --model runs/NAME/export --picture apple.png --box "[0,16,32,32]" --prompt apple --out out
 """
 
 from mixmodal.cli import command
