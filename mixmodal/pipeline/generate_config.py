@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mixmodal.pipeline.drawing_config import DrawingConfig
+from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.pipeline.options import DEFAULT_SAMPLING
 from mixmodal.pipeline.prompt_files import NamedPrompt, PromptPart, Shard
 from mixmodal.sampling.rules import TokenSampling
@@ -35,6 +36,7 @@ class GenerateConfig(DrawingConfig):
             one.
         output: `text`, `image`, or `mixed` for texts and pictures as the model likes.
         best_of: images drawn for each one that is kept, the one from which the model reads the prompt's text best.
+        ranker: folder or hub id of a CLIP or SigLIP: the one that is nearest to the text by it is kept instead.
         text_sampling: how text is drawn.
         max_new_tokens: most tokens of a sample; null is as many as the model's context takes.
     """
@@ -45,6 +47,7 @@ class GenerateConfig(DrawingConfig):
     contact_sheet: bool = True
     output: Literal["text", "image", "mixed"] = "image"
     best_of: int = 1
+    ranker: str | None = None
     text_sampling: TokenSampling = DEFAULT_SAMPLING["text"]
     max_new_tokens: int | None = None
 
@@ -53,6 +56,10 @@ class GenerateConfig(DrawingConfig):
         self.check_guidance(follows_text=self.output != "text")
         if self.prompts is not None and self.parts:
             raise ValueError("give either prompts, a file, or one prompt by --prompt, --image or --parts")
+        if self.ranker is not None and self.best_of == 1:
+            raise ValueError(
+                "ranker can not act without best_of; say how many images are drawn for each, or leave it out"
+            )
         if self.shard is not None:
             Shard.parse(self.shard)
             if self.prompts is None:
@@ -78,6 +85,7 @@ class GenerateConfig(DrawingConfig):
             "output": self.output,
             "seed": prompt.seed,
             "settings": self.drawing_options(),
+            "ranker": self.ranker,
             **self.describe(),
         }
 
@@ -90,9 +98,17 @@ class GenerateConfig(DrawingConfig):
             "num": self.num,
             "seed": self.seed,
             "dtype": self.dtype,
+            "ranker": self.ranker,
             "settings": self.drawing_options(),
             **self.describe(),
         }
+
+    def load(self) -> MixedModal:
+        """The model with its memory and what ranks its pictures."""
+        model = super().load()
+        if self.ranker is not None:
+            model.attach_ranker(self.ranker)
+        return model
 
     @classmethod
     def read_arguments(cls, argv: Sequence[str]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from typing_extensions import Unpack
 from mixmodal.classification.autoregressive import (
     AutoregressiveClassifier,
     Classification,
+    LogLikelihood,
     ScoredSequence,
     SequenceScorer,
     check_method,
@@ -37,24 +37,12 @@ from mixmodal.pipeline.prompts import (
     spell_prompts,
 )
 from mixmodal.pipeline.queue import Ask, Drawn, Failed, Queue
-from mixmodal.pipeline.reranking import check_best_of, keep_best
+from mixmodal.pipeline.reranking import Rank, check_best_of, keep_best, rank_by_encoder, rank_by_likelihood
+from mixmodal.retrieval.encoder import load_encoder
 from mixmodal.retrieval.retriever import DEFAULT_SELECTION, Retrieved, Retriever, load_retriever
 from mixmodal.retrieval.selection import SelectionConfig
 from mixmodal.sampling.generator import SequenceGenerator
 from mixmodal.tokenization.codec import Codec, Content
-
-
-@dataclass(frozen=True)
-class LogLikelihood:
-    """A sum in nats, and the number of tokens in it.
-
-    Args:
-        total: log-likelihood, float64.
-        count: scored tokens.
-    """
-
-    total: float
-    count: int
 
 
 class MixedModal(Infilling):
@@ -86,6 +74,7 @@ class MixedModal(Infilling):
         self.retriever = retriever
         self._generator = SequenceGenerator(model, codec.format, batch_size)
         self._scorer = SequenceScorer(model, codec.format, batch_size)
+        self._rank: Rank = rank_by_likelihood(self._scorer)
 
     @classmethod
     def from_pretrained(
@@ -190,6 +179,14 @@ class MixedModal(Infilling):
 
     # generation
 
+    def attach_ranker(self, encoder: Path | str) -> None:
+        """Lets `best_of` choose by a CLIP or SigLIP, a folder or hub id, in place of the model's own likelihood.
+
+        Raises:
+            ValueError: where there is no such encoder.
+        """
+        self._rank = rank_by_encoder(load_encoder(encoder, self.model.embedding.weight.device), self.codec)
+
     def generate(
         self,
         prompt: str | Sequence[Content],
@@ -210,7 +207,8 @@ class MixedModal(Infilling):
             output: `text` gives strings, `image` pictures, `mixed` lists of both.
             seed: equal seeds give equal samples, whatever else is generated with them.
             best_of: candidates drawn for each image, of which the one is kept from which the model reads the prompt's
-                text best, by log p(text | image): re-ranking as DALL-E does with CLIP (arXiv 2102.12092, 2.6).
+                text best, by log p(text | image), or that is nearest to it by the encoder of `attach_ranker`:
+                re-ranking as DALL-E does with CLIP (arXiv 2102.12092, 2.6).
             max_new_tokens: most tokens of a sample; None is as many as the model's context takes.
             retrieve: documents of the attached memory that the model reads before the prompt; see `retrieve`.
             before: other whole documents that it reads in their place, in this order: shots as
@@ -248,7 +246,7 @@ class MixedModal(Infilling):
         found = [parse_sample(self.format, request.prompt, ids) for request, ids in zip(plan.requests, drawn)]
         if best_of > 1:
             asked = [(plan.documents[row], plan.read[row]) for row in range(len(prompts)) for _ in range(num * best_of)]
-            found = keep_best(self._scorer, asked, found, best_of)
+            found = keep_best(self._rank, asked, found, best_of)
         samples = [sample_of(parts, output) for parts in self.codec.from_documents(found)]
         return [samples[start : start + num] for start in range(0, len(samples), num)]
 
@@ -273,7 +271,7 @@ class MixedModal(Infilling):
         Raises:
             ValueError: for settings that can not act, whatever the prompts are.
         """
-        queue = Queue(self._generator, self._scorer, self.codec, output, best_of, options)
+        queue = Queue(self._generator, self._rank, self.codec, output, best_of, options)
 
         def plan(ask: Ask) -> Plan:
             before = None if ask.before is None else [ask.before]

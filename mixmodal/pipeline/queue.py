@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mixmodal.classification.autoregressive import SequenceScorer
 from mixmodal.document import Document
 from mixmodal.pipeline.drawing import Plan, Sample, parse_sample, sample_of
 from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling
 from mixmodal.pipeline.prompts import Before, check_guided, check_output
-from mixmodal.pipeline.reranking import check_best_of, keep_best, texts_of
+from mixmodal.pipeline.reranking import Rank, check_best_of, keep_best, texts_of
 from mixmodal.sampling.engine import Request
 from mixmodal.sampling.generator import SequenceGenerator
 from mixmodal.tokenization.codec import Codec, Content
@@ -81,7 +80,7 @@ class Queue:
 
     Args:
         generator: draws.
-        scorer: chooses, where `best_of` is above 1.
+        rank: chooses, where `best_of` is above 1.
         codec: decodes.
         output: of all prompts.
         best_of: requests for a sample.
@@ -94,7 +93,7 @@ class Queue:
     def __init__(
         self,
         generator: SequenceGenerator,
-        scorer: SequenceScorer,
+        rank: Rank,
         codec: Codec,
         output: str,
         best_of: int,
@@ -102,7 +101,7 @@ class Queue:
     ) -> None:
         if best_of < 1:
             raise ValueError(f"best_of is {best_of}; it must be at least 1")
-        self.generator, self.scorer, self.codec, self.output, self.best_of = generator, scorer, codec, output, best_of
+        self.generator, self.rank, self.codec, self.output, self.best_of = generator, rank, codec, output, best_of
         check_output(codec.format, output)
         self.sampling = build_sampling(codec.format.vocabulary.modalities, options)
         self.guidance = build_guidance(options)
@@ -172,7 +171,7 @@ class Queue:
                 del self._candidates[job.sample]
         documents = [document for _, document in whole]
         if self.best_of > 1 and whole:
-            documents = keep_best(self.scorer, [(job.document, job.read) for job, _ in whole], documents, self.best_of)
+            documents = keep_best(self.rank, [(job.document, job.read) for job, _ in whole], documents, self.best_of)
         firsts = [job for job, _ in whole[:: self.best_of]]
         for job, document in zip(firsts, documents, strict=True):
             yield Drawn(job.key, job.sample[1], sample_of(self.codec.from_document(document), self.output))

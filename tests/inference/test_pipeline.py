@@ -13,6 +13,7 @@ from mixmodal import MixedModal
 from mixmodal.classification.autoregressive import ScoredSequence
 from mixmodal.document import Document, Mask, SequenceError, Text
 from mixmodal.interop.export import EXPORT_FILES, ExportError
+from mixmodal.pipeline import mixed_modal as module
 from mixmodal.pipeline.prompts import spell_prompts, spell_streams
 from mixmodal.sampling.guidance import Guidance
 
@@ -107,6 +108,27 @@ def test_the_likeliest_class_is_chosen(model: MixedModal, picture: PIL.Image, me
     assert model.classify(picture, classes, method=method) == classes[int(np.argmax(totals))]
     found = model.score_classes([picture], classes, method)
     np.testing.assert_allclose(found.scores[0], totals, atol=1e-5, rtol=0)  # worst seen 5e-7
+
+
+def test_an_encoder_ranks_in_place_of_the_model(model: MixedModal, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Brightness:
+        """The brightest picture is nearest to any text but `dark`."""
+
+        def embed_texts(self, texts: list[str]) -> np.ndarray:
+            return np.array([[-1.0] if text == "dark" else [1.0] for text in texts])
+
+        def embed_images(self, images: list[PIL.Image]) -> np.ndarray:
+            return np.array([[np.asarray(image).mean()] for image in images])
+
+    prompts = ["pear", "dark"]
+    candidates = model.generate_batch(prompts, num=6, seed=5)
+    monkeypatch.setattr(module, "load_encoder", lambda folder, device: Brightness())
+    model.attach_ranker("clip")
+    best = [
+        [sorted(row[start : start + 3], key=lambda one: sign * np.asarray(one).mean())[-1] for start in (0, 3)]
+        for row, sign in zip(candidates, (1, -1), strict=True)
+    ]
+    assert model.generate_batch(prompts, num=2, best_of=3, seed=5) == best
 
 
 @pytest.mark.parametrize("unconditional", ["mask", "drop"])
