@@ -171,10 +171,6 @@ class Engine:
         """Samples that are being drawn."""
         return len(self._requests)
 
-    def has_room(self, request: Request) -> bool:
-        """Whether a request can be added now."""
-        return bool(self._free) and len(self._lengths) + 1 + len(request.streams) <= len(self.last)
-
     def start(self, request: Request, number: int = 0) -> State:
         """The state behind a prompt.
 

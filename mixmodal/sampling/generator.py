@@ -9,7 +9,7 @@ import numpy as np
 from mixmodal.document import SequenceError, SequenceFormat
 from mixmodal.models.transformer import Transformer
 from mixmodal.sampling.engine import Engine, Progress, Request, build_grammar, start
-from mixmodal.sampling.grammar import Grammar, Template
+from mixmodal.sampling.grammar import INFILL, Grammar, Template
 from mixmodal.sampling.guidance import NO_GUIDANCE, Guidance, Stream
 from mixmodal.sampling.rules import TokenSampling
 
@@ -56,8 +56,10 @@ class SequenceGenerator:
         ends = [vocabulary.bos, self.format.boundary if len(before) > 1 else vocabulary.bos]
         if not len(before) or [before[0], before[-1]] != ends:
             raise SequenceError("what stands before a prompt is not what the format's `prefix` gives")
-        if streams and output == "text":
-            raise ValueError("guidance acts on coded modalities only; leave it out for the output 'text'")
+        if streams and output in ("text", INFILL):
+            raise ValueError(f"guidance acts on coded modalities only; leave it out for the output {output!r}")
+        if known is not None and max_new_tokens is not None:
+            raise ValueError("max_new_tokens can not act where the tokens are known; leave it out")
         if known is not None and (block is None or not len(known)):
             raise ValueError(
                 f"{0 if block else len(known)} tokens are known; the output must be of codes, not {output!r}"
