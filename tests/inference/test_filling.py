@@ -28,7 +28,9 @@ def queue(form: SequenceFormat, model: Transformer, image: Image) -> list[Reques
     """Text, pictures, mixed samples and a filled mask, with one, two or three rows, behind unequal prompts."""
     generator = SequenceGenerator(model, form)
 
-    def ask(parts: list, output: str, guidance: Guidance | None = None, room: int = 48, **options: Any) -> Request:
+    def ask(
+        parts: list, output: str, guidance: Guidance | None = None, room: int | None = None, **options: Any
+    ) -> Request:
         following = output if output in ("text", "image") else None
         documents = [parts, [part for part in parts if isinstance(part, Image)], [Mask(0)]]
         prompts = [form.spell_prompt(Document(some), following) for some in documents]
