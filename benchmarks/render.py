@@ -1,4 +1,4 @@
-"""Renders docs/results.md, and the tables of docs/retrieval.md, from benchmarks/results/*.jsonl:
+"""Renders docs/results.md, and the tables of docs/retrieval.md and sampling.md, from benchmarks/results/*.jsonl:
 
     python benchmarks/render.py
 
@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
-RETRIEVAL_PAGE = ROOT / "docs" / "retrieval.md"
+WRITTEN_PAGES = (ROOT / "docs" / "retrieval.md", ROOT / "docs" / "sampling.md")
 MARK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 """In a page that is written by hand, what stands between is rendered."""
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
@@ -41,6 +41,8 @@ PIVOTED = (
     "stability",
     "ranks",
     "train_length",
+    "guidance",
+    "infilling",
     "retrieval_encoder",
     "retrieval_image",
     "retrieval_text",
@@ -50,7 +52,16 @@ PIVOTED = (
 """Benchmarks whose subjects are `ARM: FIGURE`: a row for each arm, a column for each figure, all repeats in a cell."""
 
 
-ON_CPU = ("memory", "retrieval_encoder", "retrieval_image", "retrieval_text", "retrieval_drawn", "retrieval_leaks")
+ON_CPU = (
+    "guidance",
+    "infilling",
+    "memory",
+    "retrieval_encoder",
+    "retrieval_image",
+    "retrieval_text",
+    "retrieval_drawn",
+    "retrieval_leaks",
+)
 """Benchmarks of which a GPU would change nothing but the time they take, or nothing at all."""
 
 
@@ -140,7 +151,7 @@ def short(value: float) -> str:
 
 if __name__ == "__main__":
     measured = read_lines()
-    filled = fill(RETRIEVAL_PAGE.read_text(encoding="utf-8"), measured)
-    for page, text in ((PAGE, render(measured)), (RETRIEVAL_PAGE, filled)):
+    filled = [(page, fill(page.read_text(encoding="utf-8"), measured)) for page in WRITTEN_PAGES]
+    for page, text in ((PAGE, render(measured)), *filled):
         page.write_text(text, encoding="utf-8")
         print(f"wrote {page.relative_to(ROOT)}")

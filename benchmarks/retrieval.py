@@ -193,7 +193,8 @@ def draw_held_out(options: argparse.Namespace, arm: str, seed: int, demo: Demo) 
     results: dict[int, dict[str, Any]] = {}
     for count in (0, max(COUNTS)):
         found = model.retrieve(captions, count) if count else [[] for _ in captions]
-        pictures = [one[0] for one in model.generate_batch(captions, "image", seed=seed, temperature=0.0, before=found)]
+        options = {"seed": seed, "temperature": 0.0, "guidance_scale": 1.0, "before": found}
+        pictures = [one[0] for one in model.generate_batch(captions, "image", **options)]
         images = torch.stack([to_tensor(picture) for picture in pictures])
         nearest = nearest_pictures(images, redrawn).indices.tolist()
         verdicts = [judge(demo.labels[own], demo.labels[place]) for own, place in zip(held_out, nearest, strict=True)]

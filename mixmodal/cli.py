@@ -66,6 +66,7 @@ COMMANDS: dict[str, Subcommand] = {
     ),
     "plan": Subcommand("mixmodal.training.plan", "PlanConfig", "plan", "memory of a training on each GPU, beforehand"),
     "generate": Subcommand("mixmodal.pipeline.generate", "GenerateConfig", "generate", "texts and pictures"),
+    "infill": Subcommand("mixmodal.pipeline.infill", "InfillConfig", "infill", "a region of a picture, drawn anew"),
     "classify": Subcommand("mixmodal.pipeline.classify", "ClassifyConfig", "classify", "zero-shot, by likelihood"),
     "evaluate-retrieval": Subcommand(
         "mixmodal.pipeline.evaluate_retrieval",

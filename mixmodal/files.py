@@ -5,9 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -43,6 +48,23 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(path)) from error
+
+
+def append_line(path: Path, line: Mapping[str, Any]) -> None:
+    """Appends one line of JSON; the folder is made where it is missing.
+
+    Raises:
+        OSError: naming the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(line, default=str) + "\n")
+
+
+def stays_inside(name: str) -> bool:
+    """Whether a path that is read from a file, with whichever slashes, stays in the folder that it is relative to."""
+    pure = PurePosixPath(name.replace("\\", "/"))
+    return not (pure.is_absolute() or ".." in pure.parts or "\0" in name or DRIVE.match(name))
 
 
 def sha256_of(path: Path) -> str:

@@ -6,6 +6,7 @@ Shapes: P pictures, K classes, N sequences, B batch, T tokens, D model, S scored
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -43,6 +44,19 @@ class LogLikelihoods(NamedTuple):
 
     totals: np.ndarray
     counts: np.ndarray
+
+
+@dataclass(frozen=True)
+class LogLikelihood:
+    """A sum in nats, and the number of tokens in it.
+
+    Args:
+        total: log-likelihood, float64.
+        count: scored tokens.
+    """
+
+    total: float
+    count: int
 
 
 class SequenceScorer:

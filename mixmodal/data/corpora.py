@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from itertools import count
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 from mixmodal.data.pretokenize import PretokenizeConfig, TokensConfig, pretokenize
@@ -23,6 +23,7 @@ from mixmodal.data.shards import (
     write_shards,
 )
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
+from mixmodal.files import stays_inside
 from mixmodal.tokenization.preprocessing import PictureError, resize_and_crop
 
 CAPTIONS_NAME = "captions.jsonl"
@@ -297,8 +298,7 @@ def _line_part(entry: Any, folder: Path, source: str, counter: SkipCounter, limi
 
 def _inside(folder: Path, name: str, source: str) -> Path:
     """A path of a corpus file, which must not lead out of its folder."""
-    pure = PurePosixPath(name.replace("\\", "/"))
-    if pure.is_absolute() or Path(name).is_absolute() or ".." in pure.parts or "\0" in name:
+    if not stays_inside(name):
         raise SampleError("unsafe name", f"{source}: the path {name!r} leads out of the folder")
     return folder / name
 

@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter, TooManySkipped
-from mixmodal.files import write_whole
+from mixmodal.files import stays_inside, write_whole
 from mixmodal.tokenization.preprocessing import open_picture
 
 PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
@@ -30,7 +30,6 @@ UNFINISHED_NAME = ".unfinished"
 """Stands in a folder while `write_shards` fills it, and stays where that broke off: only then are shards removed."""
 WRITABLE_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 BROKEN_TAR = (tarfile.TarError, OSError, EOFError, zlib.error)
-DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 TAR_END = bytes(1024)
 
 
@@ -263,9 +262,9 @@ def _read_members(path: Path, counter: SkipCounter) -> Iterator[dict[str, Any]]:
         return True
 
     def is_safe(name: str) -> bool:
-        pure = PurePosixPath(name.replace("\\", "/"))
-        if not (pure.is_absolute() or ".." in pure.parts or DRIVE.match(name)):
+        if stays_inside(name):
             return True
+        pure = PurePosixPath(name.replace("\\", "/"))
         key = f"{pure.parent}/{pure.name.split('.')[0]}"
         if key not in seen:
             counter.skip(SampleError("unsafe name", f"{path}: the member name {name!r} leads out of the folder"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,7 +17,7 @@ from mixmodal.environment import versions
 from mixmodal.evaluation.features import FEATURE_NETWORKS, FrechetDistance, PairScore, PerceptualDistance
 from mixmodal.evaluation.reference import ReferencePictures
 from mixmodal.evaluation.sheet import DECODED, ORIGINAL, PICTURES_SHOWN, save_sheet
-from mixmodal.files import naming
+from mixmodal.files import append_line
 from mixmodal.objectives.perceptual import PerceptualConfig
 from mixmodal.tokenization.image import ImageTokenizer
 
@@ -256,14 +255,3 @@ def record(config: ImageTokenizerEvaluationConfig, found: ImageTokenizerEvaluati
         "settings": settings,
         "versions": versions(PACKAGES),
     }
-
-
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Append one line of JSON; the folder is made where it is missing.
-
-    Raises:
-        OSError: naming the file.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path), open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, default=str) + "\n")

@@ -1,9 +1,10 @@
-"""A contact sheet: originals above what tokenizers make of them, as one PNG."""
+"""Contact sheets: originals above what tokenizers make of them, or pictures with captions, as one PNG."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -20,6 +21,9 @@ PICTURES_SHOWN = 16
 """Pictures that a sheet of an evaluation shows."""
 MARGIN = 72
 """Pixels left of the rows, for their labels, at least."""
+GAP, COLUMNS = 12, 8
+LINE_CHARACTERS, LINE_HEIGHT, MAX_LINES = 16, 14, 4
+"""Of captions; characters in the width of the smallest cell."""
 
 
 def draw_sheet(rows: Mapping[str, Tensor], columns: int = 8) -> Image.Image:
@@ -55,6 +59,29 @@ def draw_sheet(rows: Mapping[str, Tensor], columns: int = 8) -> Image.Image:
             left = margin + number % columns * (width + inner)
             top = outer + number // columns * band + row * (height + inner)
             sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
+    return sheet
+
+
+def draw_captioned(captions: Sequence[str], *rows: Sequence[Image.Image]) -> Image.Image:
+    """A picture with columns of one picture from each of `rows`, in the size of the first, and their caption."""
+    first = rows[0][0]
+    factor = max(1, -(-MIN_CELL // first.width))
+    width, height = factor * first.width, factor * first.height
+    columns = min(COLUMNS, len(captions))
+    above = len(rows) * (height + GAP // 2)  # the caption
+    band = above + 2 * GAP + MAX_LINES * LINE_HEIGHT
+    size = columns * (width + GAP) + GAP, -(-len(captions) // columns) * band + GAP
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(LINE_HEIGHT - 3)
+    for number, (caption, *pictures) in enumerate(zip(captions, *rows, strict=True)):
+        left, top = GAP + number % columns * (width + GAP), GAP + number // columns * band
+        for row, picture in enumerate(pictures):
+            enlarged = picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (left, top + row * (height + GAP // 2)))
+        characters = max(LINE_CHARACTERS, LINE_CHARACTERS * width // MIN_CELL)
+        lines = textwrap.wrap(caption, characters, max_lines=MAX_LINES) or [""]
+        for place, line in enumerate(lines):
+            draw.text((left, top + above + place * LINE_HEIGHT), line, fill="black", font=font)
     return sheet
 
 

@@ -13,7 +13,7 @@ from PIL.Image import Image as Picture
 from mixmodal.classification.autoregressive import check_method
 from mixmodal.classification.evaluate import evaluate_classifier, read_classes, read_pictures
 from mixmodal.data.skipping import SkipCounter
-from mixmodal.pipeline.generate import DTYPES
+from mixmodal.pipeline.drawing_config import DTYPES
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.pipeline.reading import ReadingConfig
 from mixmodal.retrieval.retriever import Retrieved

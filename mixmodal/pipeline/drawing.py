@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL.Image import Image as Picture
 from PIL.Image import fromarray
 
-from mixmodal.document import PART_TYPES, Document, SequenceFormat
+from mixmodal.document import PART_TYPES, Document, Mask, SequenceFormat
 from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling
 from mixmodal.pipeline.prompts import Prompt, sample_seed, spell_streams
 from mixmodal.sampling.engine import Progress, Request
@@ -20,6 +20,10 @@ from mixmodal.tokenization.codec import Codec
 
 UNDRAWN = 235
 """Grey level of what is not drawn yet of a picture."""
+
+
+Sample = Any
+"""A string, a picture, or for `mixed` the list of them: what `output` says."""
 
 
 class Plan(NamedTuple):
@@ -56,10 +60,12 @@ def build_plan(
         ValueError: for settings that can not act.
     """
     format = generator.format
-    sampling, guidance = build_sampling(format.vocabulary.modalities, options), build_guidance(options)
+    sampling = build_sampling(format.vocabulary.modalities, options)
+    guidance = build_guidance(options, follows_text=output != "text")
     requests: list[Request] = []
     for prompt, documents in zip(prompts, read, strict=True):
-        weight, streams = spell_streams(format, prompt, guidance, output)
+        asked = options.get("guidance_scale") is not None
+        weight, streams = spell_streams(format, prompt, guidance, output, asked=asked)
         more = {"weight": weight, "streams": streams, "max_new_tokens": max_new_tokens}
         more["before"] = format.prefix(documents)
         seeds = [sample_seed(seed, sample, prompt.ids) for sample in range(num)]
@@ -90,6 +96,15 @@ def parse_sample(format: SequenceFormat, prompt: np.ndarray, continuation: np.nd
         continuation = continuation[:-1]
     end = [] if len(continuation) and continuation[-1] == eos else [eos]
     return format.parse_continuation(np.concatenate([prompt, continuation, end]).astype(np.int64), len(prompt))
+
+
+def sample_of(parts: Sequence[str | Picture | Mask], output: str) -> Sample:
+    """What a user gets of the parts that were drawn."""
+    if output == "mixed":
+        return list(parts)
+    if output == "text":
+        return "".join(part for part in parts if isinstance(part, str))
+    return parts[-1]
 
 
 def read_pieces(

@@ -14,7 +14,7 @@ from mixmodal.data.token_shards import TokenShards
 from mixmodal.document import SequenceFormat
 from mixmodal.evaluation.retrieval import Pair, RetrievalAblation, Worth
 from mixmodal.files import write_whole
-from mixmodal.pipeline.generate import DTYPES
+from mixmodal.pipeline.drawing_config import DTYPES
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.pipeline.prompts import check_memory
 from mixmodal.retrieval.candidates import open_candidates

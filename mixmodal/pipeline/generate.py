@@ -1,224 +1,233 @@
-"""The generate command: samples of one prompt as PNG files and text, listed in `results.json`."""
+"""The generate command: samples of prompts as PNG files and text, listed in `results.json` and `results.jsonl`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+import os
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, NamedTuple
 
-import torch
-from PIL.Image import Image as Picture
-from PIL.PngImagePlugin import PngInfo
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
+from mixmodal.config import one_line
+from mixmodal.pipeline.generate_config import GenerateConfig, PromptPart
 from mixmodal.pipeline.mixed_modal import MixedModal
-from mixmodal.pipeline.options import DEFAULT_SAMPLING, SamplingOptions, build_guidance
-from mixmodal.pipeline.reading import ReadingConfig
+from mixmodal.pipeline.prompt_files import NamedPrompt, Shard, read_prompts
+from mixmodal.pipeline.queue import Ask, Drawn, Failed
+from mixmodal.pipeline.results import (
+    RESULTS,
+    SHEET,
+    SHEET_PICTURES,
+    ResultLines,
+    check_settings,
+    files_of,
+    read_results,
+    write_documents,
+    write_results,
+    write_sample,
+    write_sheet,
+)
 from mixmodal.retrieval.retriever import Retrieved
-from mixmodal.sampling.guidance import Unconditional
-from mixmodal.sampling.rules import TokenSampling
-from mixmodal.tokenization.preprocessing import open_picture
 
-RESULTS = "results.json"
-DTYPES = {"stored": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptPart:
-    """One part of a prompt: a text or a picture.
-
-    Args:
-        text: the text; empty where the part is a picture.
-        image: file of the picture; null where the part is text.
-    """
-
-    text: str = ""
-    image: Path | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateConfig(ReadingConfig):
-    """Samples texts and pictures behind a prompt.
-
-    `--prompt TEXT` and `--image FILE`, given as often as needed, are short for the entries of `parts`, in their order.
-    With `--memory DIR --retrieve N` the model reads documents of a memory first.
-
-    Args:
-        model: folder of an exported model, or an id on the Hugging Face hub.
-        out: folder for the samples and `results.json`; made where it is missing.
-        parts: the prompt, as `[{text: a red apple}, {image: apple.png}]`.
-        output: `text`, `image`, or `mixed` for texts and pictures as the model likes.
-        num: number of samples.
-        seed: equal seeds give equal samples.
-        best_of: images drawn for each one that is kept, the one from which the model reads the prompt's text best.
-        guidance_scale: how closely images follow the text: weight of classifier-free guidance; 1 is none.
-        image_guidance_scale: how closely they follow the prompt's pictures, for editing; 1 is none.
-        unconditional: how guidance does without: `mask` puts a mask in the place of text (CM3Leon), `drop` leaves it
-            out (Chameleon).
-        contrast_k: k of contrastive decoding CD-K in place of guidance (CM3Leon); 0 is none.
-        contrast_alpha: its alpha: what share of the k-th likeliest code's probability a code must have.
-        text_sampling: how text is drawn.
-        image_sampling: how the codes of images are drawn.
-        max_new_tokens: most tokens of a sample; null is as many as the model's context takes.
-        batch_size: samples in one forward; they do not depend on it.
-        device: `auto` takes the accelerator where there is one.
-        dtype: of the weights.
-    """
-
-    model: str
-    out: Path
-    parts: list[PromptPart] = field(default_factory=list)
-    output: Literal["text", "image", "mixed"] = "image"
-    num: int = 1
-    seed: int = 0
-    best_of: int = 1
-    guidance_scale: float = 1.0
-    image_guidance_scale: float = 1.0
-    unconditional: Unconditional = "mask"
-    contrast_k: int = 0
-    contrast_alpha: float = 0.1
-    text_sampling: TokenSampling = DEFAULT_SAMPLING["text"]
-    image_sampling: TokenSampling = DEFAULT_SAMPLING["image"]
-    max_new_tokens: int | None = None
-    batch_size: int = 64
-    device: str = "auto"
-    dtype: Literal["stored", "float32", "bfloat16"] = "stored"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        build_guidance(self.guidance_options())
-        for modality, idle in (("text", "image"), ("image", "text")):
-            if self.output == modality and getattr(self, f"{idle}_sampling") != DEFAULT_SAMPLING[idle]:
-                raise ValueError(f"{idle}_sampling can not act where output is {modality}; leave it out")
-
-    def guidance_options(self) -> SamplingOptions:
-        """What steers pictures."""
-        return {
-            "guidance_scale": self.guidance_scale,
-            "image_guidance_scale": self.image_guidance_scale,
-            "unconditional": self.unconditional,
-            "contrast_k": self.contrast_k,
-            "contrast_alpha": self.contrast_alpha,
-        }
-
-    def options(self) -> SamplingOptions:
-        """How tokens are drawn, for `MixedModal.generate`."""
-        chosen = {"text": self.text_sampling, "image": self.image_sampling}
-        names = [one.name for one in fields(TokenSampling)]
-        by_modality = {name: {modality: getattr(one, name) for modality, one in chosen.items()} for name in names}
-        return cast(SamplingOptions, {**by_modality, **self.guidance_options()})
-
-    @classmethod
-    def read_arguments(cls, argv: Sequence[str]) -> list[str]:
-        """Gathers `--prompt` and `--image` into `--parts`, because an ordinary option would lose their order.
-
-        Raises:
-            ValueError: for one of them without a value, or beside `--parts`.
-        """
-        rest, parts, waiting = [], [], list(argv)
-        while waiting:
-            argument = waiting.pop(0)
-            name, _, value = argument.partition("=")
-            if name not in ("--prompt", "--image"):
-                rest.append(argument)
-                continue
-            if name == argument:
-                if not waiting or waiting[0].startswith("--"):
-                    raise ValueError(f"{name} needs a value; write {name}=VALUE for one that begins with --")
-                value = waiting.pop(0)
-            parts.append({"text" if name == "--prompt" else "image": value})
-        if not parts:
-            return rest
-        if any(argument.partition("=")[0] == "--parts" for argument in rest):
-            raise ValueError("give the prompt either by --prompt and --image or by --parts")
-        return [*rest, f"--parts={json.dumps(parts)}"]
+__all__ = ["GenerateConfig", "PromptPart", "generate"]
 
 
 def generate(config: GenerateConfig) -> None:
     """Draws the samples, writes them and says where.
 
     Raises:
-        ValueError: for a part that is neither text nor picture, or what `MixedModal.generate` raises.
+        ValueError: for a part that is neither text nor picture, a line of a file that is no prompt, a folder with
+            samples of other settings, or what `MixedModal.generate` raises; for prompts of a file that can not be drawn
+            when all others are, but not under a launcher of several processes.
     """
-    prompt = [read_part(part, place) for place, part in enumerate(config.parts)]
-    model = MixedModal.from_pretrained(config.model, config.device, DTYPES[config.dtype], config.batch_size)
-    options: dict[str, Any] = {**config.options(), "best_of": config.best_of, "max_new_tokens": config.max_new_tokens}
-    config.attach(model)
-    documents: list[Retrieved] = []
-    if config.retrieve:
-        fit = {"max_new_tokens": config.max_new_tokens, "random_seed": config.random_seed}
-        documents = model.retrieve([prompt], config.retrieve, config.output, **fit)[0]
-    samples = model.generate(prompt, config.output, num=config.num, seed=config.seed, before=documents, **options)
-    described = {
-        "model": config.model,
-        "prompt": [{"text": part.text} if part.image is None else {"image": str(part.image)} for part in config.parts],
-        "output": config.output,
-        "seed": config.seed,
-        "settings": options,
-        **config.describe(),
-    }
-    config.out.mkdir(parents=True, exist_ok=True)
-    keys, listed = {}, {}
-    if config.retrieve:
-        keys = {"retrieved": [one.key for one in documents]}
-        listed = {"retrieved": write_documents(model, documents, config.out)}
-    written = [write_sample(sample, number, config.out, {**described, **keys}) for number, sample in enumerate(samples)]
-    results = json.dumps({**described, **listed, "samples": written}, indent=2, ensure_ascii=False)
-    (config.out / RESULTS).write_text(results + "\n", encoding="utf-8")
-    print(f"{len(written)} samples in {config.out}, listed in {config.out / RESULTS}")
+    if config.prompts is not None:
+        generate_file(config, config.prompts)
+    elif config.parts:
+        generate_one(config)
+    else:
+        raise ValueError("there is no prompt; give --prompt TEXT, --image FILE or --parts, or --prompts FILE.jsonl")
 
 
-def read_part(part: PromptPart, place: int) -> str | Picture:
-    """The text, or the picture from its file.
+def generate_one(config: GenerateConfig) -> None:
+    """The samples of one prompt, and `results.json`."""
+    prompt = NamedPrompt(parts=tuple(config.parts), num=config.num, seed=config.seed)
+    prompt.check()
+    prompt.open()  # a broken picture is told before the model is loaded
+    path = config.out / f"{RESULTS}.json"
+    if path.exists() and "prompts" in read_results(path):
+        raise ValueError(f"{path} lists the samples of many prompts; give another folder as out")
+    with Drawing(config, config.load(), config.num) as drawing:
+        (found,) = drawing.draw([prompt])
+    if found.error is not None:
+        raise found.error
+    write_results(path, {**config.describe_prompt(prompt), **found.listed})
+    if config.contact_sheet:
+        names = files_of(found.listed["samples"], "image")
+        write_sheet(config.out / f"{SHEET}.png", [(config.out / name, prompt.caption) for name in names])
+    print(f"{drawing.summary()}, listed in {path}")
 
-    Raises:
-        ValueError: naming the part, where it is not exactly one of them or the file can not be read.
-    """
-    if part.image is not None and not part.text:
-        if not part.image.is_file():
-            raise ValueError(f"part {place} of the prompt: there is no picture at {part.image}")
-        return open_picture(part.image, f"part {place} of the prompt ({part.image})")
-    if part.text and part.image is None:
-        return part.text
-    raise ValueError(f"part {place} of the prompt must have either a text or an image")
 
-
-def write_sample(sample: Any, number: int, folder: Path, described: dict[str, Any]) -> dict[str, Any]:
-    """Writes the parts of one sample; gives its entry of `results.json`."""
-    parts = sample if isinstance(sample, list) else [sample]
-    entries: list[dict[str, str]] = []
-    for place, part in enumerate(parts):
-        stem = f"{number:04d}" if part is sample else f"{number:04d}_{place}"
-        if isinstance(part, Picture):
-            part.save(folder / f"{stem}.png", pnginfo=_png_text({**described, "sample": number}))
-            entries.append({"image": f"{stem}.png"})
+def generate_file(config: GenerateConfig, path: Path) -> None:
+    """The samples of prompts that no earlier call has drawn, with a line for each prompt, and `results.json`."""
+    shard = Shard.launched() if config.shard is None else Shard.parse(config.shard)
+    read = partial(read_prompts, path, config.num, config.seed, shard)
+    settings = json.loads(json.dumps(config.describe_call()))
+    check_settings(config.out, settings)
+    lines = ResultLines(config.out / shard.name(RESULTS, "jsonl"))
+    counts, missing = {"prompts": 0, "finished": 0, "failed": 0, "samples": 0}, 0
+    for prompt in read():
+        samples = lines.samples(prompt)
+        counts["prompts"] += 1
+        counts["finished"] += samples is not None
+        counts["samples"] += len(samples or ())
+        missing += 0 if samples is not None else prompt.num
+    results = config.out / shard.name(RESULTS, "json")
+    of_the_shard = {"shard": f"{shard.index}/{shard.count}", "counts": counts, "results": lines.path.name}
+    write_results(results, {**settings, **of_the_shard})
+    reason, summary = "", f"all {counts['samples']} samples had been drawn before"
+    if missing:
+        with Drawing(config, config.load(), missing) as drawing:
+            for one in drawing.draw(prompt for prompt in read() if lines.samples(prompt) is None):
+                lines.append(one.line())
+                counts["failed"] += one.error is not None
+                counts["finished"] += one.error is None
+                counts["samples"] += len(one.listed.get("samples", ()))
+                reason = reason or one.reason
+        summary = drawing.summary()
+    write_results(results, {**settings, **of_the_shard})
+    if config.contact_sheet and config.output != "text":
+        write_sheet(config.out / shard.name(SHEET, "png"), list(islice(pictures_of(read(), lines), SHEET_PICTURES)))
+    print(f"{summary}, listed in {lines.path}")
+    if counts["failed"]:
+        message = f"{counts['failed']} of {counts['prompts']} prompts failed, see {lines.path}; the first: {reason}"
+        if config.shard is None and shard.count > 1:  # a launcher would end the other processes
+            print(message, file=sys.stderr)
         else:
-            (folder / f"{stem}.txt").write_text(str(part), encoding="utf-8")
-            entries.append({"text": str(part), "file": f"{stem}.txt"})
-    return {"sample": number, "parts": entries}
+            raise ValueError(message)
 
 
-def write_documents(model: MixedModal, documents: Sequence[Retrieved], folder: Path) -> list[dict[str, Any]]:
-    """Writes the pictures of retrieved documents; gives their entries of `results.json`, in the order of reading."""
-    contents = model.codec.from_documents([model.format.parse(one.ids) for one in documents])
-    entries = [one.to_dict() for one in documents]
-    for number, (entry, content) in enumerate(zip(entries, contents)):
-        entry["parts"] = []
-        for place, part in enumerate(content):
-            if isinstance(part, Picture):
-                several = sum(isinstance(one, Picture) for one in content) > 1
-                name = f"retrieved_{number:02d}_{place}.png" if several else f"retrieved_{number:02d}.png"
-                part.save(folder / name)
-                entry["parts"].append({"image": name})
-            else:
-                entry["parts"].append({"text": str(part)})
-    return entries
+def pictures_of(prompts: Iterable[NamedPrompt], lines: ResultLines) -> Iterator[tuple[Path, str]]:
+    """Files of the pictures that have been drawn, in the order of prompts, with captions."""
+    for prompt in prompts:
+        for name in files_of(lines.samples(prompt) or (), "image"):
+            yield lines.path.parent / name, prompt.caption
 
 
-def _png_text(described: dict[str, Any]) -> PngInfo:
-    """What made a picture, as text chunks of its PNG file."""
-    info = PngInfo()
-    for key, value in described.items():
-        info.add_itxt(key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-    return info
+class Finished(NamedTuple):
+    """A prompt of which all has been drawn, or that can not be.
+
+    Args:
+        prompt: it.
+        listed: what the results list of it.
+        error: None where it is drawn.
+    """
+
+    prompt: NamedPrompt
+    listed: dict[str, Any]
+    error: Exception | None = None
+
+    @property
+    def reason(self) -> str:
+        """The error with the prompt's name; empty where it is drawn."""
+        message = "" if self.error is None else one_line(str(self.error))
+        return message if self.error is None or self.prompt.name in message else f"{self.prompt.name}: {message}"
+
+    def line(self) -> dict[str, Any]:
+        """Its line of `results.jsonl`."""
+        prompt = self.prompt
+        entry = {"key": prompt.key, "prompt": prompt.described, "seed": prompt.seed, "num": prompt.num}
+        return {**entry, **self.listed} if self.error is None else {**entry, "error": self.reason}
+
+
+class Rate(ProgressColumn):
+    """Samples a second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.2f}/s" if speed else "")
+
+
+class Drawing:
+    """Draws prompts, writes each sample when it has ended, and shows how far it is.
+
+    Args:
+        config: how.
+        model: with its memory, where the config has one.
+        num: samples of all prompts.
+    """
+
+    def __init__(self, config: GenerateConfig, model: MixedModal, num: int) -> None:
+        self.config, self.model, self.num = config, model, num
+        self.num_samples = self.num_pictures = 0
+        self._open: dict[str, tuple[NamedPrompt, list[Retrieved], dict[int, dict[str, Any]]]] = {}
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate(), TimeRemainingColumn()
+        self._progress = Progress(*columns, disable=os.environ.get("RANK", "0") != "0")
+        self._bar = self._progress.add_task("samples", total=num)
+
+    def __enter__(self) -> Drawing:
+        self._started = time.perf_counter()
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self._seconds = time.perf_counter() - self._started
+
+    def summary(self) -> str:
+        """What has been drawn, and how fast."""
+        unit, num = ("samples", self.num_samples) if self.config.output == "text" else ("pictures", self.num_pictures)
+        return f"{self.num_samples} samples in {self._seconds:.1f} s ({num / self._seconds:.2f} {unit} a second)"
+
+    def draw(self, prompts: Iterable[NamedPrompt]) -> Iterator[Finished]:
+        """Prompts as they are finished."""
+        options: dict[str, Any] = self.config.drawing_options()
+        self.config.out.mkdir(parents=True, exist_ok=True)
+        for one in self.model.generate_each(map(self._ask, prompts), self.config.output, **options):
+            prompt, documents, written = self._open[one.key]
+            if isinstance(one, Failed):
+                del self._open[one.key]
+                self.num -= prompt.num
+                self._progress.update(self._bar, total=self.num)
+                yield Finished(prompt, {}, one.error)
+                continue
+            written[one.number] = self._write(prompt, one, documents)
+            if len(written) == prompt.num:
+                del self._open[one.key]
+                yield Finished(prompt, self._list(prompt, documents, written))
+
+    def _ask(self, prompt: NamedPrompt) -> Ask | Failed:
+        """A prompt with its pictures opened, and documents found for it."""
+        config, documents = self.config, []
+        self._open[prompt.key] = prompt, documents, {}
+        try:
+            parts = prompt.open()
+            if config.retrieve:
+                fit = {"max_new_tokens": config.max_new_tokens, "random_seed": config.random_seed}
+                documents += self.model.retrieve([parts], config.retrieve, config.output, **fit)[0]
+        except ValueError as error:
+            return Failed(prompt.key, error)
+        return Ask(prompt.key, parts, prompt.num, prompt.seed, documents)
+
+    def _write(self, prompt: NamedPrompt, drawn: Drawn, documents: list[Retrieved]) -> dict[str, Any]:
+        described = self.config.describe_prompt(prompt)
+        if self.config.retrieve:
+            described["retrieved"] = [document.key for document in documents]
+        entry = write_sample(drawn.sample, drawn.number, self.config.out, prompt.key, described)
+        self.num_samples += 1
+        self.num_pictures += sum(1 for _ in files_of([entry], "image"))
+        self._progress.advance(self._bar)
+        return entry
+
+    def _list(
+        self, prompt: NamedPrompt, documents: list[Retrieved], written: dict[int, dict[str, Any]]
+    ) -> dict[str, Any]:
+        listed: dict[str, Any] = {}
+        if self.config.retrieve:
+            listed["retrieved"] = write_documents(self.model, documents, self.config.out, prompt.key)
+        return {**listed, "samples": [written[number] for number in sorted(written)]}

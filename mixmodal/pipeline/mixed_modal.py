@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any
 
 import numpy as np
 import torch
 from PIL.Image import Image as Picture
+from typing_extensions import Unpack
 
 from mixmodal.classification.autoregressive import (
     AutoregressiveClassifier,
     Classification,
+    LogLikelihood,
     ScoredSequence,
     SequenceScorer,
     check_method,
 )
-from mixmodal.document import Document, Image, Mask, Text
+from mixmodal.document import Document, Image, Text
 from mixmodal.interop.export import find_export, load_export
 from mixmodal.models.transformer import Transformer
-from mixmodal.pipeline.drawing import Piece, Plan, build_plan, parse_sample, read_pieces
+from mixmodal.pipeline.drawing import Piece, Plan, Sample, build_plan, parse_sample, read_pieces, sample_of
+from mixmodal.pipeline.infilling import Infilling
 from mixmodal.pipeline.options import SamplingOptions
 from mixmodal.pipeline.prompts import (
     Before,
@@ -34,30 +36,16 @@ from mixmodal.pipeline.prompts import (
     spell_documents,
     spell_prompts,
 )
-from mixmodal.pipeline.reranking import keep_best
+from mixmodal.pipeline.queue import Ask, Drawn, Failed, Queue
+from mixmodal.pipeline.reranking import Rank, check_best_of, keep_best, rank_by_encoder, rank_by_likelihood
+from mixmodal.retrieval.encoder import load_encoder
 from mixmodal.retrieval.retriever import DEFAULT_SELECTION, Retrieved, Retriever, load_retriever
 from mixmodal.retrieval.selection import SelectionConfig
 from mixmodal.sampling.generator import SequenceGenerator
 from mixmodal.tokenization.codec import Codec, Content
 
-Sample = Any
-"""A string, a picture, or for `mixed` the list of them: what `output` says."""
 
-
-@dataclass(frozen=True)
-class LogLikelihood:
-    """A sum in nats, and the number of tokens in it.
-
-    Args:
-        total: log-likelihood, float64.
-        count: scored tokens.
-    """
-
-    total: float
-    count: int
-
-
-class MixedModal:
+class MixedModal(Infilling):
     """A trained model with its tokenizers.
 
     Args:
@@ -86,6 +74,7 @@ class MixedModal:
         self.retriever = retriever
         self._generator = SequenceGenerator(model, codec.format, batch_size)
         self._scorer = SequenceScorer(model, codec.format, batch_size)
+        self._rank: Rank = rank_by_likelihood(self._scorer)
 
     @classmethod
     def from_pretrained(
@@ -190,6 +179,14 @@ class MixedModal:
 
     # generation
 
+    def attach_ranker(self, encoder: Path | str) -> None:
+        """Lets `best_of` choose by a CLIP or SigLIP, a folder or hub id, in place of the model's own likelihood.
+
+        Raises:
+            ValueError: where there is no such encoder.
+        """
+        self._rank = rank_by_encoder(load_encoder(encoder, self.model.embedding.weight.device), self.codec)
+
     def generate(
         self,
         prompt: str | Sequence[Content],
@@ -210,7 +207,8 @@ class MixedModal:
             output: `text` gives strings, `image` pictures, `mixed` lists of both.
             seed: equal seeds give equal samples, whatever else is generated with them.
             best_of: candidates drawn for each image, of which the one is kept from which the model reads the prompt's
-                text best, by log p(text | image): re-ranking as DALL-E does with CLIP (arXiv 2102.12092, 2.6).
+                text best, by log p(text | image), or that is nearest to it by the encoder of `attach_ranker`:
+                re-ranking as DALL-E does with CLIP (arXiv 2102.12092, 2.6).
             max_new_tokens: most tokens of a sample; None is as many as the model's context takes.
             retrieve: documents of the attached memory that the model reads before the prompt; see `retrieve`.
             before: other whole documents that it reads in their place, in this order: shots as
@@ -243,17 +241,44 @@ class MixedModal:
         if min(num, best_of) < 1:
             raise ValueError(f"num is {num} and best_of is {best_of}; both must be at least 1")
         plan = self._plan(prompts, output, num * best_of, seed, max_new_tokens, retrieve, before, options)
-        if best_of > 1 and (output not in self.format.blocks or not plan.sampling[output].temperature):
-            raise ValueError(
-                "best_of chooses among images that differ; it needs output image and a temperature above 0"
-            )
+        check_best_of(self.format, output, plan.sampling, best_of)
         drawn = self._generator.generate(plan.requests, plan.sampling, plan.guidance)
         found = [parse_sample(self.format, request.prompt, ids) for request, ids in zip(plan.requests, drawn)]
         if best_of > 1:
             asked = [(plan.documents[row], plan.read[row]) for row in range(len(prompts)) for _ in range(num * best_of)]
-            found = keep_best(self._scorer, asked, found, best_of)
-        samples = [_sample(parts, output) for parts in self.codec.from_documents(found)]
+            found = keep_best(self._rank, asked, found, best_of)
+        samples = [sample_of(parts, output) for parts in self.codec.from_documents(found)]
         return [samples[start : start + num] for start in range(0, len(samples), num)]
+
+    def generate_each(
+        self,
+        prompts: Iterable[Ask | Failed],
+        output: str = "image",
+        *,
+        best_of: int = 1,
+        max_new_tokens: int | None = None,
+        retrieve: int = 0,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[Drawn | Failed]:
+        """The samples of any number of prompts, each as soon as it is drawn, in whatever order they end.
+
+        Prompts are taken as there is room for them, so that neither all of them nor all samples are held at a time.
+        One that can not be drawn is given back as `Failed`, and the others go on.
+
+        Args:
+            prompts: each with its number of samples and its seed; the other arguments are those of `generate`.
+
+        Raises:
+            ValueError: for settings that can not act, whatever the prompts are.
+        """
+        queue = Queue(self._generator, self._rank, self.codec, output, best_of, options)
+
+        def plan(ask: Ask) -> Plan:
+            before = None if ask.before is None else [ask.before]
+            num = ask.num * best_of
+            return self._plan([ask.prompt], output, num, ask.seed, max_new_tokens, retrieve, before, options)
+
+        return queue.draw(prompts, plan)
 
     def stream(
         self,
@@ -363,11 +388,3 @@ class MixedModal:
             ValueError: for an unknown method, or an option that can not act on it.
         """
         return classes[int(self.score_classes([image], classes, method, **options).scores[0].argmax())]
-
-
-def _sample(parts: Sequence[str | Picture | Mask], output: str) -> Sample:
-    if output == "mixed":
-        return list(parts)
-    if output == "text":
-        return "".join(part for part in parts if isinstance(part, str))
-    return parts[-1]

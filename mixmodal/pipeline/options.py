@@ -15,6 +15,9 @@ DEFAULT_SAMPLING = {
     "image": TokenSampling(temperature=1.0, top_p=0.9),
 }
 
+DEFAULT_SCALE = 2.0
+"""Of guidance: the best on the demo pictures (docs/results.md)."""
+
 Value = TypeVar("Value", int, float)
 PerModality = Value | Mapping[str, Value] | None
 """One value for all modalities, one by modality, or None for the default."""
@@ -26,7 +29,8 @@ class SamplingOptions(TypedDict, total=False):
     Args:
         temperature, top_k, top_p, min_p, repetition_penalty: see `TokenSampling`; for all modalities, or by modality as
             `{"text": 0.7, "image": 1.0}`.
-        guidance_scale: weight of classifier-free guidance of pictures: how closely they follow the text; 1 is none.
+        guidance_scale: weight of classifier-free guidance of pictures: how closely they follow the text; 1 is none, and
+            None `DEFAULT_SCALE` wherever a picture may follow a text.
         image_guidance_scale: the same for the prompt's pictures: `text_scale` and `image_scale` of `Guidance`.
         unconditional, contrast_k, contrast_alpha: see `Guidance`.
     """
@@ -36,7 +40,7 @@ class SamplingOptions(TypedDict, total=False):
     top_p: PerModality[float]
     min_p: PerModality[float]
     repetition_penalty: PerModality[float]
-    guidance_scale: float
+    guidance_scale: float | None
     image_guidance_scale: float
     unconditional: Unconditional
     contrast_k: int
@@ -53,13 +57,19 @@ GUIDANCE = {
 """Options by what `Guidance` calls them."""
 
 
-def build_guidance(options: SamplingOptions) -> Guidance:
+def build_guidance(options: SamplingOptions, follows_text: bool = False) -> Guidance:
     """What steers pictures.
+
+    Args:
+        follows_text: whether a picture may follow a text, so that there is guidance where none is asked for.
 
     Raises:
         ValueError: for settings that can not act.
     """
-    return Guidance(**{name: options[option] for option, name in GUIDANCE.items() if option in options})
+    given = {name: options[option] for option, name in GUIDANCE.items() if options.get(option) is not None}
+    if follows_text and "text_scale" not in given and not given.get("contrast_k"):
+        given["text_scale"] = DEFAULT_SCALE
+    return Guidance(**given)
 
 
 def build_sampling(modalities: Sequence[str], options: SamplingOptions) -> dict[str, TokenSampling]:

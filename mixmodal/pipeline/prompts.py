@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -77,6 +78,16 @@ def parts_of(prompt: str | Picture | Iterable[Content]) -> list[Content]:
     return parts
 
 
+def check_output(format: SequenceFormat, output: str) -> None:
+    """Whether the format has an output.
+
+    Raises:
+        ValueError: naming those that it has.
+    """
+    if output not in ("text", *format.blocks, MIXED):
+        raise ValueError(f"output {output!r} is unknown; choose text, {', '.join(format.blocks)}, {MIXED}")
+
+
 def spell_prompts(codec: Codec, prompts: Sequence[str | Sequence[Content]], output: str) -> list[Prompt]:
     """Prompts that are open for an output.
 
@@ -84,28 +95,42 @@ def spell_prompts(codec: Codec, prompts: Sequence[str | Sequence[Content]], outp
         ValueError: for an output that the format does not have, or a wrong part.
     """
     format, parts = codec.format, [parts_of(prompt) for prompt in prompts]
-    following = None if output == MIXED else output
-    if following not in (None, "text", *format.blocks):
-        raise ValueError(f"output {output!r} is unknown; choose text, {', '.join(format.blocks)}, {MIXED}")
+    check_output(format, output)
     documents = codec.to_documents(parts)
-    rows = [format.spell_prompt(document, following) for document in documents]
+    rows = [format.spell_prompt(document, None if output == MIXED else output) for document in documents]
     return [Prompt(*forms) for forms in zip(parts, documents, rows)]
 
 
+def check_guided(guidance: Guidance, output: str) -> None:
+    """Whether guidance can act on an output.
+
+    Raises:
+        ValueError: where it is text.
+    """
+    if guidance.acts and output == "text":
+        raise ValueError("guidance acts on pictures alone; leave it out for the output 'text'")
+
+
 def spell_streams(
-    format: SequenceFormat, prompt: Prompt, guidance: Guidance, output: str
+    format: SequenceFormat, prompt: Prompt, guidance: Guidance, output: str, *, asked: bool = True
 ) -> tuple[float, tuple[Stream, ...]]:
     """The weight of a prompt's own row, and the rows of guidance beside it; none for guidance that does not act.
+
+    Args:
+        asked: whether the text's scale was asked for; otherwise a prompt without text goes without.
 
     Raises:
         ValueError: where there is nothing that the guidance could strengthen.
     """
     if not guidance.acts:
         return 1.0, ()
-    if output == "text":
-        raise ValueError("guidance acts on pictures alone; leave it out for the output 'text'")
+    check_guided(guidance, output)
     parts = prompt.document.parts
     has_text, has_pictures = (any(isinstance(part, kind) for part in parts) for kind in (Text, Coded))
+    if not has_text and not asked and not guidance.contrast_k:
+        if guidance.image_scale == 1:
+            return 1.0, ()
+        guidance = replace(guidance, text_scale=1.0)
     if not has_text and (guidance.contrast_k or guidance.text_scale != 1):
         raise ValueError("guidance_scale and contrast_k strengthen the prompt's text, and it has none; leave them out")
     if not has_pictures and guidance.image_scale != 1:

@@ -89,6 +89,26 @@ class Group(NamedTuple):
     weights: Tensor
 
 
+def build_grammar(
+    format: SequenceFormat, kind: tuple[str, bool], vocab_size: int, device: torch.device | str = "cpu"
+) -> Grammar | Template:
+    """What may follow in requests of a kind."""
+    output, is_known = kind
+    return Template(format, output, device) if is_known else Grammar(format, output, vocab_size, device)
+
+
+def start(grammar: Grammar | Template, request: Request, size: int, number: int = 0) -> State:
+    """The state behind the prompt of a request, in a cache of `size` tokens.
+
+    Raises:
+        SequenceError: for a prompt that the format does not allow or behind which the output does not fit.
+    """
+    room = min(request.room, size - max(len(row) for row in request.rows))
+    if isinstance(grammar, Template):
+        return grammar.start([request.room], [room], first=number)
+    return grammar.start([request.prompt], [max(0, room)], [len(request.before) - 1], first=number)
+
+
 class Engine:
     """Slots that are filled with requests, advanced together, and free again when their sample has ended.
 
@@ -151,31 +171,17 @@ class Engine:
         """Samples that are being drawn."""
         return len(self._requests)
 
-    def has_room(self, request: Request) -> bool:
-        """Whether a request can be added now."""
-        return bool(self._free) and len(self._lengths) + 1 + len(request.streams) <= len(self.last)
-
     def start(self, request: Request, number: int = 0) -> State:
         """The state behind a prompt.
 
         Raises:
             SequenceError: for a prompt that the format does not allow or behind which the output does not fit.
         """
-        grammar = self._grammar(request.kind)
-        room = min(request.room, self.cache.size - max(len(row) for row in request.rows))
-        if isinstance(grammar, Template):
-            return grammar.start([request.room], [room], first=number)
-        return grammar.start([request.prompt], [max(0, room)], [len(request.before) - 1], first=number)
+        return start(self._grammar(request.kind), request, self.cache.size, number)
 
     def _grammar(self, kind: tuple[str, bool]) -> Grammar | Template:
         if kind not in self._grammars:
-            output, is_known = kind
-            size = self.model.config.vocab_size
-            self._grammars[kind] = (
-                Template(self.format, output, self.device)
-                if is_known
-                else Grammar(self.format, output, size, self.device)
-            )
+            self._grammars[kind] = build_grammar(self.format, kind, self.model.config.vocab_size, self.device)
         return self._grammars[kind]
 
     @torch.inference_mode()

@@ -8,7 +8,8 @@ import numpy as np
 
 from mixmodal.document import SequenceError, SequenceFormat
 from mixmodal.models.transformer import Transformer
-from mixmodal.sampling.engine import Engine, Progress, Request
+from mixmodal.sampling.engine import Engine, Progress, Request, build_grammar, start
+from mixmodal.sampling.grammar import INFILL, Grammar, Template
 from mixmodal.sampling.guidance import NO_GUIDANCE, Guidance, Stream
 from mixmodal.sampling.rules import TokenSampling
 
@@ -24,6 +25,7 @@ class SequenceGenerator:
 
     def __init__(self, model: Transformer, format: SequenceFormat, batch_size: int = 64) -> None:
         self.model, self.format, self.batch_size = model, format, batch_size
+        self._grammars: dict[tuple[str, bool], Grammar | Template] = {}
 
     def request(
         self,
@@ -54,8 +56,10 @@ class SequenceGenerator:
         ends = [vocabulary.bos, self.format.boundary if len(before) > 1 else vocabulary.bos]
         if not len(before) or [before[0], before[-1]] != ends:
             raise SequenceError("what stands before a prompt is not what the format's `prefix` gives")
-        if streams and output == "text":
-            raise ValueError("guidance acts on coded modalities only; leave it out for the output 'text'")
+        if streams and output in ("text", INFILL):
+            raise ValueError(f"guidance acts on coded modalities only; leave it out for the output {output!r}")
+        if known is not None and max_new_tokens is not None:
+            raise ValueError("max_new_tokens can not act where the tokens are known; leave it out")
         if known is not None and (block is None or not len(known)):
             raise ValueError(
                 f"{0 if block else len(known)} tokens are known; the output must be of codes, not {output!r}"
@@ -67,6 +71,16 @@ class SequenceGenerator:
         if block is not None:
             most = min(most, block.length + 2)  # with the tokens that open and close it
         return request._replace(room=max(0, min(most, self.model.config.max_seq_len - request.length)))
+
+    def check(self, request: Request) -> None:
+        """Whether a request can be drawn, before others are drawn with it.
+
+        Raises:
+            SequenceError: for a prompt that the format does not allow or behind which the output does not fit.
+        """
+        if request.kind not in self._grammars:
+            self._grammars[request.kind] = build_grammar(self.format, request.kind, self.model.config.vocab_size)
+        start(self._grammars[request.kind], request, self.model.config.max_seq_len)
 
     def generate(
         self,
@@ -87,7 +101,18 @@ class SequenceGenerator:
         guidance: Guidance = NO_GUIDANCE,
         chunk: int = 1 << 20,
     ) -> Iterator[Progress]:
-        """What is drawn of each request, as it comes, and the last piece of each marked as such.
+        """What is drawn of each request, as it comes, and the last piece of each marked as such; see `rounds`."""
+        for pieces in self.rounds(requests, sampling, guidance, chunk):
+            yield from pieces
+
+    def rounds(
+        self,
+        requests: Sequence[Request],
+        sampling: Mapping[str, TokenSampling] | None = None,
+        guidance: Guidance = NO_GUIDANCE,
+        chunk: int = 1 << 20,
+    ) -> Iterator[list[Progress]]:
+        """The pieces of all requests that are being drawn, each time that the device is looked at.
 
         Args:
             requests: of `request`, of any outputs.
@@ -121,4 +146,4 @@ class SequenceGenerator:
                 added.append(waiting.pop())
             if added:
                 engine.add(added)
-            yield from engine.advance()
+            yield engine.advance()

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixmodal.document import SequenceError, SequenceFormat
 
-MIXED = "mixed"
+MIXED, INFILL = "mixed", "infill"
 NEVER = 1 << 40  # more tokens than fit anywhere
 
 
@@ -41,7 +41,8 @@ class Grammar:
     Args:
         format: the sequence format.
         output: `text` (no blocks; a token that opens one ends the text, as `</s>` does), a coded modality such as
-            `image` (one block, then stop), or `mixed`.
+            `image` (one block, then stop), `mixed`, or `infill`: the text that a mask stands for, behind a prompt that
+            ends with this mask once more, up to `<eoss>` (CM3, arXiv 2201.07520, section 2).
         vocab_size: rows of the model's output; ids behind the vocabulary are never legal.
 
     Raises:
@@ -54,7 +55,7 @@ class Grammar:
     def __init__(
         self, format: SequenceFormat, output: str, vocab_size: int, device: torch.device | str = "cpu"
     ) -> None:
-        outputs = ("text", *format.blocks, MIXED)
+        outputs = ("text", *format.blocks, MIXED, INFILL)
         if output not in outputs:
             raise ValueError(f"output {output!r} is unknown; choose {', '.join(outputs)}")
         self.format, self.output = format, output
@@ -64,6 +65,8 @@ class Grammar:
         self._build_nodes()
         self._spelled = self._build_edges()
         allowed = {(node, kind): to for (node, kind), to in self._spelled.items() if self._allows(node, kind)}
+        if output == INFILL:
+            allowed["text", self.vocabulary.end_of_span] = self._nodes[self.done]
         if output == "text":  # a text that a block follows has ended, too; its mass must not go to more text
             allowed |= {("text", block.open_id): self._nodes[self.done] for block in format.blocks.values()}
         self._upload(allowed, torch.device(device))
@@ -73,6 +76,8 @@ class Grammar:
     def _control_ids(self) -> list[int]:
         blocks = self.format.blocks.values()
         closing = {block.close_id for block in blocks if block.close_id is not None}
+        if self.output == INFILL:
+            closing.add(self.vocabulary.end_of_span)
         return [self.vocabulary.eos, *sorted({block.open_id for block in blocks} | closing)]
 
     def _classify(self, vocab_size: int) -> np.ndarray:
@@ -117,12 +122,18 @@ class Grammar:
                 edges |= {(end, one.open_id): f"open {one.open_id} after codes" for one in self.format.blocks.values()}
             else:
                 edges[end, block.close_id] = "text"
+            if self.output == INFILL:  # masks stand once more behind whatever ends the document
+                edges[end, "sentinel"] = "text"
+        if self.output == INFILL:
+            edges["text", self.vocabulary.end_of_span] = "text"
         return edges
 
     def _allows(self, node: str, kind: str | int) -> bool:
         """Whether the output allows what the format allows."""
         if kind == "sentinel":
             return False
+        if self.output == INFILL:
+            return (node, kind) == ("text", "text")
         if self.output == MIXED or node.startswith("codes "):
             return True
         if node.startswith("end ") and kind == self.format.blocks[node.removeprefix("end ")].close_id:

@@ -27,7 +27,7 @@ class Guidance:
 
     as in Chameleon's released code and InstructPix2Pix (arXiv 2211.09800, equation 3). A prompt without pictures has
     i = u, and CM3Leon's `u + text_scale (f - u)` is left (arXiv 2309.02591, section 3.2). Rows of no weight are not
-    computed: one of the scales at 1, or both alike, take two rows.
+    computed: an image_scale of 1, or both scales alike, takes two rows.
 
     Args:
         text_scale: weight of what the text adds; 1 is none.

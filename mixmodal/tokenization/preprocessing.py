@@ -61,19 +61,12 @@ def open_picture(source: bytes | Path | Image.Image, key: str, max_pixels: int =
         # PIL warns about oversized and slightly irregular files; the cap here decides on the first, the others decode.
         warnings.simplefilter("ignore")
         picture = _open(source, key)
-        width, height = picture.size
-        if width * height > max_pixels:
-            raise PictureError(f"{key}: {width}x{height} pixels are more than the {max_pixels} of max_pixels")
-        if width * height == 0:
-            raise PictureError(f"{key}: the picture is empty ({width}x{height})")
         try:
-            picture.load()
-            picture = ImageOps.exif_transpose(picture)
-            return _to_rgb(picture, key)
+            return _decode(picture, key, max_pixels)
         except PictureError:
+            if picture is not source:
+                picture.close()
             raise
-        except DECODING_ERRORS as error:
-            raise PictureError(f"{key}: the picture is broken or truncated ({error})") from error
 
 
 def _open(source: bytes | Path | Image.Image, key: str) -> Image.Image:
@@ -88,6 +81,21 @@ def _open(source: bytes | Path | Image.Image, key: str) -> Image.Image:
         raise PictureError(f"{key}: there is no file {source}") from error
     except DECODING_ERRORS as error:
         raise PictureError(f"{key}: not a picture that can be read ({error})") from error
+
+
+def _decode(picture: Image.Image, key: str, max_pixels: int) -> Image.Image:
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise PictureError(f"{key}: {width}x{height} pixels are more than the {max_pixels} of max_pixels")
+    if width * height == 0:
+        raise PictureError(f"{key}: the picture is empty ({width}x{height})")
+    try:
+        picture.load()
+        return _to_rgb(ImageOps.exif_transpose(picture), key)
+    except PictureError:
+        raise
+    except DECODING_ERRORS as error:
+        raise PictureError(f"{key}: the picture is broken or truncated ({error})") from error
 
 
 def _to_rgb(picture: Image.Image, key: str) -> Image.Image:

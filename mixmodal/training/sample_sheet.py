@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image as Pictures
-from PIL import ImageDraw, ImageFont
 from PIL.Image import Image as Picture
 from torch import nn
 
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.document import Document, Image, Text
+from mixmodal.evaluation.sheet import draw_captioned
 from mixmodal.models.transformer import Transformer
 from mixmodal.sampling.generator import SequenceGenerator
 from mixmodal.sampling.rules import TokenSampling
@@ -24,8 +21,6 @@ from mixmodal.training.uncompiled import uncompiled
 
 SAMPLING = TokenSampling(temperature=1.0, top_p=0.9)
 """How codes are drawn; seeds are fixed, so that sheets of one run differ by the weights alone."""
-MIN_SIDE, GAP, COLUMNS = 96, 12, 8
-LINE_CHARACTERS, LINE_HEIGHT, MAX_LINES = 16, 14, 4
 
 
 class SampleSheet:
@@ -82,25 +77,4 @@ class SampleSheet:
             codes = vocabulary.from_ids(Image.modality, ids[np.asarray(vocabulary.contains(Image.modality, ids))])
             drawn.append(Image(codes.reshape(grid)))
         pictures = self.codec.decode_images([*(image for _, image in self.pairs), *drawn])
-        return draw_pairs([text.text for text, _ in self.pairs], pictures[: len(drawn)], pictures[len(drawn) :])
-
-
-def draw_pairs(captions: Sequence[str], above: Sequence[Picture], below: Sequence[Picture]) -> Picture:
-    """A picture with columns of two pictures and their caption."""
-    factor = max(1, -(-MIN_SIDE // above[0].width))
-    width, height = factor * above[0].width, factor * above[0].height
-    columns = min(COLUMNS, len(captions))
-    band = 2 * height + 3 * GAP + MAX_LINES * LINE_HEIGHT
-    size = columns * (width + GAP) + GAP, -(-len(captions) // columns) * band + GAP
-    sheet = Pictures.new("RGB", size, "white")
-    pencil, font = ImageDraw.Draw(sheet), ImageFont.load_default(LINE_HEIGHT - 3)
-    for number, (caption, *pictures) in enumerate(zip(captions, above, below, strict=True)):
-        left, top = GAP + number % columns * (width + GAP), GAP + number // columns * band
-        for row, picture in enumerate(pictures):
-            enlarged = picture.convert("RGB").resize((width, height), Pictures.Resampling.NEAREST)
-            sheet.paste(enlarged, (left, top + row * (height + GAP // 2)))
-        characters = max(LINE_CHARACTERS, LINE_CHARACTERS * width // MIN_SIDE)
-        lines = textwrap.wrap(caption, characters, max_lines=MAX_LINES) or [""]
-        for place, line in enumerate(lines):
-            pencil.text((left, top + 2 * height + GAP + place * LINE_HEIGHT), line, fill="black", font=font)
-    return sheet
+        return draw_captioned([text.text for text, _ in self.pairs], pictures[: len(drawn)], pictures[len(drawn) :])

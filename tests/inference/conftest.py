@@ -1,14 +1,19 @@
-"""A vocabulary of 40 ids, both sequence formats, and random networks over them."""
+"""A vocabulary of 40 ids, both sequence formats, random networks over them, and plain loops that sample from these."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mixmodal.document import Document, Image, SequenceFormat, Text, build_format
+from mixmodal.document import Document, Image, Mask, SequenceFormat, Text, build_format
 from mixmodal.models.transformer import Transformer, TransformerConfig
+from mixmodal.sampling.engine import FREE, Request
+from mixmodal.sampling.generator import SequenceGenerator
+from mixmodal.sampling.grammar import Grammar, Template
+from mixmodal.sampling.guidance import Guidance, build_streams
+from mixmodal.sampling.rules import TokenSampling, build_rules, draw, penalise_repetition
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 GRID = (2, 3)
@@ -57,6 +62,79 @@ def prompts(form: SequenceFormat, image: Image) -> list[np.ndarray]:
     """Unequal prompts that are open for an image."""
     documents = [[Text("abc")], [], [Text("j")], [Text("ab"), image, Text("cdefg")]]
     return [form.spell_prompt(Document(parts), "image") for parts in documents]
+
+
+@pytest.fixture
+def ask(form: SequenceFormat) -> Callable[..., list[Request]]:
+    """Builds a request for each prompt, with seeds from 0 on; a scale adds a row in which a mask is all there is."""
+
+    def build(
+        generator: SequenceGenerator,
+        prompts: Sequence[np.ndarray],
+        output: str = "image",
+        *,
+        seeds: Sequence[int] | None = None,
+        scale: float = 1.0,
+        before: Sequence[np.ndarray] | None = None,
+        max_new_tokens: int | None = None,
+    ) -> list[Request]:
+        masked = form.spell_prompt(Document([Mask(0)]), None if output == "mixed" else output)
+        requests = []
+        for row, prompt in enumerate(prompts):
+            weight, streams = build_streams(Guidance(text_scale=scale), prompt, masked, masked)
+            options = {"weight": weight, "streams": streams, "max_new_tokens": max_new_tokens}
+            options |= {} if before is None else {"before": before[row]}
+            requests.append(generator.request(prompt, row if seeds is None else seeds[row], output, **options))
+        return requests
+
+    return build
+
+
+@pytest.fixture
+def last_logits(model: Transformer) -> Callable[[np.ndarray], torch.Tensor]:
+    """A function of ids `(T,)`: logits `(V,)` behind them, by one forward without cache."""
+
+    @torch.no_grad()
+    def compute(ids: np.ndarray) -> torch.Tensor:
+        return model(torch.from_numpy(ids)[None])[0, -1]
+
+    return compute
+
+
+@pytest.fixture
+def sample_plainly(form: SequenceFormat, last_logits: Callable[[np.ndarray], torch.Tensor]) -> Callable[..., list[int]]:
+    """A function of a request and settings: its sample by whole forwards, without cache, batch or columns."""
+
+    def sample(request: Request, sampling: Mapping[str, TokenSampling]) -> list[int]:
+        known, rows, drawn = request.known, request.rows, []
+        if known is None:
+            grammar = Grammar(form, request.output, form.vocabulary.size)
+            state = grammar.start([request.prompt], [request.room])
+        else:
+            grammar = Template(form, request.output)
+            state = grammar.start([len(known)], [request.room])
+        uniforms = torch.from_numpy(np.random.default_rng(request.seed).random(request.room))
+        while int(state.nodes) != Grammar.done:
+            modality = grammar.modality_at(int(state.nodes))
+            logits = last_logits(rows[0])
+            if modality and request.streams:
+                others = (stream.weight * last_logits(row) for stream, row in zip(request.streams, rows[1:]))
+                logits = request.weight * logits + sum(others)
+            ids = torch.arange(len(logits))
+            legal = form.vocabulary.contains(modality, ids) if modality else grammar.legal(state)[0]
+            logits = logits.masked_fill(~legal, -torch.inf)[None]
+            settings = sampling.get(modality or "text", TokenSampling())
+            seen = torch.isin(ids, torch.from_numpy(rows[0]))[None]
+            logits = penalise_repetition(logits, seen, settings.repetition_penalty)
+            for rule in build_rules(settings):
+                logits = rule(logits)
+            token = int(draw(logits, uniforms[len(drawn)][None]))
+            drawn.append(token if known is None or known[len(drawn)] == FREE else int(known[len(drawn)]))
+            rows = [np.append(row, drawn[-1]) for row in rows]
+            state = grammar.advance(state, torch.tensor(drawn[-1:]))
+        return drawn
+
+    return sample
 
 
 @pytest.fixture(scope="session", params=["cm3leon", "chameleon"])

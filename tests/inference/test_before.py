@@ -9,12 +9,14 @@ import torch
 from mixmodal.classification.autoregressive import AutoregressiveClassifier, ScoredSequence, SequenceScorer
 from mixmodal.document import Document, Image, Mask, SequenceError, SequenceFormat, Text
 from mixmodal.models.transformer import Transformer
+from mixmodal.sampling.engine import Request
 from mixmodal.sampling.generator import SequenceGenerator
 from mixmodal.sampling.grammar import Grammar
-from mixmodal.sampling.guidance import TokenSampling
+from mixmodal.sampling.rules import TokenSampling
 
 LENGTH = 6
 GREEDY = {"text": TokenSampling(temperature=0), "image": TokenSampling(temperature=0)}
+Ask = Callable[..., list[Request]]
 
 
 @pytest.fixture
@@ -32,11 +34,6 @@ def short(form: SequenceFormat, image: Image) -> list[np.ndarray]:
     return [form.spell_prompt(Document(parts), "image") for parts in documents]
 
 
-def last_logits(model: Transformer, ids: np.ndarray) -> torch.Tensor:
-    with torch.no_grad():
-        return model(torch.from_numpy(ids)[None])[0, -1]
-
-
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 @pytest.mark.parametrize("options", [{}, {"position": "learned", "num_kv_heads": 2}])
 def test_greedy_output_equals_a_loop_over_the_whole_chain(
@@ -44,61 +41,62 @@ def test_greedy_output_equals_a_loop_over_the_whole_chain(
     build_model: Callable[..., Transformer],
     before: list[np.ndarray],
     image: Image,
+    ask: Ask,
     scale: float,
     options: dict,
 ) -> None:
     model, prompts = build_model(**options), short(form, image)
-    masked = form.spell_prompt(Document([Mask(0)]), "image")
-    more = {"guidance_prompts": [masked] * 4, "guidance_scale": scale} if scale != 1 else {}
-    generator = SequenceGenerator(model, form)
-    found = generator.generate(prompts, [0] * 4, output="image", sampling=GREEDY, before=before, **more)
+    masked, generator = form.spell_prompt(Document([Mask(0)]), "image"), SequenceGenerator(model, form)
+    found = generator.generate(ask(generator, prompts, scale=scale, before=before), GREEDY)
     codes = form.vocabulary.ids("image")
     for prompt, prefix, ids in zip(prompts, before, found):
         conditional, unconditional = (np.concatenate([prefix, row[1:]]) for row in (prompt, masked))
         for token in ids[:LENGTH]:
-            guided = last_logits(model, unconditional)
-            guided = guided + scale * (last_logits(model, conditional) - guided)
+            with torch.no_grad():
+                f, u = (model(torch.from_numpy(row)[None])[0, -1] for row in (conditional, unconditional))
+            guided = u + scale * (f - u)
             assert token == codes.start + int(guided[codes.start : codes.stop].argmax())
             conditional, unconditional = np.append(conditional, token), np.append(unconditional, token)
-    plain = generator.generate(prompts, [0] * 4, output="image", sampling=GREEDY, **more)
+    plain = generator.generate(ask(generator, prompts, scale=scale), GREEDY)
     assert found[1].tolist() == plain[1].tolist()
     assert [ids.tolist() for ids in found] != [ids.tolist() for ids in plain]
 
 
 def test_greedy_text_equals_a_loop_over_the_whole_chain(
-    form: SequenceFormat, model: Transformer, before: list[np.ndarray], image: Image
+    form: SequenceFormat,
+    model: Transformer,
+    last_logits: Callable[[np.ndarray], torch.Tensor],
+    before: list[np.ndarray],
+    image: Image,
+    ask: Ask,
 ) -> None:
-    prompt = form.spell_prompt(Document([image]), "text")
-    (found,) = SequenceGenerator(model, form).generate(
-        [prompt], [0], output="text", sampling=GREEDY, max_new_tokens=9, before=before[3:]
-    )
+    prompt, generator = form.spell_prompt(Document([image]), "text"), SequenceGenerator(model, form)
+    (found,) = generator.generate(ask(generator, [prompt], "text", max_new_tokens=9, before=before[3:]), GREEDY)
     grammar = Grammar(form, "text", form.vocabulary.size)
     state, ids = grammar.start([prompt], [9]), np.concatenate([before[3], prompt[1:]])
     start = len(ids)
     while grammar.live(state).any():
-        logits = last_logits(model, ids).masked_fill(~grammar.legal(state)[0], -torch.inf)
+        logits = last_logits(ids).masked_fill(~grammar.legal(state)[0], -torch.inf)
         ids, state = np.append(ids, int(logits.argmax())), grammar.advance(state, logits.argmax()[None])
     assert found.tolist() == ids[start:].tolist()
 
 
 @pytest.mark.parametrize("output", ["image", "mixed"])
 def test_a_sample_does_not_depend_on_what_others_have_before_them(
-    form: SequenceFormat, model: Transformer, before: list[np.ndarray], image: Image, output: str
+    form: SequenceFormat, model: Transformer, before: list[np.ndarray], image: Image, ask: Ask, output: str
 ) -> None:
     generator, prompts = SequenceGenerator(model, form), short(form, image)
     if output == "mixed":
         prompts = [form.spell_prompt(Document(parts), None) for parts in ([Text("a")], [], [image], [Text("bc")])]
-    together = generator.generate(prompts, [1, 2, 3, 4], output=output, before=before)
-    backwards = generator.generate(prompts[::-1], [4, 3, 2, 1], output=output, before=before[::-1])[::-1]
-    for row in range(4):
-        (alone,) = generator.generate(prompts[row : row + 1], [row + 1], output=output, before=before[row : row + 1])
+    requests = ask(generator, prompts, output, before=before)
+    together, backwards = generator.generate(requests), generator.generate(requests[::-1])[::-1]
+    for row, request in enumerate(requests):
+        (alone,) = generator.generate([request])
         assert alone.tolist() == together[row].tolist() == backwards[row].tolist()
         assert len(before[row]) + len(prompts[row]) - 1 + len(alone) <= model.config.max_seq_len
-    bare = [form.prefix([])] * 4
-    plain = generator.generate(prompts, [1, 2, 3, 4], output=output)
-    assert [ids.tolist() for ids in plain] == [
-        ids.tolist() for ids in generator.generate(prompts, [1, 2, 3, 4], output=output, before=bare)
-    ]
+    bare = generator.generate(ask(generator, prompts, output, before=[form.prefix([])] * 4))
+    plain = generator.generate(ask(generator, prompts, output))
+    assert [ids.tolist() for ids in plain] == [ids.tolist() for ids in bare] != [ids.tolist() for ids in together]
 
 
 def test_what_does_not_fit_or_is_no_prefix_is_refused(
@@ -110,11 +108,10 @@ def test_what_does_not_fit_or_is_no_prefix_is_refused(
     assert len(long) + len(prompt) - 1 < 48 < len(long) + len(prompt) - 1 + LENGTH
     message = rf"prompt 0 has {len(prompt)} tokens behind {len(long) - 1} of other documents and \d may follow it"
     with pytest.raises(SequenceError, match=message):
-        generator.generate([prompt], [0], output="image", before=[long])
-    with pytest.raises(SequenceError, match="before prompt 0 is not what the format's `prefix` gives"):
-        generator.generate([prompt], [0], output="image", before=[document[:-1]])
-    with pytest.raises(ValueError, match="1 prompts need as many sequences before them, not 4"):
-        generator.generate([prompt], [0], output="image", before=before)
+        generator.generate([generator.request(prompt, 0, "image", before=long)])
+    for wrong in (document[:-1], document[1:], np.array([], dtype=np.int64)):
+        with pytest.raises(SequenceError, match="before a prompt is not what the format's `prefix` gives"):
+            generator.request(prompt, 0, "image", before=wrong)
 
 
 def chain_score(form: SequenceFormat, model: Transformer, ids: np.ndarray, scored: np.ndarray) -> float:

@@ -92,7 +92,8 @@ def test_generate_writes_pictures_that_say_how_they_were_made(
     assert json.loads(written.text["settings"])["guidance_scale"] == 2.0
     prompt = ["caf\u00e9", PIL.open(pictures / "unknown.png")]
     again = MixedModal.from_pretrained(exported, "cpu").generate(prompt, num=2, seed=4, guidance_scale=2.0)[1]
-    assert again.tobytes() == written.tobytes()
+    # worst seen 0; decoders round differently by how many pictures they decode
+    np.testing.assert_allclose(np.asarray(again, int), np.asarray(written, int), atol=1)
     assert str(tmp_path / "out" / "results.json") in capsys.readouterr().out
 
 

@@ -153,6 +153,14 @@ def test_a_prompt_without_room_is_refused(form: SequenceFormat, prompts: list[np
         Grammar(form, "image", form.vocabulary.size).start(prompts[:1], [5])
 
 
+def test_the_message_counts_from_the_first_prompt_of_a_queue(form: SequenceFormat, prompts: list[np.ndarray]) -> None:
+    grammar = Grammar(form, "image", form.vocabulary.size)
+    with pytest.raises(SequenceError, match="prompt 5 has"):
+        grammar.start(prompts[:2], [8, 5], first=4)
+    with pytest.raises(SequenceError, match="prompt 4 does not begin with <s>"):
+        grammar.start([prompts[0][1:]], [8], first=4)
+
+
 def test_a_prompt_that_is_open_for_something_else_is_refused(form: SequenceFormat, prompts: list[np.ndarray]) -> None:
     with pytest.raises(SequenceError, match="prompt 0 is open for another part than the output 'text'"):
         Grammar(form, "text", form.vocabulary.size).start(prompts[:1], [9])
@@ -163,12 +171,32 @@ def test_an_unknown_output_names_the_choices(form: SequenceFormat) -> None:
         Grammar(form, "picture", form.vocabulary.size)
 
 
-def test_within_an_image_no_look_is_needed_until_its_end(form: SequenceFormat, prompts: list[np.ndarray]) -> None:
+def test_within_an_image_only_its_codes_may_follow(form: SequenceFormat, prompts: list[np.ndarray]) -> None:
     grammar = Grammar(form, "image", form.vocabulary.size)
     state = grammar.start(prompts, [8] * 4)
-    assert grammar.stretch(state) == (1, "image")
-    state = grammar.advance(state, torch.full((4,), form.vocabulary.ids("image").start))
-    assert grammar.stretch(state) == (LENGTH - 1, "image")
+    for left in range(LENGTH, 0, -1):
+        assert [grammar.modality_at(node) for node in state.nodes.tolist()] == ["image"] * 4
+        assert state.codes_left.tolist() == [0 if left == LENGTH else left] * 4  # none is open before the first
+        state = grammar.advance(state, torch.full((4,), form.vocabulary.ids("image").start))
+    assert [grammar.modality_at(node) for node in state.nodes.tolist()] == [None] * 4
+    assert grammar.live(state).any() == (form.blocks["image"].close_id is not None)
+
+
+@pytest.mark.parametrize("output", ["text", "image", "mixed"])
+def test_the_modality_at_a_node_is_that_of_all_that_may_follow(form: SequenceFormat, output: str) -> None:
+    grammar, codes = Grammar(form, output, form.vocabulary.size), set(form.vocabulary.ids("image"))
+    seen, prompt = set(), form.spell_prompt(Document([Text("abc")]), "text")
+    for seed in range(20):
+        (ids,) = walk(form, output, [prompt], [40], seed)
+        for stop in range(len(ids)):
+            state = grammar.start([np.concatenate([prompt, ids[:stop]])], [40 - stop])
+            modality, legal = (
+                grammar.modality_at(int(state.nodes)),
+                set(grammar.legal(state)[0].nonzero()[:, 0].tolist()),
+            )
+            assert legal == codes if modality == "image" else modality is None and not legal <= codes
+            seen.add(modality)
+    assert seen == ({None} if output == "text" else {None, "image"})
 
 
 class Sound(Coded):

@@ -11,8 +11,9 @@ from PIL import Image as PIL
 
 from mixmodal import MixedModal
 from mixmodal.classification.autoregressive import ScoredSequence
-from mixmodal.document import Document, Image, Mask, SequenceError, Text
+from mixmodal.document import Document, Mask, SequenceError, Text
 from mixmodal.interop.export import EXPORT_FILES, ExportError
+from mixmodal.pipeline import mixed_modal as module
 from mixmodal.pipeline.prompts import spell_prompts, spell_streams
 from mixmodal.sampling.guidance import Guidance
 
@@ -109,6 +110,27 @@ def test_the_likeliest_class_is_chosen(model: MixedModal, picture: PIL.Image, me
     np.testing.assert_allclose(found.scores[0], totals, atol=1e-5, rtol=0)  # worst seen 5e-7
 
 
+def test_an_encoder_ranks_in_place_of_the_model(model: MixedModal, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Brightness:
+        """The brightest picture is nearest to any text but `dark`."""
+
+        def embed_texts(self, texts: list[str]) -> np.ndarray:
+            return np.array([[-1.0] if text == "dark" else [1.0] for text in texts])
+
+        def embed_images(self, images: list[PIL.Image]) -> np.ndarray:
+            return np.array([[np.asarray(image).mean()] for image in images])
+
+    prompts = ["pear", "dark"]
+    candidates = model.generate_batch(prompts, num=6, seed=5)
+    monkeypatch.setattr(module, "load_encoder", lambda folder, device: Brightness())
+    model.attach_ranker("clip")
+    best = [
+        [sorted(row[start : start + 3], key=lambda one: sign * np.asarray(one).mean())[-1] for start in (0, 3)]
+        for row, sign in zip(candidates, (1, -1), strict=True)
+    ]
+    assert model.generate_batch(prompts, num=2, best_of=3, seed=5) == best
+
+
 @pytest.mark.parametrize("unconditional", ["mask", "drop"])
 def test_rows_of_guidance_know_less_of_the_prompt(model: MixedModal, picture: PIL.Image, unconditional: str) -> None:
     (prompt,) = spell_prompts(model.codec, [["a", picture, "pear"]], "image")
@@ -128,11 +150,21 @@ def test_guidance_needs_something_to_strengthen(model: MixedModal, picture: PIL.
         (["pear"], {"image_guidance_scale": 2.0}, "strengthens the prompt's pictures, and it has none"),
         (["pear"], {"guidance_scale": 2.0, "output": "text"}, "guidance acts on pictures alone"),
         (["pear"], {"contrast_k": 2, "guidance_scale": 2.0}, "contrast_k takes the place of the scales"),
-        (["pear"], {"unconditional": "drop"}, "unconditional can not act without"),
+        (["pear"], {"unconditional": "drop", "guidance_scale": 1.0}, "unconditional can not act without"),
         (["pear"], {"guidance": 2.0}, "there is no option 'guidance'"),
     ):
         with pytest.raises(ValueError, match=message):
             model.generate(prompt, **options)  # type: ignore[arg-type]
+
+
+def test_pictures_that_follow_a_text_are_guided_by_default(model: MixedModal, picture: PIL.Image) -> None:
+    for prompt in (["pear"], [picture, "pear"]):
+        found = model.generate(prompt, num=3)
+        assert found == model.generate(prompt, num=3, guidance_scale=2.0)
+        assert found != model.generate(prompt, num=3, guidance_scale=1.0)
+        assert model.generate(prompt, contrast_k=2) == model.generate(prompt, contrast_k=2, guidance_scale=1.0)
+    assert model.generate([picture], num=3) == model.generate([picture], num=3, guidance_scale=1.0)
+    assert model.generate([picture], unconditional="drop") == model.generate([picture])
 
 
 @pytest.mark.parametrize("output", ["text", "image", "mixed"])

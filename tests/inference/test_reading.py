@@ -327,3 +327,22 @@ def test_a_memory_that_is_none_is_one_message(exported: Path, tmp_path: Path) ->
         )
     with pytest.raises(UsageError, match="retrieve is 2, but memory is not given"):
         parse(GenerateConfig, ["--model", "m", "--out", "o", "--retrieve", "2"])
+
+
+def test_each_prompt_of_a_file_reads_its_own_documents(exported: Path, memory: Path, tmp_path: Path) -> None:
+    path, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    path.write_text("".join(json.dumps({"key": key, "prompt": key}) + "\n" for key in (LIKE_FIRST, "pear")))
+    argv = ["--model", str(exported), "--out", str(out), "--prompts", str(path), "--memory", str(memory)]
+    generate(parse(GenerateConfig, [*argv, "--retrieve", "2", "--device", "cpu"]))
+    model = MixedModal.from_pretrained(exported, "cpu")
+    model.attach_memory(memory)
+    for entry in map(json.loads, (out / "results.jsonl").read_text().splitlines()):
+        (found,) = model.retrieve([[entry["key"]]], 2)
+        keys = [one.key for one in found]
+        assert [one["key"] for one in entry["retrieved"]] == keys
+        written = PIL.open(out / f"{entry['key']}_0000.png")
+        assert json.loads(written.text["retrieved"]) == keys
+        (alone,) = model.generate(entry["key"], before=found)
+        assert written.tobytes() == alone.tobytes()
+        shown = [part["image"] for one in entry["retrieved"] for part in one["parts"] if "image" in part]
+        assert all((out / name).is_file() and name.startswith(f"{entry['key']}_retrieved_") for name in shown)

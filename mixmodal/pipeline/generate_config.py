@@ -1,0 +1,136 @@
+"""The options of the generate command."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from mixmodal.pipeline.drawing_config import DrawingConfig
+from mixmodal.pipeline.mixed_modal import MixedModal
+from mixmodal.pipeline.options import DEFAULT_SAMPLING
+from mixmodal.pipeline.prompt_files import NamedPrompt, PromptPart, Shard
+from mixmodal.sampling.rules import TokenSampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(DrawingConfig):
+    """Samples texts and pictures behind a prompt, or behind each of many.
+
+    `--prompt TEXT` and `--image FILE`, given as often as needed, are short for the entries of `parts`, in their order.
+    With `--prompts FILE.jsonl` there are many, whose samples are written as they end; the same command goes on where it
+    broke off. With `--memory DIR --retrieve N` the model reads documents of a memory first.
+
+    Further options are those of `DrawingConfig`.
+
+    Args:
+        parts: the prompt, as `[{text: a red apple}, {image: apple.png}]`.
+        prompts: a JSONL file in place of `parts`: `{"prompt": "a red apple"}` or `{"parts": [{"text": ...}, {"image":
+            "apple.png"}]}` a line, where a `key` may begin the names of its files (else the number of the line does),
+            `seed` and `num` stand in for those below, and paths are relative to the file's folder.
+        shard: `INDEX/COUNT` takes every COUNT-th of the prompts, as 0/4 to 3/4 do in four processes, which may share
+            `out`; null takes all, and under a launcher what its RANK and WORLD_SIZE say.
+        contact_sheet: draw the first 64 pictures with their prompts into `contact_sheet.png`, where there is more than
+            one.
+        output: `text`, `image`, or `mixed` for texts and pictures as the model likes.
+        best_of: images drawn for each one that is kept, the one from which the model reads the prompt's text best.
+        ranker: folder or hub id of a CLIP or SigLIP: the one that is nearest to the text by it is kept instead.
+        text_sampling: how text is drawn.
+        max_new_tokens: most tokens of a sample; null is as many as the model's context takes.
+    """
+
+    parts: list[PromptPart] = field(default_factory=list)
+    prompts: Path | None = None
+    shard: str | None = None
+    contact_sheet: bool = True
+    output: Literal["text", "image", "mixed"] = "image"
+    best_of: int = 1
+    ranker: str | None = None
+    text_sampling: TokenSampling = DEFAULT_SAMPLING["text"]
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_guidance(follows_text=self.output != "text")
+        if self.prompts is not None and self.parts:
+            raise ValueError("give either prompts, a file, or one prompt by --prompt, --image or --parts")
+        if self.ranker is not None and self.best_of == 1:
+            raise ValueError(
+                "ranker can not act without best_of; say how many images are drawn for each, or leave it out"
+            )
+        if self.shard is not None:
+            Shard.parse(self.shard)
+            if self.prompts is None:
+                raise ValueError(f"shard is {self.shard}, which can not act on one prompt; give --prompts FILE.jsonl")
+        for modality, idle in (("text", "image"), ("image", "text")):
+            if self.output == modality and getattr(self, f"{idle}_sampling") != DEFAULT_SAMPLING[idle]:
+                raise ValueError(f"{idle}_sampling can not act where output is {modality}; leave it out")
+
+    @property
+    def samplings(self) -> dict[str, TokenSampling]:
+        """How tokens are drawn, by modality."""
+        return {"text": self.text_sampling, **super().samplings}
+
+    def drawing_options(self) -> dict[str, Any]:
+        """The settings of every sample, for the results and for `MixedModal.generate_each`."""
+        return {**self.options(), "best_of": self.best_of, "max_new_tokens": self.max_new_tokens}
+
+    def describe_prompt(self, prompt: NamedPrompt) -> dict[str, Any]:
+        """What makes the samples of a prompt, as plain data."""
+        return {
+            "model": self.model,
+            "prompt": prompt.described,
+            "output": self.output,
+            "seed": prompt.seed,
+            "settings": self.drawing_options(),
+            "ranker": self.ranker,
+            **self.describe(),
+        }
+
+    def describe_call(self) -> dict[str, Any]:
+        """What the samples of many prompts have in common, as plain data."""
+        return {
+            "model": self.model,
+            "prompts": str(self.prompts),
+            "output": self.output,
+            "num": self.num,
+            "seed": self.seed,
+            "dtype": self.dtype,
+            "ranker": self.ranker,
+            "settings": self.drawing_options(),
+            **self.describe(),
+        }
+
+    def load(self) -> MixedModal:
+        """The model with its memory and what ranks its pictures."""
+        model = super().load()
+        if self.ranker is not None:
+            model.attach_ranker(self.ranker)
+        return model
+
+    @classmethod
+    def read_arguments(cls, argv: Sequence[str]) -> list[str]:
+        """Gathers `--prompt` and `--image` into `--parts`, because an ordinary option would lose their order.
+
+        Raises:
+            ValueError: for one of them without a value, or beside `--parts`.
+        """
+        rest, parts, waiting = [], [], list(argv)
+        while waiting:
+            argument = waiting.pop(0)
+            name, _, value = argument.partition("=")
+            if name not in ("--prompt", "--image"):
+                rest.append(argument)
+                continue
+            if name == argument:
+                if not waiting or waiting[0].startswith("--"):
+                    raise ValueError(f"{name} needs a value; write {name}=VALUE for one that begins with --")
+                value = waiting.pop(0)
+            parts.append({"text" if name == "--prompt" else "image": value})
+        if not parts:
+            return rest
+        if any(argument.partition("=")[0] == "--parts" for argument in rest):
+            raise ValueError("give the prompt either by --prompt and --image or by --parts")
+        return [*rest, f"--parts={json.dumps(parts)}"]

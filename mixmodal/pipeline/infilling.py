@@ -1,0 +1,231 @@
+"""What is drawn into a document: a region of a picture, or texts that masks stand for.
+
+CM3 (arXiv 2201.07520, section 2) reads what stands before and behind: masks in the document, and behind it each mask
+once more, where the model writes what it stands for. Without it a region can only be drawn in the order of the codes,
+below and behind what is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import numpy as np
+from PIL import Image as Pictures
+from PIL.Image import Image as Picture
+from typing_extensions import Unpack
+
+from mixmodal.document import Document, Image, Mask, SequenceFormat
+from mixmodal.pipeline.drawing import Plan
+from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling
+from mixmodal.pipeline.prompts import Before, sample_seed
+from mixmodal.sampling.engine import FREE, Request
+from mixmodal.sampling.generator import SequenceGenerator
+from mixmodal.sampling.grammar import INFILL
+from mixmodal.tokenization.codec import Codec, Content
+from mixmodal.tokenization.image import ImageTokenizerConfig
+from mixmodal.tokenization.preprocessing import resize_and_crop
+
+Region = Picture | tuple[int, int, int, int]
+"""What is drawn anew: the white of a picture of the same size, or a box of pixels `(left, top, right, bottom)`."""
+Order = Literal["masks", "raster"]
+HALF = 128
+
+
+def cells_of(region: Region, size: tuple[int, int], config: ImageTokenizerConfig, grid: tuple[int, ...]) -> np.ndarray:
+    """The codes that a region touches, bool `(h, w)`.
+
+    Args:
+        region: see there.
+        size: width and height of the picture.
+        config: of the image tokenizer, which resizes and crops both alike.
+        grid: of its codes.
+
+    Raises:
+        ValueError: for a mask of another size, a box that leaves the picture, or a region that touches nothing.
+    """
+    if isinstance(region, Picture):
+        if region.size != size:
+            raise ValueError(f"the mask has {region.size[0]}x{region.size[1]} pixels, the picture {size[0]}x{size[1]}")
+        mask = region.convert("L").point([255 * (level >= HALF) for level in range(256)])
+    else:
+        left, top, right, bottom = region
+        if not (0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]):
+            raise ValueError(f"the box {tuple(region)} does not lie in the picture of {size[0]}x{size[1]} pixels")
+        mask = Pictures.new("L", size)
+        mask.paste(255, (left, top, right, bottom))
+    mask = resize_and_crop(mask, config.image_size, config.preprocess)
+    height, width = grid
+    levels = np.asarray(mask).reshape(height, mask.height // height, width, mask.width // width)
+    cells = levels.max(axis=(1, 3)) >= HALF
+    if not cells.any():
+        raise ValueError("the region touches no code of the picture; draw a larger one")
+    return cells
+
+
+def fill_region(
+    format: SequenceFormat, requests: Sequence[Request], image: Image, cells: np.ndarray, order: Order
+) -> list[Request]:
+    """Requests for a picture behind a prompt, made into requests for a region of a known one.
+
+    Args:
+        image: the known codes `(h, w)`; those of the region are not read.
+        cells: of the region, bool `(h, w)`.
+        order: `masks` is CM3's, one for each stretch of codes in raster order; `raster` gives the known codes in turn.
+
+    Raises:
+        ValueError: where the region has more stretches than the vocabulary masks.
+    """
+    ids, free = format.vocabulary.to_ids("image", image.codes.reshape(-1)), cells.reshape(-1)
+    if order == "raster":
+        return [_with_known(request, np.where(free, FREE, ids), np.zeros(0, np.int64)) for request in requests]
+    rows = [row for request in requests for row in request.rows]
+    first = max(int(np.count_nonzero(format.vocabulary.contains("sentinel", row))) for row in rows)
+    body, known = mask_stretches(format, ids, free, first)
+    return [_with_known(request, known, body) for request in requests]
+
+
+def mask_stretches(
+    format: SequenceFormat, ids: np.ndarray, free: np.ndarray, first: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes with a mask for each stretch that is `free`, and the first mask again; then what the model writes.
+
+    What it writes has the stretches, `FREE`, each but the last followed by `<eoss>` and the next mask.
+
+    Args:
+        first: index of the first mask: those before it stand in the prompt.
+    """
+    vocabulary = format.vocabulary
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], free, [False]]).astype(np.int8)))
+    stretches = list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+    most = vocabulary.config.num_sentinels - first
+    if len(stretches) > most:
+        raise ValueError(
+            f"the region has {len(stretches)} stretches of codes, and the model {most} masks: fill a box of fewer "
+            "rows, or fill it in the order raster"
+        )
+    masks = [vocabulary.sentinel(first + number) for number in range(len(stretches))]
+    body, known, last = [], [], 0
+    close = [] if format.blocks["image"].close_id is None else [format.blocks["image"].close_id]
+    for number, (start, stop) in enumerate(stretches):
+        body += [ids[last:start], [masks[number]]]
+        known += [[vocabulary.end_of_span, masks[number]]] if number else []
+        known.append(np.full(stop - start, FREE))
+        last = stop
+    body += [ids[last:], close, [masks[0]]]
+    return np.concatenate(body).astype(np.int64), np.concatenate(known).astype(np.int64)
+
+
+def _with_known(request: Request, known: np.ndarray, body: np.ndarray) -> Request:
+    streams = tuple(one._replace(prompt=np.concatenate([one.prompt, body])) for one in request.streams)
+    prompt = np.concatenate([request.prompt, body])
+    return request._replace(prompt=prompt, streams=streams, known=known, room=len(known))
+
+
+def merge_region(format: SequenceFormat, image: Image, cells: np.ndarray, request: Request, drawn: np.ndarray) -> Image:
+    """The known codes with those of the region that were `drawn` for `request`."""
+    assert request.known is not None
+    codes = image.codes.copy()
+    codes[cells] = format.vocabulary.from_ids("image", drawn[request.known == FREE])
+    return Image(codes)
+
+
+def open_masks(format: SequenceFormat, document: Document) -> tuple[np.ndarray, list[int]]:
+    """A document with masks in its texts as ids from `<s>` on, `(T,)`, and the ids of its masks in order.
+
+    Raises:
+        ValueError: where it has no mask, or the same one twice.
+    """
+    masks = [part.index for part in document.parts if isinstance(part, Mask)]
+    if not masks or len(set(masks)) < len(masks):
+        raise ValueError(f"a prompt for infill needs masks in its texts, each another one; it has {masks}")
+    body = format.spell(document)[:-1]
+    return body, [format.vocabulary.sentinel(index) for index in masks]
+
+
+class Infilling:
+    """What `MixedModal` draws into documents."""
+
+    codec: Codec
+    format: SequenceFormat
+    _generator: SequenceGenerator
+    _plan: Callable[..., Plan]
+
+    def infill(
+        self,
+        picture: Picture,
+        region: Region,
+        prompt: str | Sequence[Content] = (),
+        *,
+        num: int = 1,
+        seed: int = 0,
+        order: Order = "raster",
+        retrieve: int = 0,
+        before: Sequence[Before] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Picture]:
+        """`num` pictures that differ from one in a region; all of it is what the image tokenizer redraws.
+
+        Args:
+            region: what is drawn anew, see `Region`; whole codes are.
+            prompt: texts and pictures before the picture, as its caption.
+            order: `raster` draws code by code and knows what stands before each; `masks` reads all that is known of the
+                picture and draws the region behind it (CM3; the model must have been trained with masks in pictures).
+            seed, retrieve, before, options: see `generate`.
+
+        Raises:
+            ValueError: for a region that does not lie in the picture or touches nothing, or one that does not fit into
+                the context or the masks.
+        """
+        (image,) = self.codec.encode_pictures([picture])
+        tokenizer = self.codec.image_tokenizer.config
+        cells = cells_of(region, picture.size, tokenizer, self.format.grids["image"])
+        given = None if before is None else [before]
+        plan = self._plan([prompt], "image", num, seed, None, retrieve, given, options)
+        requests = fill_region(self.format, plan.requests, image, cells, order)
+        drawn = self._generator.generate(requests, plan.sampling, plan.guidance)
+        return self.codec.decode_images(
+            [merge_region(self.format, image, cells, *pair) for pair in zip(requests, drawn, strict=True)]
+        )
+
+    def fill_masks(
+        self,
+        prompt: Sequence[Content],
+        *,
+        num: int = 1,
+        seed: int = 0,
+        max_new_tokens: int | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> list[list[str]]:
+        """`num` times the texts that the masks of a document stand for, in their order.
+
+        Args:
+            prompt: a whole document with masks in its texts, as `["a red ", Mask(0), ", flat style", picture]`.
+            max_new_tokens: most tokens of each text.
+            seed, options: see `generate`.
+
+        Raises:
+            ValueError: where it has no mask, or the same one twice.
+        """
+        document = self.codec.to_document(prompt)
+        body, masks = open_masks(self.format, document)
+        sampling = build_sampling(self.format.vocabulary.modalities, options)
+        if build_guidance(options).acts:
+            raise ValueError("guidance acts on pictures alone; leave it out for masks in texts")
+        prompts: list[np.ndarray] = [body] * num
+        texts: list[list[str]] = [[] for _ in range(num)]
+        for place, mask in enumerate(masks):
+            prompts = [np.append(ids, mask) for ids in prompts]
+            seeds = [[*sample_seed(seed, sample, body), place] for sample in range(num)]
+            requests = [
+                self._generator.request(ids, one, INFILL, max_new_tokens=max_new_tokens)
+                for ids, one in zip(prompts, seeds)
+            ]
+            for sample, ids in enumerate(self._generator.generate(requests, sampling)):
+                written = ids[np.asarray(self.format.vocabulary.contains("text", ids))]
+                texts[sample].append(self._read_text(written))
+                prompts[sample] = np.concatenate([prompts[sample], written, [self.format.vocabulary.end_of_span]])
+        return texts
+
+    def _read_text(self, ids: np.ndarray) -> str:
+        return self.codec.text_tokenizer.decode(self.format.vocabulary.from_ids("text", ids).tolist())
