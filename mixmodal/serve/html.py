@@ -101,7 +101,7 @@ def _documents(documents: Sequence[Read]) -> str:
 
 
 def _meta(turn: Turn) -> str:
-    words = [turn.settings.describe(), *turn.notes]
+    words = [turn.settings.describe(turn.prompt), *turn.notes]
     if turn.state != "done":
         words.append({"drawing": "drawing \N{HORIZONTAL ELLIPSIS}", "stopped": "stopped"}[turn.state])
     return escape(" \N{MIDDLE DOT} ".join(words))

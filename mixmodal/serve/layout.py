@@ -97,7 +97,12 @@ class Controls:
         )
         self.top_p = gr.Slider(0.05, 1, value=start.top_p, step=0.05, label="Top-p")
         self.guidance = gr.Slider(
-            1, 10, value=1, step=0.25, label="Guidance", info="how closely pictures follow the text; 1 is none"
+            1,
+            10,
+            value=start.guidance_scale,
+            step=0.25,
+            label="Guidance",
+            info="how closely pictures follow the text; 1 is none",
         )
         self.image_guidance = gr.Slider(
             1, 10, value=1, step=0.25, label="Image guidance", info="the same for added pictures", visible=of_chat

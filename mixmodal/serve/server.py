@@ -11,7 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
-from mixmodal.pipeline.generate import DTYPES
+from mixmodal.pipeline.drawing_config import DTYPES
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.serve.studio import Studio
 from mixmodal.serve.uploads import Limits

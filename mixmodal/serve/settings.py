@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from PIL.Image import Image as Picture
 
-from mixmodal.pipeline.options import DEFAULT_SAMPLING, SamplingOptions
+from mixmodal.pipeline.options import DEFAULT_SAMPLING, DEFAULT_SCALE, SamplingOptions
 
 Output = Literal["image", "text", "mixed"]
 OUTPUTS: tuple[str, ...] = get_args(Output)
@@ -39,7 +39,7 @@ class Settings:
     output: str = "image"
     temperature: float = DEFAULT_SAMPLING["image"].temperature
     top_p: float = DEFAULT_SAMPLING["image"].top_p
-    guidance_scale: float = 1.0
+    guidance_scale: float = DEFAULT_SCALE
     image_guidance_scale: float = 1.0
     num: int = 1
     seed: int = 0
@@ -55,21 +55,20 @@ class Settings:
             raise ValueError(f"retrieve is {self.retrieve} and remember is {self.remember}; both must be 0 or more")
 
     def options(self, prompt: Sequence[str | Picture]) -> tuple[SamplingOptions, list[str]]:
-        """Options for `MixedModal`, without guidance that can not act on this prompt, and notes that say so."""
+        """Options for `MixedModal`, with no guidance that can not act on this prompt.
+
+        Beside them notes, which say so where the visitor has asked for it.
+        """
         options: SamplingOptions = {"temperature": self.temperature, "top_p": self.top_p}
         notes: list[str] = []
-        has_text = any(isinstance(part, str) for part in prompt)
-        has_pictures = any(isinstance(part, Picture) for part in prompt)
-        if self.guidance_scale != 1:
-            if reason := self._idle(has_text, "no text"):
-                notes.append(f"guidance not used: {reason}")
-            else:
-                options["guidance_scale"] = self.guidance_scale
-        if self.image_guidance_scale != 1:
-            if reason := self._idle(has_pictures, "no picture"):
-                notes.append(f"image guidance not used: {reason}")
-            else:
-                options["image_guidance_scale"] = self.image_guidance_scale
+        idle = self._idle(any(isinstance(part, str) for part in prompt), "no text")
+        options["guidance_scale"] = 1.0 if idle else self.guidance_scale
+        if idle and self.guidance_scale not in (1, DEFAULT_SCALE):
+            notes.append(f"guidance not used: {idle}")
+        idle = self._idle(any(isinstance(part, Picture) for part in prompt), "no picture")
+        options["image_guidance_scale"] = 1.0 if idle else self.image_guidance_scale
+        if idle and self.image_guidance_scale != 1:
+            notes.append(f"image guidance not used: {idle}")
         return options, notes
 
     def _idle(self, is_given: bool, missing: str) -> str:
@@ -78,12 +77,12 @@ class Settings:
             return "it acts on pictures only"
         return "" if is_given else f"the prompt has {missing}"
 
-    def describe(self) -> str:
-        """One line for the page."""
+    def describe(self, prompt: Sequence[str | Picture]) -> str:
+        """One line for the page: what acts on this prompt."""
         parts = [f"seed {self.seed}", f"temperature {self.temperature:g}", f"top-p {self.top_p:g}"]
-        for name, scale in (("guidance", self.guidance_scale), ("image guidance", self.image_guidance_scale)):
-            if scale != 1:
-                parts.append(f"{name} {scale:g}")
+        options, _ = self.options(prompt)
+        scales = {"guidance": options.get("guidance_scale"), "image guidance": options.get("image_guidance_scale")}
+        parts += [f"{name} {scale:g}" for name, scale in scales.items() if scale is not None and scale != 1]
         return " \N{MIDDLE DOT} ".join(parts)
 
 

@@ -51,13 +51,18 @@ def test_pictures_stand_before_the_text_and_are_as_the_encoder_takes_them(stub: 
 
 
 def test_guidance_that_can_not_act_is_left_out_and_told(stub: StubModel, photo: str) -> None:
-    scales = {"guidance_scale": 3.0, "image_guidance_scale": 2.0}
-    assert ask(build(stub), "an apple", **scales).notes == ["image guidance not used: the prompt has no picture"]
-    assert stub.calls[-1]["guidance_scale"] == 3.0
-    assert "image_guidance_scale" not in stub.calls[-1]
-    assert ask(build(stub), "", (photo,), **scales).notes == ["guidance not used: the prompt has no text"]
-    assert len(ask(build(stub), "an apple", (photo,), output="text", **scales).notes) == 2
-    assert {"guidance_scale", "image_guidance_scale"}.isdisjoint(stub.calls[-1])
+    def scales() -> tuple[float, float]:
+        return stub.calls[-1]["guidance_scale"], stub.calls[-1]["image_guidance_scale"]
+
+    chosen = {"guidance_scale": 3.0, "image_guidance_scale": 4.0}
+    assert ask(build(stub), "an apple", **chosen).notes == ["image guidance not used: the prompt has no picture"]
+    assert scales() == (3, 1)
+    assert ask(build(stub), "", (photo,), **chosen).notes == ["guidance not used: the prompt has no text"]
+    assert scales() == (1, 4)
+    assert len(ask(build(stub), "an apple", (photo,), output="text", **chosen).notes) == 2
+    assert scales() == (1, 1)
+    assert ask(build(stub), "an apple", output="text").notes == []  # nobody has asked for what the page starts with
+    assert Settings(**chosen).describe(["an apple"]).endswith("guidance 3")
 
 
 def test_retrieved_documents_are_read_behind_earlier_turns_and_shown() -> None:
@@ -181,7 +186,7 @@ def test_a_picture_of_another_size_keeps_it_and_guidance_needs_a_prompt(stub: St
     pictures, error = build(stub).redraw(Conversation(), painted(500), "", Settings(guidance_scale=2.0))
     assert not error
     assert pictures[0].size == (500, 500)
-    assert "guidance_scale" not in stub.calls[-1]
+    assert stub.calls[-1]["guidance_scale"] == 1
 
 
 @pytest.mark.parametrize(
