@@ -195,7 +195,7 @@ def _build_chat(studio: Studio, conversation: Any) -> Any:
                 if kept.open is not turn:  # whole, or stopped
                     break
                 past = conversation_html(kept) if first else gr.skip()
-                yield past, turn_html(turn), gr.skip(), gr.skip(), gr.update(visible=True), gr.skip()
+                yield past, turn_html(turn), gr.skip(), gr.skip(), gr.update(visible=True), gr.skip(), gr.skip()
                 first = False
         refused = turn is not None and turn.error and not any(turn.samples)
         yield *_settled(kept), gr.skip() if refused else None
@@ -208,7 +208,7 @@ def _build_chat(studio: Studio, conversation: Any) -> Any:
         kept.clear()
         return _settled(kept)
 
-    shown = [history, answer, gallery, edit, stop]
+    shown = [history, answer, gallery, edit, stop, conversation]  # setting it begins its hour anew
     asking = []
     for trigger in (generate.click, prompt.submit):
         chosen = trigger(choose_seed, [controls.seed, controls.is_random], controls.seed, **LIGHT)
@@ -227,7 +227,7 @@ def _settled(kept: Conversation) -> tuple[Any, ...]:
     drawn = [(one.picture, one.caption) for one in reversed(kept.drawn)]
     there = bool(drawn)
     shown = gr.update(value=drawn, visible=there), gr.update(visible=there)
-    return conversation_html(kept), "", *shown, gr.update(visible=False)
+    return conversation_html(kept), "", *shown, gr.update(visible=False), kept
 
 
 def _latest(kept: Conversation) -> tuple[Any, ...]:

@@ -91,14 +91,14 @@ def read_painting(value: Mapping[str, Any] | None, limits: Limits, size: int) ->
     region = Image.new("L", picture.size, 0)
     for layer in value.get("layers") or []:
         if layer is not None:
-            painted = layer.convert("RGBA").getchannel("A").point(lambda alpha: 255 if alpha > 32 else 0)
+            painted = layer.convert("RGBA").getchannel("A").point([255 * (alpha > 32) for alpha in range(256)])
             fitted = painted if painted.size == picture.size else painted.resize(picture.size, Image.Resampling.NEAREST)
             region.paste(255, mask=fitted)
     if region.getbbox() is None:
         raise ValueError("nothing is painted; paint over what is to be drawn anew")
     reduced = reduce_exactly(picture, size)
     if reduced.size != region.size:  # a pixel is drawn anew where at least a tenth of its square is painted
-        region = region.resize(reduced.size, Image.Resampling.BOX).point(lambda share: 255 if share > 25 else 0)
+        region = region.resize(reduced.size, Image.Resampling.BOX).point([255 * (share > 25) for share in range(256)])
     if region.getbbox() is None:
         raise ValueError("too little is painted; paint over what is to be drawn anew")
     return reduced, region

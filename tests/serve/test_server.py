@@ -115,6 +115,18 @@ def test_what_the_model_refuses_is_a_message_and_the_next_request_goes_on(serve:
     assert history.count("turn done") == 1
 
 
+def test_more_requests_than_may_wait_are_turned_away(serve: Callable[..., Any]) -> None:
+    server = serve(2.0)
+    joined = {"data": question("an apple", []), "fn_index": find_event(server.url, "converse")["id"]}
+
+    def join(number: int) -> int:
+        return fetch(f"{server.url}/gradio_api/queue/join", {**joined, "session_hash": f"visitor{number}"})[0]
+
+    assert join(0) == 200
+    server.wait(lambda found: found["open"] == 1)
+    assert [join(number) for number in range(1, 7)] == [200] * 4 + [503] * 2
+
+
 def test_a_thousand_requests_do_not_grow_the_server(serve: Callable[..., Any]) -> None:
     server = serve()
     event, sizes = find_event(server.url, "converse"), []
