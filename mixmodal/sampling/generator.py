@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -11,6 +12,9 @@ from mixmodal.models.transformer import Transformer
 from mixmodal.sampling.engine import Engine, Progress, Request
 from mixmodal.sampling.guidance import NO_GUIDANCE, Guidance, Stream
 from mixmodal.sampling.rules import TokenSampling
+
+LONG = 16
+"""Tokens of a sample from which on the weights are copied into the layout that is best for drawing."""
 
 
 class SequenceGenerator:
@@ -115,10 +119,12 @@ class SequenceGenerator:
         for number, request in enumerate(requests):
             engine.start(request, number)  # none is drawn where one can not be
         waiting = list(enumerate(requests))[::-1]
-        while waiting or len(engine):
-            added: list[tuple[int, Request]] = []
-            while waiting and len(engine) + len(added) < num_slots:
-                added.append(waiting.pop())
-            if added:
-                engine.add(added)
-            yield from engine.advance()
+        is_long = max(request.room for request in requests) >= LONG
+        with self.model.blocked() if is_long else nullcontext():
+            while waiting or len(engine):
+                added: list[tuple[int, Request]] = []
+                while waiting and len(engine) + len(added) < num_slots:
+                    added.append(waiting.pop())
+                if added:
+                    engine.add(added)
+                yield from engine.advance()
