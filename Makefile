@@ -23,6 +23,8 @@ gpu: $(VENV)/.dev  ## the tests and figures that need an accelerator
 	$(BIN)/python -m pytest -m gpu
 	set -e; for shape in 350m 1b; do \
 	  $(BIN)/python benchmarks/train_throughput.py compare --shape $$shape --precision bfloat16 --compile; done
+	set -e; for shape in 1b 7b; do $(BIN)/python benchmarks/decode.py --shape $$shape --precision bfloat16 \
+	  --peer_precision bfloat16 --batch_sizes 1 8 32 128; done
 	$(MAKE) bench
 
 check: $(VENV)/.dev  ## lint, format and types
@@ -37,6 +39,7 @@ fmt: $(VENV)/.dev
 bench: $(VENV)/.dev  ## measures, takes the figures of OUT where a quickstart has been run, appends to benchmarks/results/, renders docs/results.md
 	set -e; for script in benchmarks/measure_*.py; do $(BIN)/python $$script; done
 	set -e; for mode in compare length; do $(BIN)/python benchmarks/train_throughput.py $$mode; done
+	set -e; for shape in demo 100m; do $(BIN)/python benchmarks/decode.py --shape $$shape; done
 	$(BIN)/python benchmarks/interruptions.py
 	@if [ -f $(OUT)/summary.json ]; then $(BIN)/python benchmarks/record_quickstart.py $(OUT); \
 	  else echo "$(OUT)/summary.json is missing: no figures of a quickstart are recorded; make quickstart makes it"; fi

@@ -30,7 +30,7 @@ TITLES = {
     "ranks": "Trainings shared among processes, against one process: the worst difference",
     "saving": "What a checkpoint costs",
     "data": "Packed rows of a mixture: what they cost and how full they are",
-    "decode": "Generating with the tiny model",
+    "decode": "Drawing pictures with guidance: codes a second, against transformers' Chameleon",
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",
     "stability": "Stability at a high learning rate: a value for each seed (docs/stability.md)",

@@ -31,14 +31,14 @@ def test_a_line_says_all_that_is_needed_and_the_newest_is_shown(
 ) -> None:
     record, render = load("record"), load("render")
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["benchmarks/measure_decode.py", "--repeats", "3"])
+    monkeypatch.setattr(sys, "argv", ["benchmarks/decode.py", "--turns", "3"])
     record.record("decode", "ours", [9.0, 1.0, 2.0], "tokens/s", "cpu", {"batch": 1})
     line = record.record("decode", "ours", [3.0, 50.0, 40.0], "tokens/s", "cpu", {"batch": 1})
     assert {"commit", "command", "device", "versions", "config", "repeats", "median"} <= set(line)
     page = render.render(render.read_lines(tmp_path))
     assert "| ours | CPU | 40 | tokens/s | 3 | 1 |" in page.splitlines()
     (note,) = [row for row in page.splitlines() if row.startswith("1. ")]
-    assert "measure_decode.py --repeats 3`" in note
+    assert "decode.py --turns 3`" in note
     assert {line["device"], f"commit {line['commit'][:9]}"} <= set(note.split("; "))
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mixmodal.models.blocked import Linear
 from mixmodal.models.packed_rows import Documents, Pattern, attend_blocks, attend_within
 
 
@@ -155,8 +156,8 @@ class Attention(nn.Module):
     def __init__(self, *, dim: int, num_heads: int, num_kv_heads: int, head_dim: int, qk_norm: bool) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.qkv = nn.Linear(dim, (num_heads + 2 * num_kv_heads) * head_dim, bias=False)
-        self.out = nn.Linear(num_heads * head_dim, dim, bias=False)
+        self.qkv = Linear(dim, (num_heads + 2 * num_kv_heads) * head_dim)
+        self.out = Linear(num_heads * head_dim, dim)
         self.q_norm = HeadNorm(num_heads, head_dim) if qk_norm else nn.Identity()
         self.k_norm = HeadNorm(num_kv_heads, head_dim) if qk_norm else nn.Identity()
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +28,7 @@ from mixmodal.models.attention import (
     cache_mask,
     rotary,
 )
+from mixmodal.models.blocked import Blocked, Linear, blocked_layers, can_block
 from mixmodal.models.packed_rows import AttentionKind, Documents, Pattern, find_pattern
 
 
@@ -120,8 +122,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         self.gated = config.activation == "swiglu"
-        self.up = nn.Linear(config.dim, (1 + self.gated) * config.ffn_dim, bias=False)
-        self.out = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.up = Linear(config.dim, (1 + self.gated) * config.ffn_dim)
+        self.out = Linear(config.ffn_dim, config.dim)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`(B, T, D)` to `(B, T, D)`."""
@@ -194,6 +196,7 @@ class Transformer(nn.Module):
         self.attention_kind: AttentionKind = "auto"
         """How attention is kept within documents: no part of the shape, the results are the same."""
         self.is_compiled = False
+        self._blocked_columns: dict[tuple[int, int], Blocked] | None = None
         self.embedding = nn.Embedding(config.vocab_size, config.dim)
         learned = config.position == "learned"
         self.positions = nn.Embedding(config.max_seq_len, config.dim) if learned else None
@@ -265,7 +268,25 @@ class Transformer(nn.Module):
     def logits(self, hidden: Tensor, ids: slice | None = None) -> Tensor:
         """Logits `(..., V)` float32 of `hidden` `(..., D)`; `ids` computes a stretch of the columns only."""
         weight = self.embedding.weight if self.output is None else self.output.weight
-        return F.linear(hidden, weight if ids is None else weight[ids]).float()
+        start, stop, _ = (slice(None) if ids is None else ids).indices(len(weight))
+        if self._blocked_columns is None or torch.is_grad_enabled() or not can_block(weight):
+            return F.linear(hidden, weight[start:stop]).float()
+        if (start, stop) not in self._blocked_columns:
+            self._blocked_columns[start, stop] = Blocked(weight[start:stop])
+        return self._blocked_columns[start, stop].multiply(hidden).float()
+
+    @contextmanager
+    def blocked(self) -> Iterator[None]:
+        """Within, a processor computes few rows faster, for weights that stay as they are; see `blocked_layers`.
+
+        Columns of the output are copied the first time that a stretch of them is asked for.
+        """
+        outer, self._blocked_columns = self._blocked_columns, self._blocked_columns or {}
+        try:
+            with blocked_layers(self):
+                yield
+        finally:
+            self._blocked_columns = outer
 
     def forward(
         self,

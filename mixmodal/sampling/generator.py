@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -12,6 +13,10 @@ from mixmodal.sampling.engine import Engine, Progress, Request, build_grammar, s
 from mixmodal.sampling.grammar import INFILL, Grammar, Template
 from mixmodal.sampling.guidance import NO_GUIDANCE, Guidance, Stream
 from mixmodal.sampling.rules import TokenSampling
+
+LONG, MOST_BYTES = 16, 4 << 30
+"""Samples from so many tokens on, of models of so many bytes at most, are drawn with weights that are copied into the
+layout which is best for it."""
 
 
 class SequenceGenerator:
@@ -140,10 +145,16 @@ class SequenceGenerator:
         for number, request in enumerate(requests):
             engine.start(request, number)  # none is drawn where one can not be
         waiting = list(enumerate(requests))[::-1]
-        while waiting or len(engine):
-            added: list[tuple[int, Request]] = []
-            while waiting and len(engine) + len(added) < num_slots:
-                added.append(waiting.pop())
-            if added:
-                engine.add(added)
-            yield engine.advance()
+        with self.model.blocked() if self._pays_to_block(requests) else nullcontext():
+            while waiting or len(engine):
+                added: list[tuple[int, Request]] = []
+                while waiting and len(engine) + len(added) < num_slots:
+                    added.append(waiting.pop())
+                if added:
+                    engine.add(added)
+                yield engine.advance()
+
+    def _pays_to_block(self, requests: Sequence[Request]) -> bool:
+        """Whether copies of the weights are worth their time and memory; there are none but on a processor."""
+        weights = sum(one.numel() * one.element_size() for one in self.model.parameters())
+        return max(request.room for request in requests) >= LONG and weights <= MOST_BYTES
