@@ -61,7 +61,7 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
-    def forward(self, rows: Tensor) -> Tensor:
+    def forward(self, rows: Tensor) -> Tensor:  # type: ignore[override]
         """`(..., I)` to `(..., O)`."""
         if self.blocked is None or torch.is_grad_enabled():
             return super().forward(rows)
