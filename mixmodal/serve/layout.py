@@ -168,18 +168,7 @@ def _build_chat(studio: Studio, conversation: Any) -> Any:
                     clear = gr.Button("Clear", variant="secondary", min_width=80, elem_id="clear")
                     stop = gr.Button("Stop", variant="secondary", min_width=80, elem_id="stop", visible=False)
                     generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
-            gallery = gr.Gallery(
-                label="Drawn so far",
-                columns=6,
-                fit_columns=False,
-                visible=False,
-                object_fit="contain",
-                format="png",
-                interactive=False,
-                buttons=["download", "fullscreen"],
-                elem_id="gallery",
-                elem_classes=["crisp"] if studio.image_size <= LITTLE else [],
-            )
+            gallery = _build_gallery(studio, "Drawn so far", columns=6, elem_id="gallery")
             edit = gr.Button(
                 "Edit the latest picture", size="sm", variant="secondary", visible=False, elem_id="to-edit"
             )
@@ -220,6 +209,22 @@ def _build_chat(studio: Studio, conversation: Any) -> Any:
     clear.click(forget, conversation, shown, cancels=asking, **LIGHT)
     controls.output.change(default_sampling, controls.output, [controls.temperature, controls.top_p], **LIGHT)
     return edit
+
+
+def _build_gallery(studio: Studio, label: str, columns: int, elem_id: str) -> Any:
+    """Pictures to look at and to save, hidden until there are some; little ones stay crisp."""
+    return gr.Gallery(
+        label=label,
+        columns=columns,
+        fit_columns=False,
+        visible=False,
+        object_fit="contain",
+        format="png",
+        interactive=False,
+        buttons=["download", "fullscreen"],
+        elem_id=elem_id,
+        elem_classes=["crisp"] if studio.image_size <= LITTLE else [],
+    )
 
 
 def _settled(kept: Conversation) -> tuple[Any, ...]:
@@ -269,18 +274,7 @@ def _build_edit(studio: Studio, conversation: Any) -> Any:
             redraw = gr.Button("Redraw", variant="primary", elem_id="redraw")
         with gr.Column(scale=2, min_width=280, elem_classes="side"):
             message = gr.HTML("", elem_id="edit-message", padding=False)
-            results = gr.Gallery(
-                label="Drawn anew",
-                columns=2,
-                fit_columns=False,
-                visible=False,
-                object_fit="contain",
-                format="png",
-                interactive=False,
-                buttons=["download", "fullscreen"],
-                elem_id="edits",
-                elem_classes=["crisp"] if studio.image_size <= LITTLE else [],
-            )
+            results = _build_gallery(studio, "Drawn anew", columns=2, elem_id="edits")
             controls = Controls(studio, of_chat=False)
 
     def edit(kept: Conversation, painting: Any, text: str | None, *values: Any) -> tuple[Any, str]:
