@@ -24,7 +24,10 @@ gpu: $(VENV)/.dev  ## the tests and figures that need an accelerator
 	set -e; for shape in 350m 1b; do \
 	  $(BIN)/python benchmarks/train_throughput.py compare --shape $$shape --precision bfloat16 --compile; done
 	set -e; for shape in 1b 7b; do $(BIN)/python benchmarks/decode.py --shape $$shape --precision bfloat16 \
-	  --peer_precision bfloat16 --batch_sizes 1 8 32 128; done
+	  --peer_precision bfloat16 --batch_sizes 1 8 32 128 --cuda_graphs; \
+	  $(BIN)/python benchmarks/decode.py --shape $$shape --precision bfloat16 --alone --batch_sizes 1 8; \
+	  $(BIN)/python benchmarks/decode.py --shape $$shape --precision bfloat16 --alone --batch_sizes 1 8 \
+	  --cuda_graphs --compile; done
 	$(MAKE) bench
 
 check: $(VENV)/.dev  ## lint, format and types

@@ -1,6 +1,6 @@
 """Codes a second of drawing pictures with classifier-free guidance: ours, transformers' Chameleon, and the bound.
 
-    python benchmarks/decode.py [--shape 100m] [--batch_sizes 1 8] [--turns 3] [--precision float32]
+    python benchmarks/decode.py [--shape 100m] [--batch_sizes 1 8] [--turns 3] [--precision float32] [--cuda_graphs]
 
 - ours: `SequenceGenerator`, the prompt and the prompt without its text as two rows of one batch.
 - transformers: `ChameleonForConditionalGeneration.generate` with the same weights and prompts, `guidance_scale` and
@@ -246,7 +246,13 @@ class Comparison:
         self.subject = build_subject(options.shape)
         self.model, self.peer = build_networks(self.subject, self.device, options)
         self.generator = SequenceGenerator(self.model, self.subject.format, batch_size=1 << 20)
-        self.ours, self.theirs = f"ours, {options.precision}", f"transformers, {options.peer_precision}"
+        self.generator.accelerate(cuda_graphs=options.cuda_graphs, compile=options.compile)
+        self.ours, self.theirs = f"ours, {options.precision}{self.how}", f"transformers, {options.peer_precision}"
+
+    @property
+    def how(self) -> str:
+        """What ours is launched by, where it is not kernel by kernel."""
+        return ", compiled" * self.options.compile + ", CUDA graphs" * self.options.cuda_graphs
 
     def check(self) -> None:
         """Compares logits and the codes of temperature 0, and records the share of equal ones.
@@ -312,7 +318,9 @@ class Comparison:
         if batch_size < 2:
             return
         ratios = [mixed_ratio(self.generator, batch_size) for _ in range(self.options.turns)]
-        self.put(batch_size, f"half texts in one batch over both apart, {self.options.precision}", ratios, "times")
+        self.put(
+            batch_size, f"half texts in one batch over both apart, {self.options.precision}{self.how}", ratios, "times"
+        )
 
     def take_turns(self, subjects: dict[str, Callable[[], np.ndarray]], num_codes: int) -> dict[str, list[float]]:
         """Codes a second of each subject in each turn, after one turn that does not count on a GPU."""
@@ -347,6 +355,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of ours")
     parser.add_argument("--peer_precision", choices=["float32", "bfloat16"], default="float32", help="of transformers")
+    parser.add_argument("--cuda_graphs", action="store_true", help="ours launches each step as one graph")
+    parser.add_argument("--compile", action="store_true", help="ours runs compiled blocks")
     parser.add_argument("--alone", action="store_true", help="without transformers")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves them alone")

@@ -36,6 +36,8 @@ def rotate(heads: Tensor, angles: Rotary) -> Tensor:
     if torch.compiler.is_compiling():  # which fuses what is written out
         first, second = heads.chunk(2, dim=-1)
         return heads * angles.cos + torch.cat((-second, first), dim=-1) * angles.sin
+    if not torch.is_grad_enabled():
+        return _turn(heads, *angles, direction=1)
     return _Rotate.apply(heads, *angles)  # type: ignore[misc]
 
 
@@ -86,6 +88,12 @@ class LayerCache(NamedTuple):
     keys: Tensor
     values: Tensor
 
+    def write(self, positions: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Stores keys and values `(B, K, T, H)` at the slots `positions` `(B, T)`."""
+        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
+        self.keys[rows, :, positions] = keys.transpose(1, 2).to(self.keys.dtype)
+        self.values[rows, :, positions] = values.transpose(1, 2).to(self.values.dtype)
+
 
 class KVCache:
     """Static cache in which a token's slot is its position.
@@ -114,17 +122,9 @@ class KVCache:
         if self.used > self.size:
             raise ValueError(f"the cache holds {self.size} tokens a row; {self.used} are needed")
 
-    def write(self, index: int, positions: Tensor, keys: Tensor, values: Tensor) -> LayerCache:
-        """Stores keys and values `(B, K, T, H)` at `positions` `(B, T)`; returns all that may be seen.
-
-        They are those of the first B rows: a cache may have more.
-        """
-        layer = self.layers[index]
-        rows = torch.arange(positions.shape[0], device=positions.device)[:, None]
-        layer.keys[rows, :, positions] = keys.transpose(1, 2).to(layer.keys.dtype)
-        layer.values[rows, :, positions] = values.transpose(1, 2).to(layer.values.dtype)
-        seen = slice(len(rows)), slice(None), slice(self.used)
-        return LayerCache(layer.keys[seen], layer.values[seen])
+    def seen(self, num_rows: int) -> list[LayerCache]:
+        """What the first rows may see, layer by layer, to be read and written: a cache may have more rows."""
+        return [LayerCache(*(kept[:num_rows, :, : self.used] for kept in layer)) for layer in self.layers]
 
     def put(self, row: int, other: KVCache) -> None:
         """Copies what another cache holds to the rows from `row` on."""
@@ -166,8 +166,7 @@ class Attention(nn.Module):
         hidden: Tensor,
         angles: Rotary | None,
         mask: Pattern,
-        cache: KVCache | None = None,
-        layer: int = 0,
+        cache: LayerCache | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
         """`(B, T, D)` to `(B, T, D)`.
@@ -175,7 +174,7 @@ class Attention(nn.Module):
         Args:
             angles: rotary angles; None where positions are learned.
             mask: which keys a query sees; with `Documents`, B is 1 and T the number of tokens that are not padding.
-            cache, layer, positions: where keys and values are kept, this layer's index, and slots `(B, T)`.
+            cache, positions: what is seen of this layer's keys and values, and the slots `(B, T)` of the new ones.
         """
         batch, length, _ = hidden.shape
         heads = self.qkv(hidden).view(batch, length, -1, self.head_dim)
@@ -184,11 +183,11 @@ class Attention(nn.Module):
         values = values.transpose(1, 2)
         if angles is not None:
             queries, keys = rotate(queries, angles), rotate(keys, angles)
-        queries, keys = queries.to(values.dtype), keys.to(values.dtype)
         if cache is not None and positions is not None:
-            keys, values = (kept.to(values.dtype) for kept in cache.write(layer, positions, keys, values))
-        mixed = self.attend(queries, keys, values, mask)
-        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1))
+            cache.write(positions, keys, values)
+            keys, values = cache
+        mixed = self.attend(queries.to(values.dtype), keys.to(values.dtype), values, mask)
+        return self.out(mixed.transpose(1, 2).reshape(batch, length, -1).to(hidden.dtype))
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Pattern) -> Tensor:
         """`(B, N, T, H)`, `(B, K, S, H)` and the same to `(B, N, T, H)`."""

@@ -150,12 +150,11 @@ class Block(nn.Module):
         hidden: Tensor,
         angles: Rotary | None,
         mask: Pattern,
-        cache: KVCache | None,
-        layer: int,
+        cache: LayerCache | None,
         positions: Tensor,
     ) -> Tensor:
         """`(B, T, D)` to `(B, T, D)`; the arguments are those of `Attention`."""
-        context = (angles, mask, cache, layer, positions)
+        context = (angles, mask, cache, positions)
         if self.norm_first:
             hidden = hidden + self._drop(self.attention(self.attention_norm(hidden), *context))
             return hidden + self._drop(self.ffn(self.ffn_norm(hidden)))
@@ -216,11 +215,15 @@ class Transformer(nn.Module):
             else:
                 nn.init.constant_(parameter, 0.0 if name.endswith("bias") else 1.0)
 
-    def compile_blocks(self) -> None:
-        """Lets torch.compile make one program of each block, for fixed shapes; names of parameters stay."""
+    def compile_blocks(self, dynamic: bool | None = False) -> None:
+        """Lets torch.compile make one program of each block; names of parameters stay.
+
+        Args:
+            dynamic: see torch.compile: False is for fixed shapes, None lets those vary that are seen to.
+        """
         self.is_compiled = True
         for block in self.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=dynamic)
 
     def hidden(
         self,
@@ -259,9 +262,9 @@ class Transformer(nn.Module):
             hidden = hidden + self.positions(positions)
         else:
             angles = rotary(positions, self.config.attention_sizes["head_dim"], self.config.rope_theta)
-        for layer, block in enumerate(self.blocks):
-            # without a cache all blocks are called alike: a compiled program is then not made anew for each number
-            hidden = block(hidden, angles, mask, cache, layer if cache else 0, positions)
+        layers = [None] * len(self.blocks) if cache is None else cache.seen(batch)
+        for block, layer in zip(self.blocks, layers):
+            hidden = block(hidden, angles, mask, layer, positions)
         hidden = self.norm(hidden)
         return mask.scatter(hidden, batch, length) if isinstance(mask, Documents) else hidden
 
@@ -311,10 +314,14 @@ class Transformer(nn.Module):
     def build_cache(
         self, batch_size: int, max_len: int, dtype: torch.dtype | None = None, device: torch.device | None = None
     ) -> KVCache:
-        """An empty cache of `max_len` slots a row, in the type and on the device of the weights by default."""
+        """An empty cache of `max_len` slots a row, by default on the device of the weights and in their type.
+
+        A processor's is of float32: its attention takes twice as long in bfloat16.
+        """
         sizes, weight = self.config.attention_sizes, self.embedding.weight
         shape = (batch_size, sizes["num_kv_heads"], max_len, sizes["head_dim"])
-        kind = {"dtype": dtype or weight.dtype, "device": device or weight.device}
+        device = device or weight.device
+        kind = {"dtype": dtype or (torch.float32 if device.type == "cpu" else weight.dtype), "device": device}
         return KVCache(
             [LayerCache(torch.zeros(shape, **kind), torch.zeros(shape, **kind)) for _ in range(self.config.num_layers)]
         )

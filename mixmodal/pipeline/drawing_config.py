@@ -39,6 +39,8 @@ class DrawingConfig(ReadingConfig):
         batch_size: samples in one forward; they do not depend on it.
         device: `auto` takes the accelerator where there is one.
         dtype: of the weights.
+        cuda_graphs: on a CUDA device, launches each step within pictures as one graph.
+        compile: on a CUDA device, lets torch.compile make one program of each block, which takes its time first.
     """
 
     model: str
@@ -54,6 +56,8 @@ class DrawingConfig(ReadingConfig):
     batch_size: int = 64
     device: str = "auto"
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
+    cuda_graphs: bool = False
+    compile: bool = False
 
     @property
     def samplings(self) -> dict[str, TokenSampling]:
@@ -91,5 +95,6 @@ class DrawingConfig(ReadingConfig):
         if device == "auto" and is_launched() and torch.cuda.is_available():
             device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
         model = MixedModal.from_pretrained(self.model, device, DTYPES[self.dtype], self.batch_size)
+        model.accelerate(cuda_graphs=self.cuda_graphs, compile=self.compile)
         self.attach(model)
         return model

@@ -101,6 +101,10 @@ class MixedModal(Infilling):
         export = load_export(folder, device, dtype)
         return cls(export.model, export.codec, batch_size, folder=folder)
 
+    def accelerate(self, *, cuda_graphs: bool = False, compile: bool = False) -> None:
+        """Spares the host work on a CUDA device; see `SequenceGenerator.accelerate`."""
+        self._generator.accelerate(cuda_graphs=cuda_graphs, compile=compile)
+
     # retrieval
 
     @property

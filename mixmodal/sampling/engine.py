@@ -5,7 +5,8 @@ Shapes: S slots (samples that are being drawn), R rows of the network (one or mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -21,6 +22,20 @@ from mixmodal.sampling.rules import TokenSampling, build_rules, draw, draw_unifo
 
 FREE = -1
 """Marks codes that are drawn, among those that are given."""
+SPAN, LEAST_STEPS = 256, 16
+"""With a recorder, attention looks at a multiple of so many slots; fewer steps than these are not worth recording."""
+Recorder = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+def record_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """A CUDA graph of a step: the host launches it as one, in place of each kernel.
+
+    The step must have been called before, act on tensors in place alone, and not wait for the device.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
 
 
 class Request(NamedTuple):
@@ -124,6 +139,7 @@ class Engine:
         sampling: settings by modality, as `{"image": TokenSampling(top_k=50)}`.
         guidance: how the streams of codes are mixed.
         chunk: most steps between two looks, so that what is shown meanwhile is not late.
+        record: makes of a step what does the same each time that it is called, as `record_graph` does; see there.
 
     Raises:
         ValueError: for settings of a modality that there is not.
@@ -140,8 +156,9 @@ class Engine:
         sampling: Mapping[str, TokenSampling] | None = None,
         guidance: Guidance = NO_GUIDANCE,
         chunk: int = 1 << 20,
+        record: Recorder | None = None,
     ) -> None:
-        self.model, self.format, self.guidance, self.chunk = model, format, guidance, chunk
+        self.model, self.format, self.guidance, self.chunk, self.record = model, format, guidance, chunk, record
         self.device = model.embedding.weight.device
         modalities = format.vocabulary.modalities
         sampling = sampling or {}
@@ -154,6 +171,7 @@ class Engine:
         self._rows: dict[int, list[int]] = {}
         self._lengths: list[int] = []  # tokens in the cache, of each row
         self._told: dict[int, int] = {}
+        self._recorded: tuple[str, Callable[[], None]] | None = None  # for whom and for how many slots, and the step
         self._free = list(range(num_slots))[::-1]
         self.cache = model.build_cache(num_rows, length)
         blank = {"dtype": torch.int64, "device": self.device}
@@ -228,9 +246,7 @@ class Engine:
     @torch.inference_mode()
     def advance(self) -> list[Progress]:
         """Takes as many steps as need no look at the device, and tells what they gave; finished slots are free then."""
-        groups, steps = self._look()
-        for _ in range(steps):
-            self._step(groups)
+        self._take(*self._look())
         return self._tell()
 
     def _look(self) -> tuple[list[Group], int]:
@@ -251,12 +267,34 @@ class Engine:
             groups.append(Group(kind, modality or None, *shared))
         return groups, steps
 
-    def _step(self, groups: Sequence[Group]) -> None:
+    def _take(self, groups: Sequence[Group], steps: int) -> None:
+        """Steps of groups; with a recorder many are replayed, in stretches that see as many slots of the cache."""
+        taken, used = 0, max(self._lengths)
+        while taken < steps:
+            if self.record is None or steps - taken < LEAST_STEPS:
+                self._step(groups, used + taken + 1)
+                taken += 1
+                continue
+            seen = min(self.cache.size, -(-(used + taken + LEAST_STEPS) // SPAN) * SPAN)
+            rows = [(slot, number, self._rows[slot]) for slot, (number, _) in self._requests.items()]
+            key = repr((seen, rows, [group[:2] for group in groups]))
+            if self._recorded is None or self._recorded[0] != key:
+                self._step(groups, seen)  # what is recorded has been called before
+                taken += 1
+                self._recorded = None  # its memory serves the next
+                self._recorded = key, self.record(partial(self._step, groups, seen))
+            stop = min(steps, seen - used)
+            for _ in range(taken, stop):
+                self._recorded[1]()
+            taken = stop
+        self._lengths = [length + steps for length in self._lengths]
+
+    def _step(self, groups: Sequence[Group], seen: int) -> None:
+        """One token in each row, of which none has more than `seen` with it; changes nothing but tensors, in place."""
         num = len(self._lengths)
-        self.cache.used = max(self._lengths)  # the network adds what it writes
+        self.cache.used = seen - 1  # the network adds what it writes
         hidden = self.model.hidden(self.last[:num, None], self.positions[:num, None], cache=self.cache)[:, 0]  # (R, D)
         self.positions[:num] += 1
-        self._lengths = [length + 1 for length in self._lengths]
         for group in groups:
             slots, grammar = group.slots, self._grammar(group.kind)
             state, steps = State(*(part[slots] for part in self.state)), self.steps[slots]

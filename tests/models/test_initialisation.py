@@ -66,9 +66,9 @@ def test_dropout_keeps_the_mean_of_each_sublayer_s_output() -> None:
     torch.nn.init.zeros_(block.ffn.out.weight)
     hidden, positions = torch.randn(4, 64, 128), torch.arange(64).expand(4, -1)
     block.eval()
-    whole = block(hidden, None, None, None, 0, positions) - hidden
+    whole = block(hidden, None, None, None, positions) - hidden
     block.train()
-    dropped = block(hidden, None, None, None, 0, positions) - hidden
+    dropped = block(hidden, None, None, None, positions) - hidden
     zero = dropped == 0
     assert zero.float().mean().item() == pytest.approx(0.25, abs=0.01)  # seen: 0.2505
     torch.testing.assert_close(dropped[~zero], whole[~zero] / 0.75, rtol=0, atol=1e-5)  # worst seen: 2.4e-7

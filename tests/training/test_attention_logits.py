@@ -39,7 +39,7 @@ def plain(network: Transformer) -> float:
         hidden = hidden + network.positions(POSITIONS)
     mask = ((SEGMENTS[:, :, None] == SEGMENTS[:, None]) & torch.ones(20, 20, dtype=torch.bool).tril())[:, None]
     real = mask & (SEGMENTS[:, None, :, None] != 0)
-    for layer, block in enumerate(network.blocks):
+    for block in network.blocks:
         attention = block.attention
         normed = block.attention_norm(hidden) if block.norm_first else hidden
         kv_heads = attention.num_kv_heads
@@ -50,7 +50,7 @@ def plain(network: Transformer) -> float:
             queries, keys = rotate(queries, angles), rotate(keys, angles)
         logits = queries @ keys.transpose(2, 3) / math.sqrt(8)
         largest = max(largest, logits[real.expand_as(logits)].max().item())
-        hidden = block(hidden, angles, mask, None, layer, POSITIONS)
+        hidden = block(hidden, angles, mask, None, POSITIONS)
     return largest
 
 
