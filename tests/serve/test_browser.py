@@ -135,8 +135,8 @@ def test_a_picture_is_painted_on_and_drawn_anew(serve: Callable[..., Any], visit
     page.wait_for_selector("#editor canvas")
     page.wait_for_timeout(2000)
     page.click("#redraw")
-    page.wait_for_selector("#edit-message .problem")
-    assert "nothing is painted" in page.inner_text("#edit-message")
+    page.wait_for_selector("#edit-answer .problem")
+    assert "nothing is painted" in page.inner_text("#edit-answer")
     box = page.locator("#editor canvas").first.bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.4)
     page.mouse.down()
@@ -147,7 +147,7 @@ def test_a_picture_is_painted_on_and_drawn_anew(serve: Callable[..., Any], visit
     page.click("#redraw")
     page.wait_for_selector("#edits img")
     server.wait(lambda found: found["num_infilled"] == 1)
-    assert page.inner_text("#edit-message").strip() == ""
+    assert page.inner_text("#edit-answer").strip() == ""
 
 
 @pytest.mark.parametrize("width", [390, 1280])
