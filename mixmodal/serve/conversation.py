@@ -141,21 +141,22 @@ class Conversation:
         self.keep(turn.pictures(), caption(turn, words))
 
     def pick(self, place: int | None) -> None:
-        """Picks a picture of the gallery, by its place from the newest on, to be edited; None is the newest one."""
+        """Picks a picture of the gallery, by its place from the newest on, to be edited; None is always the newest."""
         newest_first = list(reversed(self.drawn))
         self._picked = None if place is None or not 0 <= place < len(newest_first) else newest_first[place]
 
     @property
+    def place(self) -> int | None:
+        """Of the picture that is picked, from the newest on; None where none is, or it has been forgotten."""
+        return next((place for place, one in enumerate(reversed(self.drawn)) if one is self._picked), None)
+
+    @property
     def picked(self) -> Picture | None:
         """The picture to be edited, where there is one."""
-        if self._picked is not None:
-            return self._picked.picture
-        return self.drawn[-1].picture if self.drawn else None
+        return self.drawn[-1 - (self.place or 0)].picture if self.drawn else None
 
     def keep(self, pictures: Iterator[Picture] | list[Picture], words: str) -> None:
-        """Puts pictures into the gallery; where there are any, the newest is picked."""
-        pictures = list(pictures)
-        self._picked = None if pictures else self._picked
+        """Puts pictures into the gallery."""
         self.drawn.extend(Drawn(picture, words) for picture in pictures)
 
     def documents(self, count: int) -> list[list[Content]]:

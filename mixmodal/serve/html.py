@@ -16,6 +16,7 @@ LITTLE = 128
 
 EMPTY = """<div class="empty"><span class="tiles"><i></i><i></i><i></i><i></i></span>
 <b>Nothing here yet</b><p>Say what to draw, add a picture to ask about, or both.</p></div>"""
+WAITING = """<article class="turn waits"><p class="meta">waiting for its turn &hellip;</p></article>"""
 
 
 def data_uri(picture: Picture) -> str:

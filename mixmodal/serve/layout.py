@@ -11,7 +11,7 @@ from typing import Any, cast
 import gradio as gr  # pyright: ignore[reportMissingImports]
 
 from mixmodal.serve.conversation import Conversation, Turn
-from mixmodal.serve.html import EMPTY, LITTLE, conversation_html, edit_html, turn_html
+from mixmodal.serve.html import EMPTY, LITTLE, WAITING, conversation_html, edit_html, turn_html
 from mixmodal.serve.settings import MAX_SEED, Settings, choose_seed, default_sampling
 from mixmodal.serve.studio import Studio
 from mixmodal.serve.uploads import enlarge
@@ -23,7 +23,6 @@ IDLE_S = 3600
 SETTLE_S = 300
 """Seconds between two looks for such files."""
 EDIT_HELP = "Add a picture, paint over what is to be drawn anew, and say what the whole picture shows then."
-EDIT_LATEST, EDIT_PICKED = "Edit the latest picture", "Edit this picture"
 CALLS = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 """Of every event that calls the model: one at a time, in the order of the queue."""
 LIGHT = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -170,7 +169,9 @@ def _build_chat(studio: Studio, conversation: Any) -> tuple[Any, Any]:
                     stop = gr.Button("Stop", variant="secondary", min_width=80, elem_id="stop", visible=False)
                     generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
             gallery = _build_gallery(studio, "Drawn so far", columns=6, elem_id="gallery")
-            edit = gr.Button(EDIT_LATEST, size="sm", variant="secondary", visible=False, elem_id="to-edit")
+            edit = gr.Button(
+                _edit_words(Conversation()), size="sm", variant="secondary", visible=False, elem_id="to-edit"
+            )
         with gr.Column(scale=2, min_width=280, elem_classes="side"):
             controls = Controls(studio, of_chat=True)
 
@@ -199,17 +200,28 @@ def _build_chat(studio: Studio, conversation: Any) -> tuple[Any, Any]:
     shown = [history, answer, gallery, edit, stop, conversation]  # setting it begins its hour anew
     asking = []
     for trigger in (generate.click, prompt.submit):
-        chosen = trigger(choose_seed, [controls.seed, controls.is_random], controls.seed, **LIGHT)
+        chosen = trigger(_wait, [controls.seed, controls.is_random], [controls.seed, answer, stop], **LIGHT)
         inputs = [conversation, prompt, *controls.inputs]
         asking.append(
             chosen.then(converse, inputs, [*shown, prompt], show_progress="hidden", trigger_mode="once", **CALLS)
         )
+        asking[-1].failure(_wait_no_more, None, [answer, stop], **LIGHT)
     stop.click(settle, conversation, shown, cancels=asking, **LIGHT)
     clear.click(forget, conversation, shown, cancels=asking, **LIGHT)
     gallery.select(_pick, conversation, edit, **LIGHT)
     gallery.preview_close(_unpick, conversation, edit, **LIGHT)
     controls.output.change(default_sampling, controls.output, [controls.temperature, controls.top_p], **LIGHT)
     return gallery, edit
+
+
+def _wait(seed: float | None, is_random: bool) -> tuple[Any, ...]:
+    """The seed of a request, and what is shown until it is its turn: that it waits, and a stop."""
+    return choose_seed(seed, is_random), WAITING, gr.update(visible=True)
+
+
+def _wait_no_more() -> tuple[Any, ...]:
+    """After a request that was turned away; gradio says that the page is busy."""
+    return "", gr.update(visible=False)
 
 
 def _crisp(studio: Studio) -> list[str]:
@@ -239,22 +251,25 @@ def _settled(kept: Conversation) -> tuple[Any, ...]:
 
 
 def _gallery(kept: Conversation) -> tuple[Any, Any]:
-    """The pictures, newest first and none picked, and the button below."""
-    kept.pick(None)
+    """The pictures, newest first, with the picked one open as before, and the button below."""
     drawn = [(one.picture, one.caption) for one in reversed(kept.drawn)]
-    shown = gr.update(value=drawn, visible=bool(drawn), selected_index=None)
-    return shown, gr.update(value=EDIT_LATEST, visible=bool(drawn))
+    shown = gr.update(value=drawn, visible=bool(drawn), selected_index=kept.place)
+    return shown, gr.update(value=_edit_words(kept), visible=bool(drawn))
 
 
-def _pick(kept: Conversation, chosen: gr.SelectData) -> Any:
+def _edit_words(kept: Conversation) -> str:
+    return "Edit the latest picture" if kept.place is None else "Edit this picture"
+
+
+def _pick(kept: Conversation, chosen: gr.SelectData) -> str:
     """The picture that was clicked on is the one to be edited, and the button says so."""
     kept.pick(chosen.index if isinstance(chosen.index, int) else None)
-    return EDIT_PICKED
+    return _edit_words(kept)
 
 
-def _unpick(kept: Conversation) -> Any:
+def _unpick(kept: Conversation) -> str:
     kept.pick(None)
-    return EDIT_LATEST
+    return _edit_words(kept)
 
 
 def _picked(kept: Conversation) -> tuple[Any, ...]:
@@ -321,17 +336,18 @@ def _build_edit(studio: Studio, conversation: Any, gallery: list[Any]) -> Any:
     shown = [answer, results, stop, *gallery, conversation]
     editing = []
     for trigger in (redraw.click, prompt.submit):
-        chosen = trigger(choose_seed, [controls.seed, controls.is_random], controls.seed, **LIGHT)
+        chosen = trigger(_wait, [controls.seed, controls.is_random], [controls.seed, answer, stop], **LIGHT)
         inputs = [conversation, editor, prompt, *controls.inputs]
         editing.append(chosen.then(edit, inputs, shown, show_progress="hidden", trigger_mode="once", **CALLS))
+        editing[-1].failure(_wait_no_more, None, [answer, stop], **LIGHT)
     stop.click(settle, conversation, shown, cancels=editing, **LIGHT)
     return editor
 
 
 def _edited(kept: Conversation, turn: Turn | None) -> tuple[Any, ...]:
     """What stands on the tab while nothing is drawn: how the edit ended, its pictures where it is done, no stop."""
-    if turn is None:
-        return gr.skip(), gr.skip(), gr.update(visible=False), *[gr.skip()] * 3
+    if turn is None:  # it had waited, or was done already
+        return "", gr.skip(), gr.update(visible=False), *[gr.skip()] * 3
     pictures = list(turn.pictures()) if turn.state == "done" else []
     results = gr.update(value=pictures, visible=True) if pictures else gr.skip()
     return edit_html(turn), results, gr.update(visible=False), *_gallery(kept), kept
