@@ -9,7 +9,7 @@ import numpy as np
 from PIL.Image import Image as Picture
 from PIL.Image import fromarray
 
-from mixmodal.document import PART_TYPES, Document, Mask, SequenceFormat
+from mixmodal.document import PART_TYPES, Coded, Document, Mask, SequenceFormat
 from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling
 from mixmodal.pipeline.prompts import Prompt, sample_seed, spell_streams
 from mixmodal.sampling.engine import Progress, Request
@@ -156,13 +156,17 @@ def _divide(format: SequenceFormat, ids: np.ndarray) -> tuple[np.ndarray, np.nda
 
 
 def _preview(codec: Codec, modality: str, codes: np.ndarray) -> Picture:
-    """What a picture's first codes show; the rest is grey."""
+    """What a picture's first codes show."""
     grid = codec.format.grids[modality]
     filled = np.full(grid, codes[-1], dtype=np.int64)
     filled.reshape(-1)[: len(codes)] = codes
-    (picture,) = codec.decode_images([PART_TYPES[modality](filled)])
+    return show_partly(codec, PART_TYPES[modality](filled), np.arange(filled.size).reshape(grid) >= len(codes))
+
+
+def show_partly(codec: Codec, part: Coded, missing: np.ndarray) -> Picture:
+    """A picture that is grey where its codes, bool `(h, w)`, are `missing`."""
+    (picture,) = codec.decode_images([part])
     shown = np.asarray(picture).copy()
-    missing = np.arange(filled.size).reshape(grid) >= len(codes)
-    height, width = (side // cells for side, cells in zip(shown.shape, grid))
+    height, width = (side // cells for side, cells in zip(shown.shape, missing.shape))
     shown[np.kron(missing, np.ones((height, width), dtype=bool))] = UNDRAWN
     return fromarray(shown)

@@ -7,8 +7,8 @@ below and behind what is known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, cast
 
 import numpy as np
 from PIL import Image as Pictures
@@ -16,10 +16,10 @@ from PIL.Image import Image as Picture
 from typing_extensions import Unpack
 
 from mixmodal.document import Document, Image, Mask, SequenceFormat
-from mixmodal.pipeline.drawing import Plan
+from mixmodal.pipeline.drawing import Piece, Plan, show_partly
 from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling
 from mixmodal.pipeline.prompts import Before, sample_seed
-from mixmodal.sampling.engine import FREE, Request
+from mixmodal.sampling.engine import FREE, Progress, Request
 from mixmodal.sampling.generator import SequenceGenerator
 from mixmodal.sampling.grammar import INFILL
 from mixmodal.tokenization.codec import Codec, Content
@@ -71,14 +71,16 @@ def fill_region(
     Args:
         image: the known codes `(h, w)`; those of the region are not read.
         cells: of the region, bool `(h, w)`.
-        order: `masks` is CM3's, one for each stretch of codes in raster order; `raster` gives the known codes in turn.
+        order: `masks` is CM3's, one for each stretch of codes in raster order; `raster` gives the known codes in turn,
+            as far as the region goes.
 
     Raises:
         ValueError: where the region has more stretches than the vocabulary masks.
     """
     ids, free = format.vocabulary.to_ids("image", image.codes.reshape(-1)), cells.reshape(-1)
     if order == "raster":
-        return [_with_known(request, np.where(free, FREE, ids), np.zeros(0, np.int64)) for request in requests]
+        known = np.where(free, FREE, ids)[: np.flatnonzero(free)[-1] + 1]  # nothing is drawn behind the region
+        return [_with_known(request, known, np.zeros(0, np.int64)) for request in requests]
     rows = [row for request in requests for row in request.rows]
     first = max(int(np.count_nonzero(format.vocabulary.contains("sentinel", row))) for row in rows)
     body, known = mask_stretches(format, ids, free, first)
@@ -123,11 +125,47 @@ def _with_known(request: Request, known: np.ndarray, body: np.ndarray) -> Reques
 
 
 def merge_region(format: SequenceFormat, image: Image, cells: np.ndarray, request: Request, drawn: np.ndarray) -> Image:
-    """The known codes with those of the region that were `drawn` for `request`."""
-    assert request.known is not None
+    """The known codes with those of the region that were `drawn` for `request`; what is not yet drawn is as it was."""
+    places = np.flatnonzero(cells)
+    new = _region_ids(request, drawn)
     codes = image.codes.copy()
-    codes[cells] = format.vocabulary.from_ids("image", drawn[request.known == FREE])
+    codes.reshape(-1)[places[: len(new)]] = format.vocabulary.from_ids("image", new)
     return Image(codes)
+
+
+def _region_ids(request: Request, drawn: np.ndarray) -> np.ndarray:
+    """The first ids of the region, of what has been `drawn` so far: in both orders they come in raster order."""
+    assert request.known is not None
+    return drawn[request.known[: len(drawn)] == FREE]
+
+
+def read_regions(
+    codec: Codec,
+    image: Image,
+    cells: np.ndarray,
+    requests: Sequence[Request],
+    pieces: Iterable[Progress],
+    *,
+    previews: bool,
+) -> Iterator[Piece]:
+    """The picture of each request when its region is whole.
+
+    Args:
+        previews: show it before, grey where the region is not drawn yet, each time that more of it is.
+    """
+    drawn = [np.zeros(0, np.int64) for _ in requests]
+    shown = [-1] * len(requests)  # codes of each region
+    for number, ids, finished in pieces:
+        drawn[number] = np.concatenate([drawn[number], ids])
+        merged = merge_region(codec.format, image, cells, requests[number], drawn[number])
+        count = len(_region_ids(requests[number], drawn[number]))
+        if finished:
+            (picture,) = codec.decode_images([merged])
+            yield Piece(number, 0, picture, whole=True)
+        elif previews and count > shown[number]:
+            missing = cells & (np.cumsum(cells).reshape(cells.shape) > count)
+            yield Piece(number, 0, show_partly(codec, merged, missing), whole=False)
+            shown[number] = count
 
 
 def open_masks(format: SequenceFormat, document: Document) -> tuple[np.ndarray, list[int]]:
@@ -177,16 +215,41 @@ class Infilling:
             ValueError: for a region that does not lie in the picture or touches nothing, or one that does not fit into
                 the context or the masks.
         """
+        more = {"num": num, "seed": seed, "order": order, "retrieve": retrieve, "before": before, **options}
+        pieces = self.stream_infill(picture, region, prompt, **cast(Any, more))
+        whole = {piece.sample: piece.part for piece in pieces}
+        return [cast(Picture, whole[sample]) for sample in range(num)]
+
+    def stream_infill(
+        self,
+        picture: Picture,
+        region: Region,
+        prompt: str | Sequence[Content] = (),
+        *,
+        num: int = 1,
+        seed: int = 0,
+        order: Order = "raster",
+        preview_every: int = 0,
+        retrieve: int = 0,
+        before: Sequence[Before] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[Piece]:
+        """The pictures of `infill` as they come: each when it is whole, and meanwhile what there is of its region.
+
+        Args:
+            preview_every: tokens after which an unfinished picture is looked at again, and shown where there is more of
+                its region; 0 shows it when it is whole.
+        """
+        if num < 1 or preview_every < 0:
+            raise ValueError(f"num is {num} (at least 1) and preview_every is {preview_every} (at least 0)")
         (image,) = self.codec.encode_pictures([picture])
-        tokenizer = self.codec.image_tokenizer.config
-        cells = cells_of(region, picture.size, tokenizer, self.format.grids["image"])
+        cells = cells_of(region, picture.size, self.codec.image_tokenizer.config, self.format.grids["image"])
         given = None if before is None else [before]
         plan = self._plan([prompt], "image", num, seed, None, retrieve, given, options)
         requests = fill_region(self.format, plan.requests, image, cells, order)
-        drawn = self._generator.generate(requests, plan.sampling, plan.guidance)
-        return self.codec.decode_images(
-            [merge_region(self.format, image, cells, *pair) for pair in zip(requests, drawn, strict=True)]
-        )
+        chunk = {"chunk": preview_every} if preview_every else {}
+        pieces = self._generator.stream(requests, plan.sampling, plan.guidance, **chunk)
+        yield from read_regions(self.codec, image, cells, requests, pieces, previews=bool(preview_every))
 
     def fill_masks(
         self,

@@ -102,21 +102,58 @@ class Conversation:
         self.turns: deque[Turn] = deque(maxlen=max_turns)
         self.drawn: deque[Drawn] = deque(maxlen=max_drawn)
         self.open: Turn | None = None
+        self.edit: Turn | None = None
+        self._picked: Drawn | None = None
 
     def begin(self, turn: Turn) -> None:
         """Opens a turn; one that is still open is stopped."""
         self.settle()
         self.open = turn
 
+    def begin_edit(self, turn: Turn) -> None:
+        """Opens an edit, beside the turn that may be open; one that is still open is stopped."""
+        self.settle_edit()
+        self.edit = turn
+
     def settle(self) -> None:
         """Closes the open turn, where there is one: it is done, or else stopped with what it has by now."""
         turn, self.open = self.open, None
-        if turn is None:
-            return
-        if turn.state == "drawing":
-            turn.state = "stopped"
-        self.turns.append(turn)
-        self.keep(turn.pictures(), caption(turn))
+        if turn is not None:
+            self.turns.append(turn)
+            self._close(turn, "from a picture")
+
+    def settle_edit(self) -> Turn | None:
+        """Closes the open edit in the same way, and gives it. It is no turn, but its pictures are in the gallery."""
+        turn, self.edit = self.edit, None
+        if turn is not None:
+            self._close(turn, "redrawn")
+        return turn
+
+    def close(self, turn: Turn) -> None:
+        """Closes a turn or an edit, if it is still open."""
+        if turn is self.open:
+            self.settle()
+        elif turn is self.edit:
+            self.settle_edit()
+
+    def _close(self, turn: Turn, words: str) -> None:
+        turn.state = "stopped" if turn.state == "drawing" else turn.state
+        self.keep(turn.pictures(), caption(turn, words))
+
+    def pick(self, place: int | None) -> None:
+        """Picks a picture of the gallery, by its place from the newest on, to be edited; None is always the newest."""
+        newest_first = list(reversed(self.drawn))
+        self._picked = None if place is None or not 0 <= place < len(newest_first) else newest_first[place]
+
+    @property
+    def place(self) -> int | None:
+        """Of the picture that is picked, from the newest on; None where none is, or it has been forgotten."""
+        return next((place for place, one in enumerate(reversed(self.drawn)) if one is self._picked), None)
+
+    @property
+    def picked(self) -> Picture | None:
+        """The picture to be edited, where there is one."""
+        return self.drawn[-1 - (self.place or 0)].picture if self.drawn else None
 
     def keep(self, pictures: Iterator[Picture] | list[Picture], words: str) -> None:
         """Puts pictures into the gallery."""
@@ -130,11 +167,13 @@ class Conversation:
     def clear(self) -> None:
         """Forgets everything."""
         self.settle()
+        self.settle_edit()
         self.turns.clear()
         self.drawn.clear()
+        self.pick(None)
 
 
-def caption(turn: Turn) -> str:
-    """What stands under a turn's pictures."""
-    words = " ".join(part for part in turn.prompt if isinstance(part, str)) or "from a picture"
+def caption(turn: Turn, otherwise: str) -> str:
+    """What stands under a turn's pictures; where it has no text, what is said `otherwise`."""
+    words = " ".join(part for part in turn.prompt if isinstance(part, str)) or otherwise
     return f"{words[:80]} \N{MIDDLE DOT} seed {turn.settings.seed}"

@@ -16,6 +16,7 @@ LITTLE = 128
 
 EMPTY = """<div class="empty"><span class="tiles"><i></i><i></i><i></i><i></i></span>
 <b>Nothing here yet</b><p>Say what to draw, add a picture to ask about, or both.</p></div>"""
+WAITING = """<article class="turn waits"><p class="meta">waiting for its turn &hellip;</p></article>"""
 
 
 def data_uri(picture: Picture) -> str:
@@ -46,14 +47,19 @@ def conversation_html(conversation: Conversation) -> str:
 def turn_html(turn: Turn) -> str:
     """One prompt and what there is of its answer."""
     asked = "".join(_content(part, "a picture of the prompt") for part in turn.prompt)
+    return _article(turn, f'<div class="asked">{asked}</div>' if asked else "")
+
+
+def edit_html(turn: Turn) -> str:
+    """What there is of an edit until its pictures are in the gallery; of one that was refused, why."""
+    if turn.state == "done" or not turn.samples:
+        return problem(turn.error)
+    return _article(turn)
+
+
+def _article(turn: Turn, above: str = "") -> str:
     samples = "" if turn.error and not any(turn.samples) else _samples(turn)
-    parts = [
-        f'<div class="asked">{asked}</div>' if asked else "",
-        samples,
-        _documents(turn.documents),
-        f'<p class="problem" role="alert">{escape(turn.error)}</p>' if turn.error else "",
-        f'<p class="meta">{_meta(turn)}</p>',
-    ]
+    parts = [above, samples, _documents(turn.documents), problem(turn.error), f'<p class="meta">{_meta(turn)}</p>']
     return f'<article class="turn {turn.state}">{"".join(parts)}</article>'
 
 

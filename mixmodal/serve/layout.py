@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import gradio as gr  # pyright: ignore[reportMissingImports]
 
-from mixmodal.serve.conversation import Conversation
-from mixmodal.serve.html import EMPTY, LITTLE, conversation_html, problem, turn_html
+from mixmodal.serve.conversation import Conversation, Turn
+from mixmodal.serve.html import EMPTY, LITTLE, WAITING, conversation_html, edit_html, turn_html
 from mixmodal.serve.settings import MAX_SEED, Settings, choose_seed, default_sampling
 from mixmodal.serve.studio import Studio
 from mixmodal.serve.uploads import enlarge
@@ -55,10 +55,10 @@ def build_page(studio: Studio, title: str) -> Any:
         gr.HTML(_head(studio, title), elem_id="head", padding=False)
         with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Chat", id="chat"):
-                editor_button = _build_chat(studio, conversation)
+                gallery, editor_button = _build_chat(studio, conversation)
             with gr.Tab("Edit", id="edit"):
-                editor = _build_edit(studio, conversation)
-        editor_button.click(_latest, conversation, [tabs, editor], **LIGHT)
+                editor = _build_edit(studio, conversation, [gallery, editor_button])
+        editor_button.click(_picked, conversation, [tabs, editor], **LIGHT)
     return page
 
 
@@ -143,11 +143,11 @@ class Controls:
         )
 
 
-def _build_chat(studio: Studio, conversation: Any) -> Any:
-    """The tab; gives the button that takes the latest picture to the other one."""
+def _build_chat(studio: Studio, conversation: Any) -> tuple[Any, Any]:
+    """The tab; gives its gallery and the button that takes a picture of it to the other one."""
     with gr.Row(elem_id="chat", equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            with gr.Column(elem_id="talk", elem_classes=["crisp"] if studio.image_size <= LITTLE else []):
+            with gr.Column(elem_id="talk", elem_classes=_crisp(studio)):
                 answer = gr.HTML("", elem_id="answer", padding=False)
                 history = gr.HTML(EMPTY, elem_id="history", padding=False)
             with gr.Group(elem_id="composer"):
@@ -170,7 +170,7 @@ def _build_chat(studio: Studio, conversation: Any) -> Any:
                     generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
             gallery = _build_gallery(studio, "Drawn so far", columns=6, elem_id="gallery")
             edit = gr.Button(
-                "Edit the latest picture", size="sm", variant="secondary", visible=False, elem_id="to-edit"
+                _edit_words(Conversation()), size="sm", variant="secondary", visible=False, elem_id="to-edit"
             )
         with gr.Column(scale=2, min_width=280, elem_classes="side"):
             controls = Controls(studio, of_chat=True)
@@ -200,15 +200,33 @@ def _build_chat(studio: Studio, conversation: Any) -> Any:
     shown = [history, answer, gallery, edit, stop, conversation]  # setting it begins its hour anew
     asking = []
     for trigger in (generate.click, prompt.submit):
-        chosen = trigger(choose_seed, [controls.seed, controls.is_random], controls.seed, **LIGHT)
+        chosen = trigger(_wait, [controls.seed, controls.is_random], [controls.seed, answer, stop], **LIGHT)
         inputs = [conversation, prompt, *controls.inputs]
         asking.append(
             chosen.then(converse, inputs, [*shown, prompt], show_progress="hidden", trigger_mode="once", **CALLS)
         )
+        asking[-1].failure(_wait_no_more, None, [answer, stop], **LIGHT)
     stop.click(settle, conversation, shown, cancels=asking, **LIGHT)
     clear.click(forget, conversation, shown, cancels=asking, **LIGHT)
+    gallery.select(_pick, conversation, edit, **LIGHT)
+    gallery.preview_close(_unpick, conversation, edit, **LIGHT)
     controls.output.change(default_sampling, controls.output, [controls.temperature, controls.top_p], **LIGHT)
-    return edit
+    return gallery, edit
+
+
+def _wait(seed: float | None, is_random: bool) -> tuple[Any, ...]:
+    """The seed of a request, and what is shown until it is its turn: that it waits, and a stop."""
+    return choose_seed(seed, is_random), WAITING, gr.update(visible=True)
+
+
+def _wait_no_more() -> tuple[Any, ...]:
+    """After a request that was turned away; gradio says that the page is busy."""
+    return "", gr.update(visible=False)
+
+
+def _crisp(studio: Studio) -> list[str]:
+    """The class that shows little pictures as squares of pixels."""
+    return ["crisp"] if studio.image_size <= LITTLE else []
 
 
 def _build_gallery(studio: Studio, label: str, columns: int, elem_id: str) -> Any:
@@ -223,28 +241,51 @@ def _build_gallery(studio: Studio, label: str, columns: int, elem_id: str) -> An
         interactive=False,
         buttons=["download", "fullscreen"],
         elem_id=elem_id,
-        elem_classes=["crisp"] if studio.image_size <= LITTLE else [],
+        elem_classes=_crisp(studio),
     )
 
 
 def _settled(kept: Conversation) -> tuple[Any, ...]:
-    """What stands on the page while nothing is drawn: turns, no answer, gallery (newest first), its button, no stop."""
+    """What stands on the page while nothing is drawn: turns, no answer, gallery, its button, no stop."""
+    return conversation_html(kept), "", *_gallery(kept), gr.update(visible=False), kept
+
+
+def _gallery(kept: Conversation) -> tuple[Any, Any]:
+    """The pictures, newest first, with the picked one open as before, and the button below."""
     drawn = [(one.picture, one.caption) for one in reversed(kept.drawn)]
-    there = bool(drawn)
-    shown = gr.update(value=drawn, visible=there), gr.update(visible=there)
-    return conversation_html(kept), "", *shown, gr.update(visible=False), kept
+    shown = gr.update(value=drawn, visible=bool(drawn), selected_index=kept.place)
+    return shown, gr.update(value=_edit_words(kept), visible=bool(drawn))
 
 
-def _latest(kept: Conversation) -> tuple[Any, ...]:
-    """Opens the other tab with the newest picture, where there is one."""
-    if not kept.drawn:
+def _edit_words(kept: Conversation) -> str:
+    return "Edit the latest picture" if kept.place is None else "Edit this picture"
+
+
+def _pick(kept: Conversation, chosen: gr.SelectData) -> str:
+    """The picture that was clicked on is the one to be edited, and the button says so."""
+    kept.pick(chosen.index if isinstance(chosen.index, int) else None)
+    return _edit_words(kept)
+
+
+def _unpick(kept: Conversation) -> str:
+    kept.pick(None)
+    return _edit_words(kept)
+
+
+def _picked(kept: Conversation) -> tuple[Any, ...]:
+    """Opens the other tab with the picture that is picked, where there is one."""
+    if kept.picked is None:
         return gr.skip(), gr.skip()
-    picture = enlarge(kept.drawn[-1].picture)
+    picture = enlarge(kept.picked)
     return gr.update(selected="edit"), {"background": picture, "layers": [], "composite": picture}
 
 
-def _build_edit(studio: Studio, conversation: Any) -> Any:
-    """The tab; gives its editor."""
+def _build_edit(studio: Studio, conversation: Any, gallery: list[Any]) -> Any:
+    """The tab; gives its editor.
+
+    Args:
+        gallery: of the other tab, and the button below.
+    """
     with gr.Row(elem_id="edit", equal_height=False):
         with gr.Column(scale=5, min_width=320):
             gr.HTML(f"<p>{EDIT_HELP}</p>", elem_id="edit-help", padding=False)
@@ -271,18 +312,42 @@ def _build_edit(studio: Studio, conversation: Any) -> Any:
                 max_length=studio.limits.max_text_chars,
                 elem_id="edit-prompt",
             )
-            redraw = gr.Button("Redraw", variant="primary", elem_id="redraw")
+            with gr.Row(elem_id="edit-actions"):
+                stop = gr.Button("Stop", variant="secondary", min_width=80, elem_id="edit-stop", visible=False)
+                redraw = gr.Button("Redraw", variant="primary", min_width=120, elem_id="redraw")
         with gr.Column(scale=2, min_width=280, elem_classes="side"):
-            message = gr.HTML("", elem_id="edit-message", padding=False)
+            answer = gr.HTML("", elem_id="edit-answer", padding=False, elem_classes=_crisp(studio))
             results = _build_gallery(studio, "Drawn anew", columns=2, elem_id="edits")
             controls = Controls(studio, of_chat=False)
 
-    def edit(kept: Conversation, painting: Any, text: str | None, *values: Any) -> tuple[Any, str]:
-        pictures, error = studio.redraw(kept, painting, text, controls.settings(values))
-        return (gr.update(value=pictures, visible=True) if pictures else gr.skip()), problem(error)
+    def edit(kept: Conversation, painting: Any, text: str | None, *values: Any) -> Iterator[tuple[Any, ...]]:
+        turns = studio.redraw(kept, painting, text, controls.settings(values))
+        turn = None
+        with closing(cast(Any, turns)):
+            for turn in turns:
+                if kept.edit is not turn:  # whole, or stopped
+                    break
+                yield edit_html(turn), gr.update(visible=False), gr.update(visible=True), *[gr.skip()] * 3
+        yield _edited(kept, turn)
 
-    inputs = [conversation, editor, prompt, *controls.inputs]
+    def settle(kept: Conversation) -> tuple[Any, ...]:
+        return _edited(kept, kept.settle_edit())
+
+    shown = [answer, results, stop, *gallery, conversation]
+    editing = []
     for trigger in (redraw.click, prompt.submit):
-        chosen = trigger(choose_seed, [controls.seed, controls.is_random], controls.seed, **LIGHT)
-        chosen.then(edit, inputs, [results, message], trigger_mode="once", **CALLS)
+        chosen = trigger(_wait, [controls.seed, controls.is_random], [controls.seed, answer, stop], **LIGHT)
+        inputs = [conversation, editor, prompt, *controls.inputs]
+        editing.append(chosen.then(edit, inputs, shown, show_progress="hidden", trigger_mode="once", **CALLS))
+        editing[-1].failure(_wait_no_more, None, [answer, stop], **LIGHT)
+    stop.click(settle, conversation, shown, cancels=editing, **LIGHT)
     return editor
+
+
+def _edited(kept: Conversation, turn: Turn | None) -> tuple[Any, ...]:
+    """What stands on the tab while nothing is drawn: how the edit ended, its pictures where it is done, no stop."""
+    if turn is None:  # it had waited, or was done already
+        return "", gr.skip(), gr.update(visible=False), *[gr.skip()] * 3
+    pictures = list(turn.pictures()) if turn.state == "done" else []
+    results = gr.update(value=pictures, visible=True) if pictures else gr.skip()
+    return edit_html(turn), results, gr.update(visible=False), *_gallery(kept), kept

@@ -116,9 +116,10 @@ def launch(studio: Studio, config: ServeConfig) -> None:
 
 
 def quiet_environment(folder: Path) -> dict[str, str]:
-    """Variables that keep gradio from calling other machines and from reading paths that we do not give it."""
+    """Variables that keep gradio from calling other machines, reading paths that we do not give it, and counting."""
     return {
         "GRADIO_ANALYTICS_ENABLED": "False",
+        "GRADIO_ANALYTICS_MAX_EVENTS": "16",  # gradio goes through all that it keeps behind every request
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "GRADIO_ALLOWED_PATHS": "",
         "GRADIO_SHARE": "False",

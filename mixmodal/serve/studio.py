@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, cast
 
 from PIL.Image import Image as Picture
 
+from mixmodal.pipeline.drawing import Piece
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.serve.conversation import Content, Conversation, Read, Turn
 from mixmodal.serve.settings import Settings
-from mixmodal.serve.uploads import Limits, read_painting, read_prompt
+from mixmodal.serve.uploads import Limits, check_text, read_painting, read_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -66,17 +67,32 @@ class Studio:
         prompt: list[Content] = [text.strip()] if text and text.strip() else []
         turn = Turn(prompt, settings)
         conversation.begin(turn)
+        yield from self._tell(conversation, turn, self._answer(conversation, turn, text, files))
+
+    def redraw(
+        self, conversation: Conversation, painting: Mapping[str, Any] | None, text: str | None, settings: Settings
+    ) -> Iterator[Turn]:
+        """Opens an edit and gives it again and again while the painted region is drawn; otherwise as `answer`.
+
+        Args:
+            painting: `background` and `layers`; see `read_painting`.
+            text: what the picture is to show; may be empty.
+        """
+        prompt: list[Content] = [text.strip()] if text and text.strip() else []
+        turn = Turn(prompt, settings)
+        conversation.begin_edit(turn)
+        yield from self._tell(conversation, turn, self._redraw(turn, painting))
+
+    def _tell(self, conversation: Conversation, turn: Turn, views: Iterator[Turn]) -> Iterator[Turn]:
+        """The views, and the turn as it is in the end: done, stopped, or with an error."""
         try:
-            self._check(settings)
-            turn.prompt = read_prompt(text, files, self.limits, self.model.codec.image_tokenizer.config)
-            yield from self._draw(turn, conversation.documents(settings.remember))
+            yield from views
             turn.state = "done" if turn.state == "drawing" else turn.state
         except Exception as error:
             turn.error = explain(error)
             turn.state = "stopped"
         finally:
-            if conversation.open is turn:
-                conversation.settle()
+            conversation.close(turn)
         yield turn
 
     def _check(self, settings: Settings) -> None:
@@ -86,11 +102,13 @@ class Studio:
             if value > most:
                 raise ValueError(f"{value} {name} are asked for; {most} are allowed")
 
-    def _draw(self, turn: Turn, earlier: list[list[Content]]) -> Iterator[Turn]:
+    def _answer(self, conversation: Conversation, turn: Turn, text: str | None, files: Sequence[str]) -> Iterator[Turn]:
         settings = turn.settings
+        self._check(settings)
+        turn.prompt = read_prompt(text, files, self.limits, self.model.codec.image_tokenizer.config)
+        before: list[Any] = list(conversation.documents(settings.remember))
         options, turn.notes = settings.options(turn.prompt)
         yield turn
-        before: list[Any] = list(earlier)
         if settings.retrieve and self.has_memory:
             (found,) = self.model.retrieve([turn.prompt], settings.retrieve, settings.output)
             contents = self.model.codec.from_documents([self.model.format.parse(one.ids) for one in found])
@@ -98,18 +116,22 @@ class Studio:
                 parts = [part if isinstance(part, Picture) else str(part) for part in content]
                 turn.documents.append(Read(one.key, one.score, parts))
             before += found
+        more: dict[str, Any] = {"before": before} if before else {}
+        yield from self._grow(turn, self.model.stream, turn.prompt, settings.output, **more, **options)
+
+    def _redraw(self, turn: Turn, painting: Mapping[str, Any] | None) -> Iterator[Turn]:
+        self._check(turn.settings)
+        picture, region = read_painting(painting, self.limits, self.image_size)
+        check_text("".join(map(str, turn.prompt)), self.limits)
+        options, _ = turn.settings.options(turn.prompt)
+        yield from self._grow(turn, self.model.stream_infill, picture, region, turn.prompt, **options)
+
+    def _grow(self, turn: Turn, stream: Callable[..., Iterator[Piece]], *asked: Any, **options: Any) -> Iterator[Turn]:
+        """The turn, again and again while its samples are drawn."""
+        settings = turn.settings
         turn.samples = [[] for _ in range(settings.num)]
         yield turn
-        more: dict[str, Any] = {"before": before} if before else {}
-        pieces = self.model.stream(
-            turn.prompt,
-            settings.output,
-            num=settings.num,
-            seed=settings.seed,
-            preview_every=self.preview_every,
-            **more,
-            **options,
-        )
+        pieces = stream(*asked, num=settings.num, seed=settings.seed, preview_every=self.preview_every, **options)
         shown = time.monotonic()
         with closing(cast(Any, pieces)):
             for piece in pieces:
@@ -119,29 +141,6 @@ class Studio:
                 if time.monotonic() - shown >= self.interval_s:
                     yield turn
                     shown = time.monotonic()
-
-    def redraw(
-        self, conversation: Conversation, painting: Mapping[str, Any] | None, text: str | None, settings: Settings
-    ) -> tuple[list[Picture], str]:
-        """Pictures of which the painted region is drawn anew, and an error; one of them is empty.
-
-        Args:
-            painting: `background` and `layers`; see `read_painting`.
-            text: what the picture is to show; may be empty.
-        """
-        try:
-            self._check(settings)
-            picture, region = read_painting(painting, self.limits, self.image_size)
-            prompt = (text or "").strip()
-            if len(prompt) > self.limits.max_text_chars:
-                raise ValueError(f"the text has {len(prompt)} characters; {self.limits.max_text_chars} are allowed")
-            parts = [prompt] if prompt else []
-            options, _ = settings.options(parts)
-            pictures = self.model.infill(picture, region, parts, num=settings.num, seed=settings.seed, **options)
-        except Exception as error:
-            return [], explain(error)
-        conversation.keep(pictures, f"{prompt or 'redrawn'} \N{MIDDLE DOT} seed {settings.seed}")
-        return pictures, ""
 
 
 def explain(error: Exception) -> str:

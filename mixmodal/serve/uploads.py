@@ -49,8 +49,7 @@ def read_prompt(text: str | None, files: Sequence[str], limits: Limits, config: 
     text = (text or "").strip()
     if not text and not files:
         raise ValueError("the prompt is empty; write a text or add a picture")
-    if len(text) > limits.max_text_chars:
-        raise ValueError(f"the text has {len(text)} characters; {limits.max_text_chars} are allowed")
+    check_text(text, limits)
     if len(files) > limits.max_pictures:
         raise ValueError(f"the prompt has {len(files)} pictures; {limits.max_pictures} are allowed")
     parts: list[Any] = []
@@ -58,6 +57,14 @@ def read_prompt(text: str | None, files: Sequence[str], limits: Limits, config: 
         opened = open_picture(Path(file).read_bytes(), f"picture {number}", limits.max_pixels)
         parts.append(resize_and_crop(opened, config.image_size, config.preprocess))
     return [*parts, text] if text else parts
+
+
+def check_text(text: str, limits: Limits) -> None:
+    """Raises:
+    ValueError: for a text that is longer than allowed.
+    """
+    if len(text) > limits.max_text_chars:
+        raise ValueError(f"the text has {len(text)} characters; {limits.max_text_chars} are allowed")
 
 
 def enlarge(picture: Picture, side: int = EDIT_SIDE) -> Picture:

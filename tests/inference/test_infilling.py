@@ -1,6 +1,7 @@
 """Regions of pictures and texts that masks stand for: what is read is what CM3 trains on, and what is known stays."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from mixmodal import MixedModal
 from mixmodal.document import Document, Image, Mask, SequenceFormat, Text
 from mixmodal.models.transformer import Transformer
 from mixmodal.objectives.causal_masked import _move
+from mixmodal.pipeline.drawing import UNDRAWN
 from mixmodal.pipeline.infilling import cells_of, fill_region, merge_region
 from mixmodal.sampling.engine import FREE
 from mixmodal.sampling.generator import SequenceGenerator
@@ -124,6 +126,52 @@ def test_a_picture_keeps_what_is_not_in_the_region(loaded: MixedModal, picture: 
     lower = np.arange(16).reshape(4, 4) >= 8
     assert all(one.codes[~lower].tolist() == image.codes[~lower].tolist() for one in seen)
     assert len({one.codes.tobytes() for one in seen}) == 3
+
+
+@pytest.mark.parametrize("order", ["masks", "raster"])
+@pytest.mark.parametrize("preview_every", [0, 3])
+def test_pieces_of_a_region_end_as_the_pictures(
+    loaded: MixedModal, picture: PIL.Image, order: str, preview_every: int
+) -> None:
+    options: Any = {"num": 3, "order": order, "seed": 2}
+    wanted = loaded.infill(picture, (10, 10, 30, 20), "pear", **options)
+    pieces = list(loaded.stream_infill(picture, (10, 10, 30, 20), "pear", preview_every=preview_every, **options))
+    whole = {piece.sample: piece.part for piece in pieces if piece.whole}
+    assert [whole[sample].tobytes() for sample in range(3)] == [one.tobytes() for one in wanted]  # type: ignore[union-attr]
+    assert (len(pieces) > 3) is bool(preview_every)
+    with pytest.raises(ValueError, match=r"preview_every is -1 \(at least 0\)"):
+        next(loaded.stream_infill(picture, (10, 10, 30, 20), preview_every=-1))
+
+
+@pytest.mark.parametrize("order", ["masks", "raster"])
+def test_a_region_is_grey_until_it_is_drawn_and_the_rest_is_there(
+    loaded: MixedModal, picture: PIL.Image, order: str
+) -> None:
+    box = (10, 5, 20, 15)  # of a picture of which the middle, 20 x 20, is seen: 2 x 2 codes of 4 x 4
+    options: Any = {"order": order, "seed": 2, "preview_every": 1}
+    shown = [np.asarray(piece.part) for piece in loaded.stream_infill(picture, box, "pear", **options)]
+    side = loaded.codec.image_tokenizer.config.image_size // 4
+    cells = [(row, column) for row in (1, 2) for column in (0, 1)]
+    first = 0 if order == "raster" else 1  # with masks all that is known is read before the first code is drawn
+    for count, one in enumerate(shown, first):
+        grey = (one == UNDRAWN).all(axis=-1).reshape(4, side, 4, side).all(axis=(1, 3))
+        assert [(int(row), int(column)) for row, column in np.argwhere(grey)] == cells[count:]
+    assert len(shown) == 5 - first
+    (image,) = loaded.codec.encode_pictures([picture])
+    known = np.asarray(loaded.codec.decode_images([image])[0])
+    if first == 0:
+        rest = (shown[0] != UNDRAWN).any(axis=-1)
+        assert np.array_equal(shown[0][rest], known[rest])
+
+
+def test_nothing_is_drawn_behind_a_region_in_raster_order(form: SequenceFormat, model: Transformer) -> None:
+    generator, image = SequenceGenerator(model, form), Image(np.arange(6).reshape(2, 3))
+    prompt = form.spell_prompt(Document([Text("abc")]), "image")
+    cells = np.array([[False, True, False], [False, False, False]])
+    (request,) = fill_region(form, [generator.request(prompt, 0, "image")], image, cells, "raster")
+    (drawn,) = generator.generate([request])
+    assert len(drawn) == 2
+    assert merge_region(form, image, cells, request, drawn).codes[~cells].tolist() == image.codes[~cells].tolist()
 
 
 def test_a_mask_in_text_equals_a_loop_without_cache(form: SequenceFormat, model: Transformer, image: Image) -> None:

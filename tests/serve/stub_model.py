@@ -78,15 +78,33 @@ class StubModel:
         finally:
             self.open -= 1
 
-    def infill(
-        self, picture: Image.Image, region: Any, prompt: Any = "", *, num: int = 1, seed: int = 0, **options: Any
-    ) -> list[Image.Image]:
+    def stream_infill(
+        self,
+        picture: Image.Image,
+        region: Image.Image,
+        prompt: Sequence[Any],
+        *,
+        num: int,
+        seed: int,
+        preview_every: int,
+        **options: Any,
+    ) -> Iterator[Piece]:
         call = {"picture": picture, "region": region, "prompt": prompt, "num": num, "seed": seed, **options}
         self.calls = [*self.calls[-9:], call]
         if picture.size != region.size:
             raise AssertionError("picture and region differ in size")
-        self.num_infilled += 1
-        drawn = [picture.copy() for _ in range(num)]
-        for sample, one in enumerate(drawn):
-            one.paste((200, 30 * sample, 30), mask=region)
-        return drawn
+        self.open += 1
+        self.most_open = max(self.most_open, self.open)
+        try:
+            for step in range(1, self.steps + 1):
+                time.sleep(self.step_s)
+                for sample in range(num):
+                    drawn, whole = picture.copy(), step == self.steps
+                    drawn.paste((200, 30 * sample, 30) if whole else (235, 235, 235), mask=region)
+                    yield Piece(sample, 0, drawn, whole)
+            self.num_infilled += 1
+        except GeneratorExit:
+            self.num_closed += 1
+            raise
+        finally:
+            self.open -= 1

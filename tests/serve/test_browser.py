@@ -126,6 +126,37 @@ def test_visitors_wait_for_each_other(serve: Callable[..., Any], visit: Callable
     assert server.wait(lambda found: found["num_finished"] == 3)["most_open"] == 1
 
 
+def test_who_waits_is_told_and_may_stop_and_who_is_turned_away_too(
+    serve: Callable[..., Any], visit: Callable[..., Any]
+) -> None:
+    server = serve(1.5)
+    pages = [visit(server.url) for _ in range(6)]
+    for number, page in enumerate(pages):  # one is drawn, four wait
+        generate(page, f"apple {number}")
+        page.wait_for_selector("#answer .growing" if number == 0 else "#answer .waits")
+    pages[5].wait_for_selector("text=currently busy")
+    pages[5].wait_for_selector("#answer .waits", state="detached")
+    assert pages[5].is_hidden("#stop")
+    assert pages[5].input_value("#prompt textarea") == "apple 5"
+    pages[1].click("#stop")
+    pages[1].wait_for_selector("#answer .waits", state="detached")
+    for page in (pages[0], *pages[2:5]):
+        page.wait_for_selector("#history .turn.done img")
+    assert server.counters()["num_finished"] == 4
+
+
+def paint(page: Any) -> None:
+    """A stroke through the middle of the picture."""
+    page.wait_for_selector("#editor canvas")
+    page.wait_for_timeout(2000)
+    box = page.locator("#editor canvas").first.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.4)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.6, steps=12)
+    page.mouse.up()
+    page.wait_for_timeout(500)
+
+
 def test_a_picture_is_painted_on_and_drawn_anew(serve: Callable[..., Any], visit: Callable[..., Any]) -> None:
     server = serve()
     page = visit(server.url)
@@ -135,19 +166,54 @@ def test_a_picture_is_painted_on_and_drawn_anew(serve: Callable[..., Any], visit
     page.wait_for_selector("#editor canvas")
     page.wait_for_timeout(2000)
     page.click("#redraw")
-    page.wait_for_selector("#edit-message .problem")
-    assert "nothing is painted" in page.inner_text("#edit-message")
-    box = page.locator("#editor canvas").first.bounding_box()
-    page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.4)
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + box["height"] * 0.6, steps=12)
-    page.mouse.up()
-    page.wait_for_timeout(500)
+    page.wait_for_selector("#edit-answer .problem")
+    assert "nothing is painted" in page.inner_text("#edit-answer")
+    paint(page)
     page.fill("#edit-prompt textarea", "a pear")
     page.click("#redraw")
     page.wait_for_selector("#edits img")
     server.wait(lambda found: found["num_infilled"] == 1)
-    assert page.inner_text("#edit-message").strip() == ""
+    assert page.locator("#edit-answer article, #edit-answer .problem").count() == 0
+    page.get_by_role("tab", name="Chat").click()
+    page.locator("#gallery .thumbnail-item").nth(1).wait_for()
+
+
+def test_an_edit_is_shown_while_it_is_drawn_and_stops(serve: Callable[..., Any], visit: Callable[..., Any]) -> None:
+    server = serve(1.0)
+    page = visit(server.url)
+    generate(page, "an apple")
+    page.wait_for_selector("#to-edit")
+    page.click("#to-edit")
+    paint(page)
+    page.click("#redraw")
+    page.wait_for_selector("#edit-answer .growing")
+    page.click("#edit-stop")
+    page.wait_for_selector("#edit-answer .turn.stopped img")
+    server.wait(lambda found: (found["num_closed"], found["num_infilled"], found["open"]) == (1, 0, 0))
+    assert page.is_hidden("#edit-stop")
+    page.click("#redraw")
+    page.wait_for_selector("#edit-answer .growing")
+    page.wait_for_selector("#edits img")
+    page.wait_for_selector("#edit-answer article", state="detached")
+
+
+def test_the_picture_that_is_opened_in_the_gallery_is_edited(
+    serve: Callable[..., Any], visit: Callable[..., Any]
+) -> None:
+    page = visit(serve().url)
+    for number in (1, 2):
+        generate(page, f"apple {number}")
+        page.locator("#gallery .thumbnail-item").nth(number - 1).wait_for()
+    older = page.locator("#gallery .thumbnail-item img").nth(1).get_attribute("src")
+    page.locator("#gallery .thumbnail-item").nth(1).click()
+    page.wait_for_selector("#to-edit:has-text('Edit this picture')")
+    generate(page, "apple 3")
+    page.locator("#gallery .preview .thumbnail-item").nth(2).wait_for()
+    page.wait_for_selector(f"#gallery .preview .media-button img[src='{older}']")
+    assert "apple 1" in page.inner_text("#gallery .preview")
+    assert page.inner_text("#to-edit") == "Edit this picture"
+    page.click("#gallery button[aria-label='Close']")
+    page.wait_for_selector("#to-edit:has-text('Edit the latest picture')")
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -73,6 +73,25 @@ def test_what_is_kept_is_bounded_and_can_be_forgotten(stub: StubModel) -> None:
     assert not talk.drawn
 
 
+def test_the_picture_that_was_picked_is_edited_wherever_it_moves_in_the_gallery(stub: StubModel) -> None:
+    talk, pictures = Conversation(max_drawn=3), [stub.picture(number) for number in range(5)]
+    assert (talk.picked, talk.place) == (None, None)
+    talk.keep(pictures[:3], "apples")
+    assert (talk.picked, talk.place) == (pictures[2], None)
+    talk.pick(1)  # from the newest on
+    assert (talk.picked, talk.place) == (pictures[1], 1)
+    talk.keep(pictures[3:4], "a pear")
+    assert (talk.picked, talk.place) == (pictures[1], 2)
+    talk.keep(pictures[4:], "a plum")  # the picked one is forgotten
+    assert (talk.picked, talk.place) == (pictures[4], None)
+    for none in (None, 3, -1):
+        talk.pick(2)
+        talk.pick(none)
+        assert talk.picked is pictures[4]
+    talk.clear()
+    assert talk.picked is None
+
+
 def test_parts_of_a_mixed_sample_take_their_places(stub: StubModel) -> None:
     turn = Turn(["x"], Settings(output="mixed"), samples=[[]])
     for piece in (Piece(0, 0, "a", False), Piece(0, 0, "ab", True), Piece(0, 1, stub.picture(1), False)):

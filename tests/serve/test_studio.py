@@ -12,7 +12,7 @@ from PIL import Image
 from stub_model import StubModel
 
 from mixmodal.serve.conversation import Conversation, Turn
-from mixmodal.serve.html import conversation_html
+from mixmodal.serve.html import conversation_html, edit_html
 from mixmodal.serve.settings import Settings
 from mixmodal.serve.studio import Studio
 from mixmodal.serve.uploads import Limits
@@ -170,35 +170,77 @@ def painted(size: int = 512, box: tuple[int, int, int, int] = (0, 0, 256, 512)) 
     return {"background": background, "layers": [layer], "composite": background}
 
 
+def redraw(studio: Studio, painting: Any, text: str, talk: Conversation | None = None, **chosen: Any) -> Turn:
+    """The last view of an edit."""
+    *_, turn = studio.redraw(Conversation() if talk is None else talk, painting, text, Settings(**chosen))
+    return turn
+
+
 def test_the_painted_region_is_drawn_anew_at_the_size_of_the_model(stub: StubModel) -> None:
     talk = Conversation()
-    pictures, error = build(stub).redraw(talk, painted(), "a pear", Settings(num=2, seed=3, guidance_scale=2.0))
+    turn = redraw(build(stub), painted(), "a pear", talk, num=2, seed=3, guidance_scale=2.0)
     call = stub.calls[-1]
-    assert not error
-    assert len(pictures) == 2
+    assert (turn.error, turn.state) == ("", "done")
+    assert len(list(turn.pictures())) == 2
     assert call["picture"].tobytes() == StubModel().picture(5, 0.5).tobytes()
     assert (call["region"].mode, call["region"].size, call["region"].getbbox()) == ("L", (32, 32), (0, 0, 16, 32))
     assert (call["prompt"], call["seed"], call["guidance_scale"]) == (["a pear"], 3, 2.0)
+    assert [one.caption for one in talk.drawn] == ["a pear \N{MIDDLE DOT} seed 3"] * 2
+    assert not talk.turns
+
+
+def test_an_edit_grows_until_its_pictures_are_whole(stub: StubModel) -> None:
+    talk = Conversation()
+    views = [(len(edit_html(turn)) > 0, turn.state) for turn in build(stub).redraw(talk, painted(), "", Settings())]
+    assert views == [(True, "drawing")] * 5 + [(False, "done")]  # the pictures are in the gallery then
+    assert [one.caption for one in talk.drawn] == ["redrawn \N{MIDDLE DOT} seed 0"]
+
+
+@pytest.mark.parametrize("how", ["stop", "leave"])
+def test_an_edit_that_nobody_waits_for_stops_the_model(stub: StubModel, how: str) -> None:
+    talk = Conversation()
+    edit = cast(Any, build(stub).redraw(talk, painted(), "a pear", Settings()))
+    while not any(next(edit).samples):
+        pass
+    if how == "stop":
+        turn = talk.settle_edit()
+        assert turn is not None
+        *_, last = edit
+        assert last is turn
+        assert (turn.state, "stopped" in edit_html(turn)) == ("stopped", True)
+    else:
+        edit.close()
+    assert (stub.open, stub.num_closed, stub.num_infilled) == (0, 1, 0)
+    assert (talk.edit, len(talk.drawn), len(talk.turns)) == (None, 0, 0)
+
+
+def test_a_turn_and_an_edit_do_not_stop_each_other(stub: StubModel) -> None:
+    talk, studio = Conversation(), build(stub)
+    answer = cast(Any, studio.answer(talk, "an apple", [], Settings()))
+    next(answer)
+    assert redraw(studio, painted(), "a pear", talk).state == "done"
+    *_, turn = answer
+    assert turn.state == "done"
     assert len(talk.drawn) == 2
 
 
 def test_a_picture_of_another_size_keeps_it_and_guidance_needs_a_prompt(stub: StubModel) -> None:
-    pictures, error = build(stub).redraw(Conversation(), painted(500), "", Settings(guidance_scale=2.0))
-    assert not error
-    assert pictures[0].size == (500, 500)
+    (picture,) = redraw(build(stub), painted(500), "", guidance_scale=2.0).pictures()
+    assert picture.size == (500, 500)
     assert stub.calls[-1]["guidance_scale"] == 1
 
 
 @pytest.mark.parametrize(
-    ("painting", "message"),
+    ("painting", "text", "message"),
     [
-        (None, "there is no picture"),
-        ({"background": None, "layers": []}, "there is no picture"),
-        (painted(box=(0, 0, 0, 0)), "nothing is painted"),
-        (painted(box=(0, 0, 2, 2)), "too little is painted"),
+        (None, "a pear", "there is no picture"),
+        ({"background": None, "layers": []}, "a pear", "there is no picture"),
+        (painted(box=(0, 0, 0, 0)), "a pear", "nothing is painted"),
+        (painted(box=(0, 0, 2, 2)), "a pear", "too little is painted"),
+        (painted(), "x" * 2001, "2001 characters; 2000 are allowed"),
     ],
 )
-def test_an_edit_without_picture_or_paint_is_told(stub: StubModel, painting: Any, message: str) -> None:
-    pictures, error = build(stub).redraw(Conversation(), painting, "a pear", Settings())
-    assert not pictures
-    assert message in error
+def test_an_edit_without_picture_or_paint_is_told(stub: StubModel, painting: Any, text: str, message: str) -> None:
+    turn = redraw(build(stub), painting, text)
+    assert not turn.samples
+    assert message in edit_html(turn)
