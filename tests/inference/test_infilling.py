@@ -155,3 +155,9 @@ def test_masks_are_filled_in_turn(loaded: MixedModal, picture: PIL.Image) -> Non
         loaded.fill_masks([Mask(1), Mask(1)])
     with pytest.raises(ValueError, match="guidance acts on pictures alone"):
         loaded.fill_masks(prompt, guidance_scale=2.0)
+
+
+def test_a_text_leaves_room_for_the_masks_behind_it(loaded: MixedModal) -> None:
+    texts = loaded.fill_masks(["a", Mask(0), "b", Mask(2), "c", Mask(1)], num=4)
+    assert [len(one) for one in texts] == [3] * 4
+    assert max(len(one[0]) for one in texts) > 40  # it would take all of the context
