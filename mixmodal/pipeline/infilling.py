@@ -63,8 +63,9 @@ def cells_of(region: Region, size: tuple[int, int], config: ImageTokenizerConfig
     if isinstance(region, Picture):
         mask = region.convert("L").point([255 * (level >= HALF) for level in range(256)])
     else:
+        left, top, right, bottom = region
         mask = Pictures.new("L", size)
-        mask.paste(255, tuple(region))
+        mask.paste(255, (left, top, right, bottom))
     mask = resize_and_crop(mask, config.image_size, config.preprocess)
     height, width = grid
     levels = np.asarray(mask).reshape(height, mask.height // height, width, mask.width // width)

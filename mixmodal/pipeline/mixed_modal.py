@@ -23,7 +23,8 @@ from mixmodal.document import Document, Image, Text
 from mixmodal.interop.export import find_export, load_export
 from mixmodal.models.transformer import Transformer
 from mixmodal.pipeline.drawing import Piece, Plan, Sample, build_plan, parse_sample, read_pieces, sample_of
-from mixmodal.pipeline.infilling import Infilling
+from mixmodal.pipeline.filling import FillingQueue
+from mixmodal.pipeline.infilling import Infilling, Order
 from mixmodal.pipeline.options import SamplingOptions
 from mixmodal.pipeline.prompts import (
     Before,
@@ -36,12 +37,13 @@ from mixmodal.pipeline.prompts import (
     spell_documents,
     spell_prompts,
 )
-from mixmodal.pipeline.queue import Ask, Drawn, Failed, Queue
+from mixmodal.pipeline.queue import Ask, Drawn, Failed, SampleQueue
 from mixmodal.pipeline.reranking import Rank, check_best_of, keep_best, rank_by_encoder, rank_by_likelihood
 from mixmodal.retrieval.encoder import load_encoder
 from mixmodal.retrieval.retriever import DEFAULT_SELECTION, Retrieved, Retriever, load_retriever
 from mixmodal.retrieval.selection import SelectionConfig
 from mixmodal.sampling.generator import SequenceGenerator
+from mixmodal.sampling.grammar import INFILL
 from mixmodal.tokenization.codec import Codec, Content
 
 
@@ -262,6 +264,7 @@ class MixedModal(Infilling):
         best_of: int = 1,
         max_new_tokens: int | None = None,
         retrieve: int = 0,
+        order: Order = "raster",
         **options: Unpack[SamplingOptions],
     ) -> Iterator[Drawn | Failed]:
         """The samples of any number of prompts, each as soon as it is drawn, in whatever order they end.
@@ -271,18 +274,24 @@ class MixedModal(Infilling):
 
         Args:
             prompts: each with its number of samples and its seed; the other arguments are those of `generate`.
+            output: or `infill`, for prompts with masks in texts, of which samples are `FilledText`, or with a
+                `PartialPicture` as their last part. `order` is that of `infill`.
 
         Raises:
             ValueError: for settings that can not act, whatever the prompts are.
         """
-        queue = Queue(self._generator, self._rank, self.codec, output, best_of, options)
+        if (best_of if output == INFILL else order) not in (1, "raster"):
+            raise ValueError("best_of can not act on the output infill, nor order on any other; leave it out")
+        drawn, room = ("image", None) if output == INFILL else (output, max_new_tokens)
 
-        def plan(ask: Ask) -> Plan:
+        def plan(ask: Ask, parts: Sequence[Content]) -> Plan:
             before = None if ask.before is None else [ask.before]
-            num = ask.num * best_of
-            return self._plan([ask.prompt], output, num, ask.seed, max_new_tokens, retrieve, before, options)
+            return self._plan([parts], drawn, ask.num * best_of, ask.seed, room, retrieve, before, options)
 
-        return queue.draw(prompts, plan)
+        common = self._generator, self.codec, options, plan
+        if output == INFILL:
+            return FillingQueue(*common, order, max_new_tokens, retrieve).draw(prompts)
+        return SampleQueue(*common, output, best_of, self._rank).draw(prompts)
 
     def stream(
         self,
