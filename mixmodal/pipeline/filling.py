@@ -13,7 +13,7 @@ from mixmodal.pipeline.drawing import Plan, Sample
 from mixmodal.pipeline.holes import Holes, PartialPicture
 from mixmodal.pipeline.infilling import Order, cells_of, fill_region, merge_region
 from mixmodal.pipeline.masked_text import MaskedText
-from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling
+from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling, is_guided
 from mixmodal.pipeline.queue import Ask, Drawn, Queue, open_parts
 from mixmodal.sampling.engine import Request
 from mixmodal.sampling.generator import SequenceGenerator
@@ -92,7 +92,8 @@ class FillingQueue(Queue[FillingJob]):
         retrieve: int,
     ) -> None:
         sampling = build_sampling(codec.format.vocabulary.modalities, options)
-        super().__init__(generator, sampling, build_guidance(options))
+        super().__init__(generator, sampling, build_guidance(options, follows_text=True))
+        self.is_guided = is_guided(options)
         self.codec, self.max_new_tokens = codec, max_new_tokens
         self.order: Order = order
         self._requests, self.retrieve = plan, retrieve
@@ -101,7 +102,7 @@ class FillingQueue(Queue[FillingJob]):
         """The first request of each sample."""
         parts = open_parts(ask)
         reads = bool(self.retrieve or ask.before)
-        Holes.of(parts).check(order=self.order, is_guided=self.guidance.acts, reads=reads)
+        Holes.of(parts).check(order=self.order, is_guided=self.is_guided, reads=reads)
         last, known = parts[-1], [part for part in parts if not isinstance(part, PartialPicture)]
         fillings = self._regions(ask, known, last) if isinstance(last, PartialPicture) else self._texts(ask, known)
         return [FillingJob(ask.key, sample, one, one.request()) for sample, one in enumerate(fillings)]

@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 from mixmodal.document import Image, SequenceFormat
 from mixmodal.pipeline.drawing import Plan
 from mixmodal.pipeline.masked_text import FilledText, MaskedText
-from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling
+from mixmodal.pipeline.options import SamplingOptions, build_sampling, is_guided
 from mixmodal.pipeline.prompts import Before
 from mixmodal.sampling.engine import FREE, Request
 from mixmodal.sampling.generator import SequenceGenerator
@@ -211,7 +211,7 @@ class Infilling:
             MaskedText(self._generator, self.codec, document, seed, sample, max_new_tokens) for sample in range(num)
         ]
         sampling = build_sampling(self.format.vocabulary.modalities, options)
-        if build_guidance(options).acts:
+        if is_guided(options):
             raise ValueError("guidance acts on pictures alone; leave it out for masks in texts")
         done: list[FilledText] = []
         while len(done) < num:

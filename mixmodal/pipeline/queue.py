@@ -197,7 +197,7 @@ class SampleQueue(Queue[Candidate]):
             raise ValueError(f"best_of is {best_of}; it must be at least 1")
         check_output(codec.format, output)
         sampling = build_sampling(codec.format.vocabulary.modalities, options)
-        super().__init__(generator, sampling, build_guidance(options))
+        super().__init__(generator, sampling, build_guidance(options, follows_text=output != "text"))
         check_guided(self.guidance, output)
         check_best_of(codec.format, output, self.sampling, best_of)
         self.rank, self.codec, self.output, self.best_of, self._requests = rank, codec, output, best_of, plan
