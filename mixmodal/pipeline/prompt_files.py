@@ -188,4 +188,7 @@ def _read_parts(row: Mapping[str, Any], name: str) -> tuple[PromptPart, ...]:
     entries = row["parts"] if "parts" in row else [{"text": row["prompt"]}]
     if not isinstance(entries, list) or not entries:
         raise ValueError(f'{name}: parts must be a list such as [{{"text": "a red apple"}}, {{"image": "a.png"}}]')
-    return tuple(read_part(entry, f"part {place} of {name}") for place, entry in enumerate(entries))
+    parts = tuple(read_part(entry, f"part {place} of {name}") for place, entry in enumerate(entries))
+    if all(part.text.isspace() for part in parts):
+        raise ValueError(f"{name}: the prompt is white space alone")
+    return parts

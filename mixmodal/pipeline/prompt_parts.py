@@ -130,7 +130,7 @@ def _read_value(key: str, value: Any, name: str) -> Any:
         if not isinstance(value, list) or len(value) != 4 or not all(_is_count(one) for one in value):
             raise ValueError(f"{name} is {given}; it must be [left, top, right, bottom], in pixels from 0 on")
         return tuple(value)
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not (value if key == "text" else value.strip()):
         raise ValueError(f"{name} is {given}; it must be a string that is not empty")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise ValueError(f"{name} has half a surrogate pair, which is no letter")

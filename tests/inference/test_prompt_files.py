@@ -66,7 +66,8 @@ def test_lines_in_both_forms(folder: Path) -> None:
         ({"key": "b", "prompt": "b", "parts": []}, ":2 (b): give either prompt, a text, or parts"),
         ({"key": "b", "parts": []}, ":2 (b): parts must be a list"),
         ({"key": "b", "parts": {"text": "a"}}, ":2 (b): parts must be a list"),
-        ({"key": "b", "prompt": " "}, ":2 (b): text is ' '; it must be a string that is not empty"),
+        ({"key": "b", "prompt": " "}, ":2 (b): the prompt is white space alone"),
+        ({"key": "b", "prompt": ""}, ":2 (b): text is ''; it must be a string that is not empty"),
         ({"key": "b", "parts": [{"text": "a"}, "b"]}, "part 1 of "),
         ({"key": "b", "parts": [{"text": "a", "image": "b"}]}, "it must have either a text, an image or a mask"),
         ({"key": "b", "prompt": "\ud800"}, "half a surrogate pair"),
@@ -152,7 +153,7 @@ def test_what_steers_pictures_is_refused_for_masks(folder: Path) -> None:
 
 
 def test_holes_are_opened_as_they_were_given(folder: Path) -> None:
-    masked = [{"text": "a "}, {"mask": 5}, {"image": "pictures/red.png"}]
+    masked = [{"text": "a "}, {"mask": 5}, {"text": " "}, {"mask": 0}, {"image": "pictures/red.png"}]
     boxed = [{"image": "pictures/red.png", "box": [0, 0, 9, 4]}]
     drawn = [{"text": "a"}, {"image": "pictures/red.png", "region": "pictures/red.png"}]
     found = read(write(folder, *({"parts": parts} for parts in (masked, boxed, drawn))))
