@@ -65,8 +65,9 @@ COMMANDS: dict[str, Subcommand] = {
         "mixmodal.data.retrieving", "RetrieveConfig", "retrieve", "the candidates of each training document"
     ),
     "plan": Subcommand("mixmodal.training.plan", "PlanConfig", "plan", "memory of a training on each GPU, beforehand"),
-    "generate": Subcommand("mixmodal.pipeline.generate", "GenerateConfig", "generate", "texts and pictures"),
-    "infill": Subcommand("mixmodal.pipeline.infill", "InfillConfig", "infill", "a region of a picture, drawn anew"),
+    "generate": Subcommand(
+        "mixmodal.pipeline.generate", "GenerateConfig", "generate", "texts and pictures; fills holes"
+    ),
     "classify": Subcommand("mixmodal.pipeline.classify", "ClassifyConfig", "classify", "zero-shot, by likelihood"),
     "evaluate-retrieval": Subcommand(
         "mixmodal.pipeline.evaluate_retrieval",

@@ -16,9 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from mixmodal.config import one_line
-from mixmodal.pipeline.generate_config import GenerateConfig, PromptPart
+from mixmodal.pipeline.generate_config import GenerateConfig
+from mixmodal.pipeline.holes import PartialPicture
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.pipeline.prompt_files import NamedPrompt, Shard, read_prompts
+from mixmodal.pipeline.prompt_parts import PromptPart
 from mixmodal.pipeline.queue import Ask, Drawn, Failed
 from mixmodal.pipeline.results import (
     RESULTS,
@@ -34,6 +36,7 @@ from mixmodal.pipeline.results import (
     write_sheet,
 )
 from mixmodal.retrieval.retriever import Retrieved
+from mixmodal.sampling.grammar import INFILL
 
 __all__ = ["GenerateConfig", "PromptPart", "generate"]
 
@@ -57,7 +60,7 @@ def generate(config: GenerateConfig) -> None:
 def generate_one(config: GenerateConfig) -> None:
     """The samples of one prompt, and `results.json`."""
     prompt = NamedPrompt(parts=tuple(config.parts), num=config.num, seed=config.seed)
-    prompt.check()
+    config.check_prompt(prompt)
     prompt.open()  # a broken picture is told before the model is loaded
     path = config.out / f"{RESULTS}.json"
     if path.exists() and "prompts" in read_results(path):
@@ -76,7 +79,7 @@ def generate_one(config: GenerateConfig) -> None:
 def generate_file(config: GenerateConfig, path: Path) -> None:
     """The samples of prompts that no earlier call has drawn, with a line for each prompt, and `results.json`."""
     shard = Shard.launched() if config.shard is None else Shard.parse(config.shard)
-    read = partial(read_prompts, path, config.num, config.seed, shard)
+    read = partial(read_prompts, path, config.num, config.seed, shard, config.check_prompt)
     settings = json.loads(json.dumps(config.describe_call()))
     check_settings(config.out, settings)
     lines = ResultLines(config.out / shard.name(RESULTS, "jsonl"))
@@ -181,7 +184,7 @@ class Drawing:
 
     def summary(self) -> str:
         """What has been drawn, and how fast."""
-        unit, num = ("samples", self.num_samples) if self.config.output == "text" else ("pictures", self.num_pictures)
+        unit, num = ("pictures", self.num_pictures) if self.num_pictures else ("samples", self.num_samples)
         return f"{self.num_samples} samples in {self._seconds:.1f} s ({num / self._seconds:.2f} {unit} a second)"
 
     def draw(self, prompts: Iterable[NamedPrompt]) -> Iterator[Finished]:
@@ -208,8 +211,10 @@ class Drawing:
         try:
             parts = prompt.open()
             if config.retrieve:
+                known = [part for part in parts if not isinstance(part, PartialPicture)]
+                output = "image" if config.output == INFILL else config.output  # none before masks in texts
                 fit = {"max_new_tokens": config.max_new_tokens, "random_seed": config.random_seed}
-                documents += self.model.retrieve([parts], config.retrieve, config.output, **fit)[0]
+                documents += self.model.retrieve([known], config.retrieve, output, **fit)[0]
         except ValueError as error:
             return Failed(prompt.key, error)
         return Ask(prompt.key, parts, prompt.num, prompt.seed, documents)

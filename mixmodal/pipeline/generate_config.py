@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mixmodal.pipeline.drawing_config import DrawingConfig
+from mixmodal.pipeline.infilling import Order
 from mixmodal.pipeline.mixed_modal import MixedModal
-from mixmodal.pipeline.options import DEFAULT_SAMPLING
-from mixmodal.pipeline.prompt_files import NamedPrompt, PromptPart, Shard
+from mixmodal.pipeline.options import DEFAULT_SAMPLING, is_guided
+from mixmodal.pipeline.prompt_files import NamedPrompt, Shard
+from mixmodal.pipeline.prompt_parts import PromptPart, gather_parts
+from mixmodal.sampling.grammar import INFILL
 from mixmodal.sampling.rules import TokenSampling
 
 
@@ -20,13 +23,18 @@ class GenerateConfig(DrawingConfig):
     """Samples texts and pictures behind a prompt, or behind each of many.
 
     `--prompt TEXT` and `--image FILE`, given as often as needed, are short for the entries of `parts`, in their order.
+    With `--output infill` the model fills in what the prompt leaves open: `--mask 0` stands for a text, and behind its
+    image `--box L,T,R,B` or `--region FILE` for what is drawn anew of it.
+
     With `--prompts FILE.jsonl` there are many, whose samples are written as they end; the same command goes on where it
     broke off. With `--memory DIR --retrieve N` the model reads documents of a memory first.
 
     Further options are those of `DrawingConfig`.
 
     Args:
-        parts: the prompt, as `[{text: a red apple}, {image: apple.png}]`.
+        parts: the prompt, as `[{text: a red apple}, {image: apple.png}]`; for `infill` with masks in its texts, as
+            `[{text: "a red "}, {mask: 0}]`, or with a box or region of its last image, as `[{image: apple.png, box: [0,
+            16, 32, 32]}]` or `[{image: apple.png, region: mask.png}]`, where white is drawn anew.
         prompts: a JSONL file in place of `parts`: `{"prompt": "a red apple"}` or `{"parts": [{"text": ...}, {"image":
             "apple.png"}]}` a line, where a `key` may begin the names of its files (else the number of the line does),
             `seed` and `num` stand in for those below, and paths are relative to the file's folder.
@@ -34,18 +42,22 @@ class GenerateConfig(DrawingConfig):
             `out`; null takes all, and under a launcher what its RANK and WORLD_SIZE say.
         contact_sheet: draw the first 64 pictures with their prompts into `contact_sheet.png`, where there is more than
             one.
-        output: `text`, `image`, or `mixed` for texts and pictures as the model likes.
+        output: `text`, `image`, `mixed` for texts and pictures as the model likes, or `infill` for what fills the holes
+            of a prompt: the texts of its masks, or its picture with the region drawn anew.
+        order: of the codes of a region: `raster` draws one by one and knows what stands before each; `masks` reads all
+            that is known of the picture, which takes a model that was trained with masks in pictures (CM3).
         best_of: images drawn for each one that is kept, the one from which the model reads the prompt's text best.
         ranker: folder or hub id of a CLIP or SigLIP: the one that is nearest to the text by it is kept instead.
         text_sampling: how text is drawn.
-        max_new_tokens: most tokens of a sample; null is as many as the model's context takes.
+        max_new_tokens: most tokens of a sample, or of the text of a mask; null is as many as the model's context takes.
     """
 
     parts: list[PromptPart] = field(default_factory=list)
     prompts: Path | None = None
     shard: str | None = None
     contact_sheet: bool = True
-    output: Literal["text", "image", "mixed"] = "image"
+    output: Literal["text", "image", "mixed", "infill"] = "image"
+    order: Order = "raster"
     best_of: int = 1
     ranker: str | None = None
     text_sampling: TokenSampling = DEFAULT_SAMPLING["text"]
@@ -64,9 +76,45 @@ class GenerateConfig(DrawingConfig):
             Shard.parse(self.shard)
             if self.prompts is None:
                 raise ValueError(f"shard is {self.shard}, which can not act on one prompt; give --prompts FILE.jsonl")
-        for modality, idle in (("text", "image"), ("image", "text")):
-            if self.output == modality and getattr(self, f"{idle}_sampling") != DEFAULT_SAMPLING[idle]:
-                raise ValueError(f"{idle}_sampling can not act where output is {modality}; leave it out")
+        if self.output == INFILL and self.best_of != 1:
+            raise ValueError("best_of can not act where output is infill; leave it out")
+        if self.output != INFILL and self.order != "raster":
+            raise ValueError(f"order can not act where output is {self.output}; leave it out")
+        if self.output in ("text", "image"):
+            self._check_sampling(self.output, f"output is {self.output}")
+
+    def _check_sampling(self, drawn: str, where: str) -> None:
+        """Whether what is set of the sampling can act where only the modality `drawn` is."""
+        idle = "image" if drawn == "text" else "text"
+        if getattr(self, f"{idle}_sampling") != DEFAULT_SAMPLING[idle]:
+            raise ValueError(f"{idle}_sampling can not act where {where}; leave it out")
+
+    def check_prompt(self, prompt: NamedPrompt) -> None:
+        """Whether a prompt is one for the output, and what is set can act on it; nothing is opened.
+
+        Of a file some prompts may be without what a setting of the sampling acts on.
+
+        Raises:
+            ValueError: naming the prompt, or a part of it.
+        """
+        prompt.check()
+        try:
+            if self.output == INFILL:
+                self._check_holes(prompt)
+            else:
+                prompt.holes.check_none(self.output)
+        except ValueError as error:
+            raise ValueError(f"{prompt.name}: {error}") from error
+
+    def _check_holes(self, prompt: NamedPrompt) -> None:
+        holes = prompt.holes
+        holes.check(order=self.order, is_guided=is_guided(self.guidance_options()), reads=bool(self.retrieve))
+        if self.prompts is None:
+            self.check_guidance(follows_text=bool(prompt.caption))
+            drawn, where = ("text", "masks are filled") if holes.masks else ("image", "a region is filled")
+            self._check_sampling(drawn, where)
+            if holes.regions and self.max_new_tokens is not None:
+                raise ValueError("max_new_tokens can not act where a region is filled; leave it out")
 
     @property
     def samplings(self) -> dict[str, TokenSampling]:
@@ -75,7 +123,8 @@ class GenerateConfig(DrawingConfig):
 
     def drawing_options(self) -> dict[str, Any]:
         """The settings of every sample, for the results and for `MixedModal.generate_each`."""
-        return {**self.options(), "best_of": self.best_of, "max_new_tokens": self.max_new_tokens}
+        order = {"order": self.order} if self.output == INFILL else {}
+        return {**self.options(), "best_of": self.best_of, "max_new_tokens": self.max_new_tokens, **order}
 
     def describe_prompt(self, prompt: NamedPrompt) -> dict[str, Any]:
         """What makes the samples of a prompt, as plain data."""
@@ -112,23 +161,12 @@ class GenerateConfig(DrawingConfig):
 
     @classmethod
     def read_arguments(cls, argv: Sequence[str]) -> list[str]:
-        """Gathers `--prompt` and `--image` into `--parts`, because an ordinary option would lose their order.
+        """Gathers `--prompt`, `--image` and the like into `--parts`, because ordinary options would lose their order.
 
         Raises:
             ValueError: for one of them without a value, or beside `--parts`.
         """
-        rest, parts, waiting = [], [], list(argv)
-        while waiting:
-            argument = waiting.pop(0)
-            name, _, value = argument.partition("=")
-            if name not in ("--prompt", "--image"):
-                rest.append(argument)
-                continue
-            if name == argument:
-                if not waiting or waiting[0].startswith("--"):
-                    raise ValueError(f"{name} needs a value; write {name}=VALUE for one that begins with --")
-                value = waiting.pop(0)
-            parts.append({"text" if name == "--prompt" else "image": value})
+        rest, parts = gather_parts(argv)
         if not parts:
             return rest
         if any(argument.partition("=")[0] == "--parts" for argument in rest):

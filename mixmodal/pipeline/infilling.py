@@ -15,13 +15,13 @@ from PIL import Image as Pictures
 from PIL.Image import Image as Picture
 from typing_extensions import Unpack
 
-from mixmodal.document import Document, Image, Mask, SequenceFormat
+from mixmodal.document import Image, SequenceFormat
 from mixmodal.pipeline.drawing import Piece, Plan, show_partly
-from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling
-from mixmodal.pipeline.prompts import Before, sample_seed
+from mixmodal.pipeline.masked_text import FilledText, MaskedText
+from mixmodal.pipeline.options import SamplingOptions, build_sampling, is_guided
+from mixmodal.pipeline.prompts import Before
 from mixmodal.sampling.engine import FREE, Progress, Request
 from mixmodal.sampling.generator import SequenceGenerator
-from mixmodal.sampling.grammar import INFILL
 from mixmodal.tokenization.codec import Codec, Content
 from mixmodal.tokenization.image import ImageTokenizerConfig
 from mixmodal.tokenization.preprocessing import resize_and_crop
@@ -30,6 +30,21 @@ Region = Picture | tuple[int, int, int, int]
 """What is drawn anew: the white of a picture of the same size, or a box of pixels `(left, top, right, bottom)`."""
 Order = Literal["masks", "raster"]
 HALF = 128
+
+
+def check_region(region: Region, size: tuple[int, int]) -> None:
+    """Whether a region lies in a picture of a size, width and height.
+
+    Raises:
+        ValueError: for a mask of another size, or a box that leaves the picture.
+    """
+    if isinstance(region, Picture):
+        if region.size != size:
+            raise ValueError(f"the mask has {region.size[0]}x{region.size[1]} pixels, the picture {size[0]}x{size[1]}")
+        return
+    left, top, right, bottom = region
+    if not (0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]):
+        raise ValueError(f"the box {tuple(region)} does not lie in the picture of {size[0]}x{size[1]} pixels")
 
 
 def cells_of(region: Region, size: tuple[int, int], config: ImageTokenizerConfig, grid: tuple[int, ...]) -> np.ndarray:
@@ -44,14 +59,11 @@ def cells_of(region: Region, size: tuple[int, int], config: ImageTokenizerConfig
     Raises:
         ValueError: for a mask of another size, a box that leaves the picture, or a region that touches nothing.
     """
+    check_region(region, size)
     if isinstance(region, Picture):
-        if region.size != size:
-            raise ValueError(f"the mask has {region.size[0]}x{region.size[1]} pixels, the picture {size[0]}x{size[1]}")
         mask = region.convert("L").point([255 * (level >= HALF) for level in range(256)])
     else:
         left, top, right, bottom = region
-        if not (0 <= left < right <= size[0] and 0 <= top < bottom <= size[1]):
-            raise ValueError(f"the box {tuple(region)} does not lie in the picture of {size[0]}x{size[1]} pixels")
         mask = Pictures.new("L", size)
         mask.paste(255, (left, top, right, bottom))
     mask = resize_and_crop(mask, config.image_size, config.preprocess)
@@ -168,19 +180,6 @@ def read_regions(
             shown[number] = count
 
 
-def open_masks(format: SequenceFormat, document: Document) -> tuple[np.ndarray, list[int]]:
-    """A document with masks in its texts as ids from `<s>` on, `(T,)`, and the ids of its masks in order.
-
-    Raises:
-        ValueError: where it has no mask, or the same one twice.
-    """
-    masks = [part.index for part in document.parts if isinstance(part, Mask)]
-    if not masks or len(set(masks)) < len(masks):
-        raise ValueError(f"a prompt for infill needs masks in its texts, each another one; it has {masks}")
-    body = format.spell(document)[:-1]
-    return body, [format.vocabulary.sentinel(index) for index in masks]
-
-
 class Infilling:
     """What `MixedModal` draws into documents."""
 
@@ -264,31 +263,21 @@ class Infilling:
 
         Args:
             prompt: a whole document with masks in its texts, as `["a red ", Mask(0), ", flat style", picture]`.
-            max_new_tokens: most tokens of each text.
+            max_new_tokens: most tokens of each text; None is as many as the context takes beside the later masks.
             seed, options: see `generate`.
 
         Raises:
             ValueError: where it has no mask, or the same one twice.
         """
         document = self.codec.to_document(prompt)
-        body, masks = open_masks(self.format, document)
+        fillings = [
+            MaskedText(self._generator, self.codec, document, seed, sample, max_new_tokens) for sample in range(num)
+        ]
         sampling = build_sampling(self.format.vocabulary.modalities, options)
-        if build_guidance(options).acts:
+        if is_guided(options):
             raise ValueError("guidance acts on pictures alone; leave it out for masks in texts")
-        prompts: list[np.ndarray] = [body] * num
-        texts: list[list[str]] = [[] for _ in range(num)]
-        for place, mask in enumerate(masks):
-            prompts = [np.append(ids, mask) for ids in prompts]
-            seeds = [[*sample_seed(seed, sample, body), place] for sample in range(num)]
-            requests = [
-                self._generator.request(ids, one, INFILL, max_new_tokens=max_new_tokens)
-                for ids, one in zip(prompts, seeds)
-            ]
-            for sample, ids in enumerate(self._generator.generate(requests, sampling)):
-                written = ids[np.asarray(self.format.vocabulary.contains("text", ids))]
-                texts[sample].append(self._read_text(written))
-                prompts[sample] = np.concatenate([prompts[sample], written, [self.format.vocabulary.end_of_span]])
-        return texts
-
-    def _read_text(self, ids: np.ndarray) -> str:
-        return self.codec.text_tokenizer.decode(self.format.vocabulary.from_ids("text", ids).tolist())
+        done: list[FilledText] = []
+        while len(done) < num:
+            drawn = self._generator.generate([one.request() for one in fillings], sampling)
+            done = [text for one, ids in zip(fillings, drawn) if (text := one.take(ids)) is not None]
+        return [list(one.masks.values()) for one in done]

@@ -11,19 +11,13 @@ import torch
 from PIL.Image import Image as Picture
 from typing_extensions import Unpack
 
-from mixmodal.classification.autoregressive import (
-    AutoregressiveClassifier,
-    Classification,
-    LogLikelihood,
-    ScoredSequence,
-    SequenceScorer,
-    check_method,
-)
+from mixmodal.classification.autoregressive import SequenceScorer, check_method
 from mixmodal.document import Document, Image, Text
 from mixmodal.interop.export import find_export, load_export
 from mixmodal.models.transformer import Transformer
 from mixmodal.pipeline.drawing import Piece, Plan, Sample, build_plan, parse_sample, read_pieces, sample_of
-from mixmodal.pipeline.infilling import Infilling
+from mixmodal.pipeline.filling import FillingQueue
+from mixmodal.pipeline.infilling import Infilling, Order
 from mixmodal.pipeline.options import SamplingOptions
 from mixmodal.pipeline.prompts import (
     Before,
@@ -32,20 +26,20 @@ from mixmodal.pipeline.prompts import (
     find_documents,
     fit_documents,
     output_room,
-    parts_of,
-    spell_documents,
     spell_prompts,
 )
-from mixmodal.pipeline.queue import Ask, Drawn, Failed, Queue
+from mixmodal.pipeline.queue import Ask, Drawn, Failed, SampleQueue
 from mixmodal.pipeline.reranking import Rank, check_best_of, keep_best, rank_by_encoder, rank_by_likelihood
+from mixmodal.pipeline.scoring import Scoring
 from mixmodal.retrieval.encoder import load_encoder
 from mixmodal.retrieval.retriever import DEFAULT_SELECTION, Retrieved, Retriever, load_retriever
 from mixmodal.retrieval.selection import SelectionConfig
 from mixmodal.sampling.generator import SequenceGenerator
+from mixmodal.sampling.grammar import INFILL
 from mixmodal.tokenization.codec import Codec, Content
 
 
-class MixedModal(Infilling):
+class MixedModal(Infilling, Scoring):
     """A trained model with its tokenizers.
 
     Args:
@@ -262,6 +256,7 @@ class MixedModal(Infilling):
         best_of: int = 1,
         max_new_tokens: int | None = None,
         retrieve: int = 0,
+        order: Order = "raster",
         **options: Unpack[SamplingOptions],
     ) -> Iterator[Drawn | Failed]:
         """The samples of any number of prompts, each as soon as it is drawn, in whatever order they end.
@@ -271,18 +266,24 @@ class MixedModal(Infilling):
 
         Args:
             prompts: each with its number of samples and its seed; the other arguments are those of `generate`.
+            output: or `infill`, for prompts with masks in texts, of which samples are `FilledText`, or with a
+                `PartialPicture` as their last part. `order` is that of `infill`.
 
         Raises:
             ValueError: for settings that can not act, whatever the prompts are.
         """
-        queue = Queue(self._generator, self._rank, self.codec, output, best_of, options)
+        if (best_of if output == INFILL else order) not in (1, "raster"):
+            raise ValueError("best_of can not act on the output infill, nor order on any other; leave it out")
+        drawn, room = ("image", None) if output == INFILL else (output, max_new_tokens)
 
-        def plan(ask: Ask) -> Plan:
+        def plan(ask: Ask, parts: Sequence[Content]) -> Plan:
             before = None if ask.before is None else [ask.before]
-            num = ask.num * best_of
-            return self._plan([ask.prompt], output, num, ask.seed, max_new_tokens, retrieve, before, options)
+            return self._plan([parts], drawn, ask.num * best_of, ask.seed, room, retrieve, before, options)
 
-        return queue.draw(prompts, plan)
+        common = self._generator, self.codec, options, plan
+        if output == INFILL:
+            return FillingQueue(*common, order, max_new_tokens, retrieve).draw(prompts)
+        return SampleQueue(*common, output, best_of, self._rank).draw(prompts)
 
     def stream(
         self,
@@ -331,64 +332,3 @@ class MixedModal(Infilling):
         lengths, context = [query.length for query in queries], self.model.config.max_seq_len
         read = fit_documents(self.codec, [[]] * len(spelled) if before is None else before, lengths, context)
         return build_plan(self._generator, spelled, read, output, num, seed, max_new_tokens, options)
-
-    # likelihood
-
-    def log_likelihood(
-        self, context: Sequence[Content], continuation: Sequence[Content], before: Sequence[Before] = ()
-    ) -> LogLikelihood:
-        """log p(continuation | before, context): a code competes with codes, a text piece with pieces and the end.
-
-        Args:
-            before: whole documents that the model reads before the context, as for `generate`; none is left out.
-
-        Raises:
-            ValueError: for an empty continuation, or more tokens than the model's context takes.
-        """
-        known, wanted = self.codec.to_documents([parts_of(context), parts_of(continuation)])
-        if not wanted.parts:
-            raise ValueError("log_likelihood: the continuation is empty; give it at least one part")
-        sequence = ScoredSequence(*self.format.spell_continuation(known, wanted))
-        found = self._scorer.score([sequence.behind(self.format.prefix(spell_documents(self.codec, before)))])
-        return LogLikelihood(float(found.totals[0]), int(found.counts[0]))
-
-    def build_classifier(
-        self,
-        classes: Sequence[str],
-        method: str = "image_given_text",
-        *,
-        debias: float = 0.0,
-        length_normalise: bool = False,
-    ) -> AutoregressiveClassifier:
-        """A classifier among captions; the options are those of `AutoregressiveClassifier`."""
-        documents = [Document([Text(caption)]) for caption in classes]
-        return AutoregressiveClassifier(self._scorer, documents, method, debias, length_normalise)
-
-    def score_classes(
-        self,
-        images: Sequence[Picture],
-        classes: Sequence[str],
-        method: str = "image_given_text",
-        *,
-        retrieve: int = 0,
-        **options: Any,
-    ) -> Classification:
-        """Scores and probabilities of each class for each picture, `(P, K)`.
-
-        Args:
-            retrieve: documents of the attached memory that are read before every class; see `retrieve_for_classes`.
-        """
-        classifier = self.build_classifier(classes, method, **options)
-        documents = [Document([image]) for image in self.codec.encode_pictures(images)]
-        if not retrieve:
-            return classifier.score(documents)
-        found = self.retrieve_for_classes(images, classes, method, retrieve)
-        return classifier.score(documents, [self.format.prefix([one.ids for one in row]) for row in found])
-
-    def classify(self, image: Picture, classes: Sequence[str], method: str = "image_given_text", **options: Any) -> str:
-        """The class whose caption fits the picture best, of equals the first; options are those of `score_classes`.
-
-        Raises:
-            ValueError: for an unknown method, or an option that can not act on it.
-        """
-        return classes[int(self.score_classes([image], classes, method, **options).scores[0].argmax())]

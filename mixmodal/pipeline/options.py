@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, TypeVar
 
-from mixmodal.sampling.guidance import Guidance, Unconditional
+from mixmodal.sampling.guidance import NO_GUIDANCE, Guidance, Unconditional
 from mixmodal.sampling.rules import TokenSampling
 
 # Chameleon's settings for text and Anole's for images (arXiv 2405.09818 and 2407.06135, released code), but for
@@ -70,6 +70,11 @@ def build_guidance(options: SamplingOptions, follows_text: bool = False) -> Guid
     if follows_text and "text_scale" not in given and not given.get("contrast_k"):
         given["text_scale"] = DEFAULT_SCALE
     return Guidance(**given)
+
+
+def is_guided(options: SamplingOptions) -> bool:
+    """Whether anything is asked for that steers pictures."""
+    return any(options.get(option) not in (None, getattr(NO_GUIDANCE, name)) for option, name in GUIDANCE.items())
 
 
 def build_sampling(modalities: Sequence[str], options: SamplingOptions) -> dict[str, TokenSampling]:

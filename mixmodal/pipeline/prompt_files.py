@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,25 +13,14 @@ from typing import Any
 from PIL.Image import Image as Picture
 
 from mixmodal.config import suggestion
-from mixmodal.files import naming, stays_inside
-from mixmodal.tokenization.preprocessing import open_picture
+from mixmodal.document import Mask
+from mixmodal.files import naming
+from mixmodal.pipeline.holes import Holes, PartialPicture
+from mixmodal.pipeline.prompt_parts import PromptPart, read_part
 
 LINE_KEYS = ("key", "prompt", "parts", "seed", "num")
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 LAUNCHER = ("RANK", "WORLD_SIZE")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PromptPart:
-    """One part of a prompt: a text or a picture.
-
-    Args:
-        text: the text; empty where the part is a picture.
-        image: file of the picture; null where the part is text.
-    """
-
-    text: str = ""
-    image: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,39 +44,38 @@ class NamedPrompt:
     folder: Path = field(default_factory=Path)
 
     @property
-    def described(self) -> list[dict[str, str]]:
+    def described(self) -> list[dict[str, Any]]:
         """The parts as plain data, paths as they were given."""
-        return [{"text": part.text} if part.image is None else {"image": str(part.image)} for part in self.parts]
+        return [part.described for part in self.parts]
 
     @property
     def caption(self) -> str:
         """Its texts, in one line."""
         return " ".join(" ".join(part.text for part in self.parts).split())
 
+    @property
+    def holes(self) -> Holes:
+        """What is to be filled in."""
+        masks = [part.mask for part in self.parts if part.mask is not None]
+        return Holes(masks, [place for place, part in enumerate(self.parts) if part.has_region], len(self.parts))
+
     def check(self) -> None:
-        """Whether each part is a text or a picture that is there; nothing is opened.
+        """Whether each part is one, and its pictures are there; nothing is opened.
 
         Raises:
             ValueError: naming the part.
         """
         for place, part in enumerate(self.parts):
-            if (part.image is None) == (not part.text):
-                raise ValueError(f"part {place} of {self.name} must have either a text or an image")
-            if part.image is not None and not (self.folder / part.image).is_file():
-                raise ValueError(f"part {place} of {self.name}: there is no picture at {self.folder / part.image}")
+            part.check(self.folder, f"part {place} of {self.name}")
 
-    def open(self) -> list[str | Picture]:
-        """Texts, and pictures from their files.
+    def open(self) -> list[str | Mask | Picture | PartialPicture]:
+        """What the parts stand for, pictures from their files.
 
         Raises:
             PictureError: naming the part, for a picture that is broken or too large.
+            ValueError: likewise, for a region that does not lie in its picture.
         """
-        return [
-            part.text
-            if part.image is None
-            else open_picture(self.folder / part.image, f"part {place} of {self.name} ({part.image})")
-            for place, part in enumerate(self.parts)
-        ]
+        return [part.open(self.folder, f"part {place} of {self.name}") for place, part in enumerate(self.parts)]
 
 
 @dataclass(frozen=True)
@@ -128,11 +116,14 @@ def is_launched() -> bool:
     return all(name in os.environ for name in LAUNCHER)
 
 
-def read_prompts(path: Path, num: int, seed: int, shard: Shard) -> Iterator[NamedPrompt]:
+def read_prompts(
+    path: Path, num: int, seed: int, shard: Shard, check: Callable[[NamedPrompt], None] = NamedPrompt.check
+) -> Iterator[NamedPrompt]:
     """The prompts of a JSONL file that are in a shard; all of them are checked.
 
     Args:
         num, seed: of prompts that do not say their own.
+        check: raises a ValueError for a prompt that can not be drawn.
 
     Raises:
         ValueError: naming file, line and key: for a line that is no prompt, a picture that is missing or outside the
@@ -148,7 +139,7 @@ def read_prompts(path: Path, num: int, seed: int, shard: Shard) -> Iterator[Name
             first = lines.setdefault(prompt.key.lower(), number)  # as file systems without case have it
             if first != number:
                 raise ValueError(f"{prompt.name}: line {first} has this key, too (case does not count)")
-            prompt.check()
+            check(prompt)
             if (len(lines) - 1) % shard.count == shard.index:
                 yield prompt
     if not lines:
@@ -197,17 +188,7 @@ def _read_parts(row: Mapping[str, Any], name: str) -> tuple[PromptPart, ...]:
     entries = row["parts"] if "parts" in row else [{"text": row["prompt"]}]
     if not isinstance(entries, list) or not entries:
         raise ValueError(f'{name}: parts must be a list such as [{{"text": "a red apple"}}, {{"image": "a.png"}}]')
-    return tuple(_read_part(entry, f"part {place} of {name}") for place, entry in enumerate(entries))
-
-
-def _read_part(entry: Any, name: str) -> PromptPart:
-    (kind, value), *more = entry.items() if isinstance(entry, dict) and entry else [("", None)]
-    if more or kind not in ("text", "image") or not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{name} is {str(entry)[:80]!r}; it must have either a text or an image, not an empty one")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError(f"{name} has half a surrogate pair, which is no letter")
-    if kind == "text":
-        return PromptPart(text=value)
-    if not stays_inside(value):
-        raise ValueError(f"{name}: the path {value!r} leads out of the folder of the file")
-    return PromptPart(image=Path(value))
+    parts = tuple(read_part(entry, f"part {place} of {name}") for place, entry in enumerate(entries))
+    if all(part.text.isspace() for part in parts):
+        raise ValueError(f"{name}: the prompt is white space alone")
+    return parts

@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from mixmodal.evaluation.sheet import draw_captioned
 from mixmodal.files import append_line, replacing, write_whole
+from mixmodal.pipeline.masked_text import FilledText
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.pipeline.prompt_files import NamedPrompt
 from mixmodal.retrieval.retriever import Retrieved
@@ -28,10 +29,15 @@ SHEET_PICTURES, SHEET_SIDE = 64, 256
 def write_sample(sample: Any, number: int, folder: Path, key: str, described: Mapping[str, Any]) -> dict[str, Any]:
     """Writes the parts of one sample, each file at once; gives its entry of `results.json`.
 
+    Of masks that are filled the whole text is the part, and what stands for each is in the entry alone.
+
     Args:
         key: of its prompt; empty for the only one.
         described: what made it, for the PNG files.
     """
+    if isinstance(sample, FilledText):
+        masks = [{"mask": mask, "text": text} for mask, text in sample.masks.items()]
+        return {**write_sample(sample.text, number, folder, key, described), "masks": masks}
     parts = sample if isinstance(sample, list) else [sample]
     entries: list[dict[str, str]] = []
     for place, part in enumerate(parts):

@@ -53,6 +53,20 @@ def test_parts_keep_the_order_of_the_command_line(tmp_path: Path) -> None:
     ]
 
 
+def test_holes_keep_their_place_and_a_region_is_of_the_picture_before_it(tmp_path: Path) -> None:
+    argv = ["--prompt", "a ", "--mask", "3", "--image", "a.png", "--box", "[0, 1,2,3]", "--seed=1", "--mask=0"]
+    argv += ["--image=b.png", "--region", "m.png", "--output", "infill"]
+    config = parse(GenerateConfig, ["--model", "m", "--out", str(tmp_path), *argv])
+    assert config.seed == 1
+    assert config.parts == [
+        PromptPart(text="a "),
+        PromptPart(mask=3),
+        PromptPart(image=Path("a.png"), box=(0, 1, 2, 3)),
+        PromptPart(mask=0),
+        PromptPart(image=Path("b.png"), region=Path("m.png")),
+    ]
+
+
 def test_prompts_that_look_like_other_things_stay_text() -> None:
     texts = ["null", "1", "{a: b}", "caf\u00e9 \u201cquoted\u201d", "two\nlines"]
     argv = [word for text in texts for word in ("--prompt", text)]
@@ -66,6 +80,12 @@ def test_prompts_that_look_like_other_things_stay_text() -> None:
         (["--prompt"], "--prompt needs a value"),
         (["--image", "--num", "3"], "--image needs a value"),
         (["--prompt", "a", "--parts=[]"], "either by --prompt and --image or by --parts"),
+        (["--mask"], "--mask needs a value"),
+        (["--mask", "m.png"], "--mask is 'm.png'; it must be the number of a mask in a text"),
+        (["--box", "0,0,4,4"], "--box 0,0,4,4 says what of a picture is drawn anew; give it right behind --image"),
+        (["--image", "a", "--prompt", "a", "--region", "m"], "--region m says what of a picture is drawn anew"),
+        (["--image", "a", "--box", "0,0,4"], "--box is '0,0,4'; it must be left,top,right,bottom"),
+        (["--image", "a", "--box", "0,0,4,4", "--region", "m"], "--region m: the picture before it has a region"),
     ],
 )
 def test_half_given_prompts_are_refused(argv: list[str], message: str) -> None:
@@ -114,7 +134,7 @@ def test_generate_lists_every_file_it_writes(exported: Path, tmp_path: Path, out
     ("part", "message"),
     [
         (PromptPart(), "part 0 of the prompt must have either"),
-        (PromptPart(text="a", image=Path("b")), "either a text or an image"),
+        (PromptPart(text="a", image=Path("b")), "either a text, an image or a mask"),
         (PromptPart(image=Path("none.png")), "there is no picture at none.png"),
     ],
 )

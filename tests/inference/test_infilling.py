@@ -14,6 +14,7 @@ from mixmodal.models.transformer import Transformer
 from mixmodal.objectives.causal_masked import _move
 from mixmodal.pipeline.drawing import UNDRAWN
 from mixmodal.pipeline.infilling import cells_of, fill_region, merge_region
+from mixmodal.pipeline.masked_text import MaskedText
 from mixmodal.sampling.engine import FREE
 from mixmodal.sampling.generator import SequenceGenerator
 from mixmodal.sampling.grammar import INFILL, Grammar
@@ -203,3 +204,20 @@ def test_masks_are_filled_in_turn(loaded: MixedModal, picture: PIL.Image) -> Non
         loaded.fill_masks([Mask(1), Mask(1)])
     with pytest.raises(ValueError, match="guidance acts on pictures alone"):
         loaded.fill_masks(prompt, guidance_scale=2.0)
+
+
+def test_a_text_leaves_room_for_the_masks_behind_it(loaded: MixedModal) -> None:
+    texts = loaded.fill_masks(["a", Mask(0), "b", Mask(2), "c", Mask(1)], num=4)
+    assert [len(one) for one in texts] == [3] * 4
+    assert max(len(one[0]) for one in texts) > 40  # it would take all of the context
+
+
+def test_a_mask_is_read_behind_the_texts_of_those_before_it(loaded: MixedModal, picture: PIL.Image) -> None:
+    vocabulary, document = loaded.format.vocabulary, loaded.codec.to_document(["a", Mask(3), "b", picture, Mask(1)])
+    sample, body = MaskedText(loaded._generator, loaded.codec, document, 0, 0), loaded.format.spell(document)[:-1]
+    written = vocabulary.to_ids("text", np.array(loaded.codec.text_tokenizer.encode("red")))
+    assert sample.request().prompt.tolist() == [*body, vocabulary.sentinel(3)]
+    assert sample.take(np.append(written, vocabulary.end_of_span)) is None
+    behind = [vocabulary.sentinel(3), *written, vocabulary.end_of_span, vocabulary.sentinel(1)]
+    assert sample.request().prompt.tolist() == [*body, *behind]
+    assert sample.take(written[:0]) == ("aredb", {3: "red", 1: ""})

@@ -8,8 +8,11 @@ import pytest
 from PIL import Image as PIL
 
 from mixmodal.config import UsageError, parse
+from mixmodal.document import Mask
 from mixmodal.pipeline.generate import GenerateConfig, generate
-from mixmodal.pipeline.prompt_files import NamedPrompt, PromptPart, Shard, read_prompts
+from mixmodal.pipeline.holes import PartialPicture
+from mixmodal.pipeline.prompt_files import NamedPrompt, Shard, read_prompts
+from mixmodal.pipeline.prompt_parts import PromptPart
 
 WHOLE = Shard()
 
@@ -63,9 +66,10 @@ def test_lines_in_both_forms(folder: Path) -> None:
         ({"key": "b", "prompt": "b", "parts": []}, ":2 (b): give either prompt, a text, or parts"),
         ({"key": "b", "parts": []}, ":2 (b): parts must be a list"),
         ({"key": "b", "parts": {"text": "a"}}, ":2 (b): parts must be a list"),
-        ({"key": "b", "prompt": " "}, ":2 (b) is \"{'text': ' '}\"; it must have either a text or an image"),
+        ({"key": "b", "prompt": " "}, ":2 (b): the prompt is white space alone"),
+        ({"key": "b", "prompt": ""}, ":2 (b): text is ''; it must be a string that is not empty"),
         ({"key": "b", "parts": [{"text": "a"}, "b"]}, "part 1 of "),
-        ({"key": "b", "parts": [{"text": "a", "image": "b"}]}, "it must have either a text or an image"),
+        ({"key": "b", "parts": [{"text": "a", "image": "b"}]}, "it must have either a text, an image or a mask"),
         ({"key": "b", "prompt": "\ud800"}, "half a surrogate pair"),
         ({"key": "b", "prompt": "b", "num": 0}, ":2 (b): num is 0; it must be a whole number of at least 1"),
         ({"key": "b", "prompt": "b", "num": True}, ":2 (b): num is True"),
@@ -87,6 +91,81 @@ def test_a_wrong_line_is_named_before_a_model_is_loaded(folder: Path, line: Any,
     assert not (folder / "out").exists()
 
 
+RED = {"image": "pictures/red.png"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([{"text": "a"}], ":2 (b): there is no hole for the output infill"),
+        ([RED], ":2 (b): there is no hole for the output infill"),
+        ([{"mask": 0}, {"text": "a"}, {"mask": 0}], ":2 (b): mask 0 stands there twice"),
+        ([{"mask": "0"}], ":2 (b): mask is '0'; it must be a whole number of at least 0"),
+        ([{"mask": -1}], ":2 (b): mask is -1"),
+        ([{"mask": True}], ":2 (b): mask is True"),
+        ([{"mask": 0, "text": "a"}], "it must have either a text, an image or a mask"),
+        ([{"box": [0, 0, 4, 4]}], "it must have either a text, an image or a mask"),
+        ([{"text": "a", "box": [0, 0, 4, 4]}], ":2 (b): box says what of an image is drawn anew"),
+        ([{"mask": 0, "region": "pictures/red.png"}], ":2 (b): region says what of an image is drawn anew"),
+        ([{**RED, "box": [0, 0, 4, 4], "region": "pictures/red.png"}], ":2 (b): give either box, in pixels, or region"),
+        ([{**RED, "box": [0, 0, 4]}], ":2 (b): box is [0, 0, 4]; it must be [left, top, right, bottom]"),
+        ([{**RED, "box": [0, 0, 4, "4"]}], ":2 (b): box is [0, 0, 4, '4']"),
+        ([{**RED, "box": [4, 0, 4, 4]}], ":2 (b): box is [4, 0, 4, 4]; it must be [left, top, right, bottom]"),
+        ([{**RED, "region": "no.png"}], ":2 (b): there is no picture at"),
+        ([{**RED, "region": "../outside.png"}], ":2 (b): region: the path '../outside.png' leads out of the folder"),
+        ([{**RED, "region": 3}], ":2 (b): region is 3; it must be a string"),
+        ([{**RED, "regoin": "m.png"}], ":2 (b): there is no key 'regoin'; did you mean region?"),
+        ([{**RED, "box": [0, 0, 4, 4]}, {"mask": 0}], ":2 (b): there are masks in texts and a region of a picture"),
+        ([{**RED, "box": [0, 0, 4, 4]}, {"text": "a"}], ":2 (b): part 0 is a picture with a region, which must be the"),
+        ([{**RED, "box": [0, 0, 4, 4]}] * 2, ":2 (b): parts 0 and 1 are both pictures with a region"),
+    ],
+)
+def test_wrong_holes_are_named_before_a_model_is_loaded(folder: Path, parts: list[Any], message: str) -> None:
+    path = write(folder, {"key": "a", "parts": [{"text": "a"}, {"mask": 0}]}, {"key": "b", "parts": parts})
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:2") as caught:
+        generate(GenerateConfig(model="none", out=folder / "out", prompts=path, output="infill", shard="0/2"))
+    assert message in str(caught.value)
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("hole", [{"mask": 0}, {**RED, "box": [0, 0, 4, 4]}, {**RED, "region": "pictures/red.png"}])
+def test_holes_are_for_infill_alone(folder: Path, hole: Any) -> None:
+    path = write(folder, {"key": "a", "prompt": "a"}, {"key": "b", "parts": [{"text": "a"}, hole]})
+    common: dict[str, Any] = {"model": "none", "out": folder / "out", "prompts": path}
+    for output in ("text", "image", "mixed"):
+        message = rf"jsonl:2 \(b\): .* can not be filled by the output {output}; take the output infill"
+        with pytest.raises(ValueError, match=message):
+            generate(GenerateConfig(output=output, **common))
+
+
+def test_what_steers_pictures_is_refused_for_masks(folder: Path) -> None:
+    path = write(folder, {"key": "b", "parts": [{"text": "a"}, {"mask": 0}]})
+    common: dict[str, Any] = {"model": "none", "out": folder / "out", "prompts": path, "output": "infill"}
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"guidance_scale": 2.0}, "guidance acts on pictures alone"),
+        ({"contrast_k": 2}, "guidance acts on pictures alone"),
+        ({"order": "masks"}, "order masks acts on regions of pictures alone"),
+        ({"memory": Path("m"), "retrieve": 2}, "no documents are read before masks in texts"),
+    ]
+    for options, message in changes:
+        with pytest.raises(ValueError, match=rf"jsonl:1 \(b\): {message}"):
+            generate(GenerateConfig(**common, **options))
+
+
+def test_holes_are_opened_as_they_were_given(folder: Path) -> None:
+    masked = [{"text": "a "}, {"mask": 5}, {"text": " "}, {"mask": 0}, {"image": "pictures/red.png"}]
+    boxed = [{"image": "pictures/red.png", "box": [0, 0, 9, 4]}]
+    drawn = [{"text": "a"}, {"image": "pictures/red.png", "region": "pictures/red.png"}]
+    found = read(write(folder, *({"parts": parts} for parts in (masked, boxed, drawn))))
+    assert [prompt.described for prompt in found] == [masked, boxed, drawn]
+    assert found[0].open()[1] == Mask(5)
+    (box,), (_, region) = found[1].open(), found[2].open()
+    assert isinstance(box, PartialPicture)
+    assert (box.picture.size, box.region) == ((9, 8), (0, 0, 9, 4))
+    assert isinstance(region, PartialPicture)
+    assert isinstance(region.region, PIL.Image)
+
+
 def test_a_file_without_prompts_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"prompts\.jsonl: there is no prompt in the file"):
         read(write(folder, b"", b"  "))
@@ -96,7 +175,7 @@ def test_a_file_without_prompts_is_refused(folder: Path) -> None:
 
 def test_a_huge_picture_is_named_with_its_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (prompt,) = read(write(folder, {"key": "b", "parts": [{"image": "pictures/red.png"}]}))
-    monkeypatch.setattr("mixmodal.pipeline.prompt_files.open_picture.__defaults__", (71,))
+    monkeypatch.setattr("mixmodal.pipeline.prompt_parts.open_picture.__defaults__", (71,))
     with pytest.raises(ValueError, match=r"part 0 of .*prompts\.jsonl:1 \(b\).*9x8 pixels are more than the 71"):
         prompt.open()
 

@@ -43,7 +43,12 @@ def samples_by_name(found: list[Drawn | Failed]) -> dict[tuple[str, int], Any]:
 
 @pytest.mark.parametrize(
     ("output", "options"),
-    [("image", {"best_of": 3}), ("image", {"guidance_scale": 2.0}), ("text", {"max_new_tokens": 6})],
+    [
+        ("image", {"best_of": 3}),
+        ("image", {"guidance_scale": 2.0}),
+        ("image", {"unconditional": "drop"}),
+        ("text", {"max_new_tokens": 6}),
+    ],
 )
 def test_each_sample_is_the_one_that_is_drawn_alone(exported: Path, output: str, options: dict[str, Any]) -> None:
     small, large = (MixedModal.from_pretrained(exported, "cpu", batch_size=size) for size in (2, 64))

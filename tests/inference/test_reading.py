@@ -346,3 +346,16 @@ def test_each_prompt_of_a_file_reads_its_own_documents(exported: Path, memory: P
         assert written.tobytes() == alone.tobytes()
         shown = [part["image"] for one in entry["retrieved"] for part in one["parts"] if "image" in part]
         assert all((out / name).is_file() and name.startswith(f"{entry['key']}_retrieved_") for name in shown)
+
+
+def test_a_region_is_filled_behind_documents(exported: Path, memory: Path, tmp_path: Path, model: MixedModal) -> None:
+    PAIRS[1][1].save(tmp_path / "picture.png")
+    parts = [PromptPart(text=LIKE_FIRST), PromptPart(image=tmp_path / "picture.png", box=(0, 8, 16, 16))]
+    common: dict[str, Any] = {"model": str(exported), "device": "cpu", "output": "infill", "parts": parts}
+    generate(GenerateConfig(out=tmp_path / "out", memory=memory, retrieve=1, **common))
+    generate(GenerateConfig(out=tmp_path / "bare", **common))
+    found, bare = ((tmp_path / name / "0000.png") for name in ("out", "bare"))
+    (wanted,) = model.infill(PAIRS[1][1], (0, 8, 16, 16), LIKE_FIRST, retrieve=1)
+    assert PIL.open(found).tobytes() == wanted.tobytes() != PIL.open(bare).tobytes()
+    (retrieved,) = json.loads((tmp_path / "out" / "results.json").read_text())["retrieved"]
+    assert retrieved["key"] == model.retrieve([[LIKE_FIRST]], 1)[0][0].key
