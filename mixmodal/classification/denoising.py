@@ -10,9 +10,9 @@ network predicts one of four targets from z and the time:
 | `v_prediction` (a^2 + s^2 = 1) | a eps - s x | a out + s z | a z - s out |
 | `flow` (a = 1 - u, s = u) | eps - x | z + (1 - u) out | z - u out |
 
-Both errors are multiples of the network's own: `eps_hat - eps = k (out - target)` with the k of `error_scale`, so nothing
-is divided by an s near 0. For an exact denoiser, `log p(x | c) = const - 1/2 integral E||eps_hat - eps||^2 d lambda`
-with one const for all classes (VDM, arXiv 2107.00630, section 4): the weighting `elbo`.
+Both errors are multiples of the network's own: `eps_hat - eps = k (out - target)` with the k of `error_scale`, so
+nothing is divided by an s near 0. For an exact denoiser, `log p(x | c) = const - 1/2 integral E||eps_hat - eps||^2 d
+lambda` with one const for all classes (VDM, arXiv 2107.00630, section 4): the weighting `elbo`.
 
 Shapes: n times, P pictures, K classes, U units. Times are shares u of the schedule in (0, 1), float64.
 """
