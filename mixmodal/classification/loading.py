@@ -103,7 +103,7 @@ def find_pipeline(source: Path | str) -> Path:
         return Path(source)
     if not HUB_ID.fullmatch(str(source)):
         raise ValueError(f"there is no folder {source}; give one with a pipeline of diffusers, or a hub id")
-    from diffusers import DiffusionPipeline
+    from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     name, _, revision = str(source).partition("@")
     try:
@@ -122,7 +122,7 @@ def load_pipeline(folder: Path, family: str, dtype: torch.dtype) -> Any:
         spared = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = getattr(diffusers, family).from_pretrained(
         folder,
-        torch_dtype={"vae": torch.float32, "default": dtype},
+        dtype={"vae": torch.float32, "default": dtype},
         use_safetensors=True,
         local_files_only=True,
         **spared,
@@ -148,7 +148,9 @@ def load_bare(folder: Path, dtype: torch.dtype, device: torch.device | str) -> A
     scheduler = str(read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name"))
     if not (scheduler.endswith("Scheduler") and hasattr(diffusers, scheduler)):
         raise ValueError(f"scheduler/scheduler_config.json is of the class {scheduler}, which diffusers does not have")
-    unet = getattr(diffusers, name).from_pretrained(folder / "unet", torch_dtype=dtype, use_safetensors=True)
+    unet = getattr(diffusers, name).from_pretrained(
+        folder / "unet", dtype=dtype, use_safetensors=True, low_cpu_mem_usage=False
+    )
     return SimpleNamespace(
         unet=unet.to(device),
         scheduler=getattr(diffusers, scheduler).from_pretrained(folder / "scheduler"),
