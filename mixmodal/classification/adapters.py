@@ -251,7 +251,10 @@ class Labelled(Adapter):
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditions:
-        return self.encode_labels(prompts) if self.encode is None else self.encode(prompts)
+        if self.encode is None:
+            return self.encode_labels(prompts)
+        found = self.encode(prompts)
+        return {name: one.to(self.dtype) if one.is_floating_point() else one for name, one in found.items()}
 
     def tokenize(self, prompts: Sequence[str]) -> list[tuple[object, ...]]:
         conditions = self.encode_text(prompts)

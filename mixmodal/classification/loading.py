@@ -14,7 +14,9 @@ import torch
 
 from mixmodal.classification.adapter_base import Adapter, Conditions
 from mixmodal.classification.adapters import Labelled, find_family
+from mixmodal.classification.denoiser import DESCRIPTION, load_denoiser
 from mixmodal.hub import HUB_ID
+from mixmodal.models.denoiser import import_diffusers
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 
@@ -44,15 +46,15 @@ def load_model(
 ) -> LoadedModel:
     """A diffusion model from safetensors alone; no code of its folder is run.
 
-    Two layouts are known. A pipeline of diffusers has a `model_index.json`, which names the class of the pipeline and
-    its parts. A bare denoiser, as training in this package leaves it, has
+    Three layouts are known. A pipeline of diffusers has a `model_index.json`, which names the class of the pipeline
+    and its parts. What `mixmodal train-diffusion` exports has a `denoiser.json`, see `load_denoiser`. A bare denoiser
+    has
 
         unet/config.json            of a UNet2DModel or UNet2DConditionModel, in pixels
         unet/diffusion_pytorch_model.safetensors
         scheduler/scheduler_config.json
 
-    and is told numbers of classes (`num_class_embeds`), or features of texts that `encode` makes (what the folder has
-    for it, such as `text/`, is its business).
+    and is told numbers of classes (`num_class_embeds`), or features of texts that `encode` makes.
 
     Args:
         source: a folder, or `OWNER/NAME` or `OWNER/NAME@REVISION` on the Hugging Face hub.
@@ -63,12 +65,10 @@ def load_model(
             times, each with the prompts in the first dimension.
 
     Raises:
-        ValueError: naming the source: not there, of an unknown family, or without safetensors.
+        ValueError: naming the source: not there, of an unknown family, or without safetensors; or where diffusers is
+            not installed.
     """
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ValueError(f"diffusion models need diffusers: pip install 'mixmodal[diffusion]' ({error})") from error
+    import_diffusers()
     folder = find_pipeline(source)
     try:
         if (folder / "model_index.json").is_file():
@@ -77,6 +77,12 @@ def load_model(
             if build is not Labelled and (names is not None or encode is not None):
                 raise ValueError(f"names and encode are for bare denoisers and DiT; {family} encodes text itself")
             pipe = load_pipeline(folder, str(family), dtype).to(device)
+        elif (folder / DESCRIPTION).is_file():
+            if names is not None or encode is not None:
+                raise ValueError(f"names and encode are for bare denoisers; the folder of a {DESCRIPTION} has its own")
+            loaded = load_denoiser(folder, device)
+            build, encode = Labelled, loaded.encode
+            pipe = SimpleNamespace(unet=torch.nn.Module.to(loaded.unet, dtype), scheduler=loaded.scheduler)
         else:
             build, pipe = Labelled, load_bare(folder, dtype, device)
         for part in vars(pipe).values():
@@ -89,7 +95,6 @@ def load_model(
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:400]
         raise ValueError(f"diffusion model {source}: {reason}") from error
-    assert diffusers
     return LoadedModel(adapter, str(source), revision_of(folder))
 
 
@@ -141,7 +146,10 @@ def load_bare(folder: Path, dtype: torch.dtype, device: torch.device | str) -> A
 
     config = folder / "unet" / "config.json"
     if not config.is_file() or not (folder / "scheduler" / "scheduler_config.json").is_file():
-        raise ValueError("there is neither model_index.json nor unet/config.json with scheduler/scheduler_config.json")
+        raise ValueError(
+            "there is neither model_index.json, nor denoiser.json, nor unet/config.json with "
+            "scheduler/scheduler_config.json"
+        )
     name = read_json(config).get("_class_name")
     if name not in UNETS:
         raise ValueError(f"unet/config.json is of the class {name}; known are {' and '.join(UNETS)}")

@@ -12,9 +12,14 @@ import pytest
 import torch
 
 from mixmodal.classification.adapters import Labelled, build_adapter
+from mixmodal.classification.denoiser import save_denoiser
 from mixmodal.classification.diffusion import DiffusionScorer
+from mixmodal.classification.evaluate import NamedClass
 from mixmodal.classification.loading import load_model, revision_of
-from mixmodal.classification.units import Unit
+from mixmodal.classification.units import Unit, draw_noise
+from mixmodal.models.denoiser import Denoiser, DenoiserConfig, TextEncoderConfig, build_scheduler
+from mixmodal.tokenization.conditions import TextTokens
+from mixmodal.tokenization.text import TextTokenizer
 
 Build = Callable[[str], Any]
 UNIT = Unit(0, 0.5005, 0, 1, 0, 1.0)
@@ -97,7 +102,7 @@ def test_an_unknown_family_is_named_before_anything_is_read(tmp_path: Path) -> N
 
 
 def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"neither model_index\.json nor unet/config\.json"):
+    with pytest.raises(ValueError, match=r"neither model_index\.json, nor denoiser\.json, nor unet/config\.json"):
         load_model(tmp_path)
     with pytest.raises(ValueError, match=r"there is no folder .*absent"):
         load_model(tmp_path / "absent")
@@ -151,6 +156,41 @@ def test_a_bare_denoiser_of_texts_takes_an_encoder(tmp_path: Path) -> None:
     assert np.isfinite(costs).all()
     with pytest.raises(ValueError, match="classes 'cat' and 'dog' are the same"):
         DiffusionScorer(adapter, ["cat", "dog"])
+
+
+@pytest.mark.parametrize("told", ["class", "text"])
+def test_an_exported_denoiser_scores_as_it_denoises(told: str, tokenizers: Path, tmp_path: Path) -> None:
+    config = DenoiserConfig(
+        image_size=8,
+        block_channels=(8, 16),
+        attention_levels=(1,),
+        head_dim=8,
+        norm_groups=4,
+        text=TextEncoderConfig(dim=8, num_layers=1, num_heads=2, ffn_dim=16, max_text_tokens=8),
+    )
+    tokenizer = TextTokenizer.load(tokenizers / "text.model")
+    given = {"num_classes": 2} if told == "class" else {"num_pieces": tokenizer.num_pieces}
+    torch.manual_seed(0)
+    model = Denoiser(config, **given).eval()
+    classes = [NamedClass("apple", "a red apple"), NamedClass("pear", "a blue pear")]
+    named = {"classes": classes} if told == "class" else {"tokenizer": tokenizer}
+    save_denoiser(model, tmp_path, scheduler=build_scheduler(config), card="", **named)
+    prompts = [one.caption for one in classes]
+    scorer = DiffusionScorer(load_model(tmp_path).adapter, prompts)
+    image = torch.linspace(-1, 1, 3 * 8 * 8).view(1, 3, 8, 8)
+    scorer.set_pictures(image)
+    found = scorer.cost([0, 0], [0, 1], [UNIT] * 2)
+    eps = draw_noise(0, UNIT, (3, 8, 8))[None]
+    step = torch.tensor([500])
+    conditions = torch.arange(2) if told == "class" else TextTokens(tokenizer, 8).encode(prompts)
+    with torch.no_grad():
+        noisy = build_scheduler(config).add_noise(image, eps, step)
+        outs = [model(noisy, step, conditions[row : row + 1]) for row in range(2)]
+    np.testing.assert_allclose(found, [float((out - eps).square().mean()) for out in outs], rtol=1e-6)  # worst 9.3e-8
+    assert found[0] != found[1]
+    half = DiffusionScorer(load_model(tmp_path, dtype=torch.bfloat16).adapter, prompts)
+    half.set_pictures(image)
+    np.testing.assert_allclose(half.cost([0, 0], [0, 1], [UNIT] * 2), found, rtol=2e-3)  # worst 5.5e-4
 
 
 def test_a_changed_file_is_another_revision(tmp_path: Path) -> None:
