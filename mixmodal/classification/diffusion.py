@@ -216,13 +216,14 @@ class DiffusionScorer:
         """Where the noise of each unit lies in the bank on the device, int64 `(n,)`; new ones are drawn."""
         fresh = {unit.noise: unit for unit in units if unit.noise not in self._places}
         if fresh:
-            drawn = [
-                draw_noise(self.config.seed, unit._replace(sign=1), self.adapter.latent_shape)
-                for unit in fresh.values()
-            ]
-            for noise in fresh:
-                self._places[noise] = len(self._places)
-            self._noises = torch.cat([self._noises, torch.stack(drawn).to(self.adapter.device)])
+            shape, used = self.adapter.latent_shape, len(self._places)
+            drawn = torch.stack([draw_noise(self.config.seed, one._replace(sign=1), shape) for one in fresh.values()])
+            if (needed := used + len(fresh)) > len(self._noises):  # twice the room: a bank is copied few times
+                room = torch.empty(max(needed, 2 * used), *shape, device=self.adapter.device)
+                room[:used] = self._noises[:used]
+                self._noises = room
+            self._noises[used:needed] = drawn.to(self.adapter.device)
+            self._places.update(zip(fresh, range(used, needed)))
         return np.array([self._places[unit.noise] for unit in units], dtype=np.int64)
 
 
