@@ -44,6 +44,7 @@ bench: $(VENV)/.dev  ## measures, takes the figures of OUT where a quickstart ha
 	set -e; for mode in compare length; do $(BIN)/python benchmarks/train_throughput.py $$mode; done
 	set -e; for shape in demo 100m; do $(BIN)/python benchmarks/decode.py --shape $$shape; done
 	$(BIN)/python benchmarks/interruptions.py
+	$(BIN)/python benchmarks/diffusion_classifier.py
 	@if [ -f $(OUT)/summary.json ]; then $(BIN)/python benchmarks/record_quickstart.py $(OUT); \
 	  else echo "$(OUT)/summary.json is missing: no figures of a quickstart are recorded; make quickstart makes it"; fi
 	$(BIN)/python benchmarks/render.py

@@ -33,6 +33,7 @@ TITLES = {
     "decode": "Drawing pictures with guidance: codes a second, against transformers' Chameleon",
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",
+    "diffusion_classifier": "Diffusion classifiers: what a picture and an evaluation cost, against a plain loop",
     "stability": "Stability at a high learning rate: a value for each seed (docs/stability.md)",
 }
 ORDER = [*TITLES]

@@ -58,6 +58,12 @@ COMMANDS: dict[str, Subcommand] = {
         "train_encoder",
         "texts and pictures to one space of vectors",
     ),
+    "train-diffusion": Subcommand(
+        "mixmodal.training.diffusion",
+        "DiffusionTrainingConfig",
+        "train_diffusion",
+        "denoisers that are told classes or texts",
+    ),
     "index": Subcommand(
         "mixmodal.data.indexing", "MemoryConfig", "build_memory", "a memory that documents are retrieved from"
     ),

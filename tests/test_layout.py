@@ -51,6 +51,8 @@ CONFIG_TYPES = {
     "sample": "generate",
     "classify": "classify",
     "train/demo_encoder": "train-encoder",
+    "train/demo_diffusion": "train-diffusion",
+    "train/demo_diffusion_classes": "train-diffusion",
     "tokenizers/train_text": "train-text-tokenizer",
     "tokenizers/train_image": "train-image-tokenizer",
     "tokenizers/evaluate_image": "evaluate-image-tokenizer",
