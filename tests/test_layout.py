@@ -52,7 +52,7 @@ CONFIG_TYPES = {
     "classify": "classify",
     "train/demo_encoder": "train-encoder",
     "train/demo_diffusion": "train-diffusion",
-    "train/demo_diffusion_classes": "train-diffusion",
+    "train/diffusion_classes": "train-diffusion",
     "tokenizers/train_text": "train-text-tokenizer",
     "tokenizers/train_image": "train-image-tokenizer",
     "tokenizers/evaluate_image": "evaluate-image-tokenizer",

@@ -122,13 +122,13 @@ def test_a_resumed_run_ends_like_one_without_a_break(folder: Path, told: str) ->
 @pytest.mark.slow
 @TOLD
 def test_a_denoiser_learns_what_conditions_tell(folder: Path, told: str) -> None:
-    options = {"max_steps": 400, "micro_batch_size": 32, "log_every": 50, "ema_decay": 0.99}
+    options = {"max_steps": 150, "micro_batch_size": 32, "log_every": 50, "ema_decay": 0.98}
     scores = train_diffusion(build_config(folder, told, **options)).metrics
     print(scores, curve(folder / "run"))
     loss, untold = scores["loss"], scores["loss_unconditional"]
     assert loss is not None
     assert untold is not None
-    assert loss < 0.12
+    assert loss < 0.14  # 0.123 to 0.126
     assert loss < 0.97 * untold
 
 
@@ -207,7 +207,7 @@ def test_blocks_that_are_computed_again_change_nothing(folder: Path) -> None:
 def test_sixteen_bits_train(folder: Path, told: str, precision: str) -> None:
     train_diffusion(build_config(folder, told))
     train_diffusion(build_config(folder, told, run_dir=folder / "sixteen", precision=precision, ema_decay=0.5))
-    assert curve(folder / "sixteen") == pytest.approx(curve(folder / "run"), rel=0.05)
+    assert curve(folder / "sixteen") == pytest.approx(curve(folder / "run"), rel=0.02)  # worst: 2e-3
     load_denoiser(folder / "sixteen" / "export")
 
 
