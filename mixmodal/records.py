@@ -112,6 +112,9 @@ class RecordLines:
         append_line(self.path, entry)
         self._places[entry["key"]] = self.path, place
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._places
+
     def find(self, key: str) -> dict[str, Any] | None:
         """The last line of an item; None where there is none."""
         if key not in self._places:
@@ -171,6 +174,8 @@ def check_settings(paths: Iterable[Path], settings: Mapping[str, Any], apart: It
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in settings.items():
+        if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
+            value = {str(place): one for place, one in enumerate(value)}
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
