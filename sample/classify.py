@@ -1,6 +1,6 @@
 """Zero-shot classification of pictures by likelihood.
 
-python sample/classify.py --model runs/NAME/export --data pictures --classes classes.txt --out report.json
+python sample/classify.py --model runs/NAME/export --data pictures --classes classes.txt --out classified
 """
 
 from mixmodal.cli import command

@@ -29,6 +29,7 @@ FLOORS = {
     "weights": 0,
     "config": 1,
     "document": 1,
+    "records": 1,
     "models": 1,
     "tokenization": 2,
     "retrieval": 2,

@@ -1,175 +1,136 @@
-"""Zero-shot classification of many pictures: reading them and their classes, and the report."""
+"""Scores pictures with any classifier, and records each as it is finished: sharded, and gone on with where it ended."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import islice
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL.Image import Image as Picture
 
-from mixmodal.classification.autoregressive import AutoregressiveClassifier
-from mixmodal.data.shards import read_samples
+from mixmodal.classification.classifier import PictureClassifier, Scored
+from mixmodal.classification.datasets import LabelledPicture
 from mixmodal.data.skipping import SampleError, SkipCounter
-from mixmodal.document import Document
-from mixmodal.retrieval.retriever import Retrieved
-from mixmodal.tokenization.codec import Codec
-from mixmodal.tokenization.preprocessing import MAX_PIXELS, PictureError, open_picture
+from mixmodal.records import RecordLines, Shard
+from mixmodal.tokenization.preprocessing import PictureError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+BROKEN = "broken picture"
 
 
-class NamedClass(NamedTuple):
-    """A class: the label that data carry, and the text that the model scores."""
-
-    label: str
-    caption: str
-
-
-class LabelledPicture(NamedTuple):
-    """A picture with the label that its folder or shard gives it, or None."""
+class _Known(NamedTuple):
+    """A picture without what it holds."""
 
     key: str
-    picture: Picture
     label: str | None
+    texture: str | None
+
+    def is_of(self, entry: Mapping[str, Any]) -> bool:
+        """Whether a line is of this picture, as it is labelled now."""
+        return (entry["label"], entry.get("texture")) == (self.label, self.texture)
 
 
-def read_classes(path: Path, template: str = "{}") -> list[NamedClass]:
-    """Classes from a text file: on each line a caption, or a label, a tab and a caption.
+class Recorder:
+    """The lines of one set of pictures.
+
+    A line of a picture has its `key`, `label` (and `texture`), and either `prediction` (of ties the first class),
+    `tied` (labels), `scores` (null for a class without one), `probabilities` and `evaluations` of each class, and what
+    the classifier tells beside; or `skipped`, the reason, and `error`.
 
     Args:
-        template: text with `{}` where the caption goes, such as `a photo of {}`.
-
-    Raises:
-        ValueError: naming the file, for fewer than two classes, a label that comes twice, or a template without `{}`.
+        lines: what earlier calls and other processes have recorded, and where the new lines go.
+        labels: of the K classes.
+        shard: the pictures of this process.
+        counter: takes pictures that can not be opened.
+        batch_size: pictures that the classifier is given at once.
     """
-    if "{}" not in template:
-        raise ValueError(f"template {template!r} has no {{}} for the class to stand in")
-    if not path.is_file():
-        raise ValueError(f"classes: there is no file {path}; write one caption a line")
-    classes = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        if line.strip():
-            label, _, caption = line.strip().partition("\t")
-            classes.append(NamedClass(label, template.replace("{}", caption or label)))
-    if len(classes) < 2:
-        raise ValueError(f"classes: {path} has {len(classes)} of them; at least two are needed, one a line")
-    labels = [one.label for one in classes]
-    if len(set(labels)) < len(labels):
-        twice = next(label for label in labels if labels.count(label) > 1)
-        raise ValueError(f"classes: {path} has the class {twice!r} more than once")
-    return classes
 
+    def __init__(
+        self, lines: RecordLines, labels: Sequence[str], shard: Shard, counter: SkipCounter, batch_size: int
+    ) -> None:
+        self.lines, self.labels, self.shard = lines, list(labels), shard
+        self.counter, self.batch_size = counter, batch_size
+        self._read: list[_Known] = []  # of all shards
 
-def read_pictures(folder: Path, classes: Sequence[NamedClass], counter: SkipCounter) -> Iterator[LabelledPicture]:
-    """Pictures of a folder, where a subfolder's name is the label, or of the shards in it.
+    def record(
+        self, pictures: Iterable[LabelledPicture], build: Callable[[], PictureClassifier]
+    ) -> Iterator[dict[str, Any]]:
+        """Scores the pictures of the shard that have no line yet; those that were skipped are tried again.
 
-    In shards the label is the `label` of a sample's JSON, or its text where that is a label or a caption of `classes`.
-    Broken pictures are skipped and counted.
+        Args:
+            pictures: all, in the same order in every process.
+            build: called once there is something to score.
 
-    Raises:
-        ValueError: where there are no pictures, or a label is not among the classes.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"data: there is no folder {folder}")
-    shards = sorted(folder.glob("*.tar"))
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not shards and not files:
-        raise ValueError(f"data: {folder} holds neither pictures ({', '.join(SUFFIXES)}) nor shards (*.tar)")
-    known = {one.label for one in classes}
-    found = _from_shards(folder, classes, counter) if shards else _from_files(folder, files, counter)
-    for one in found:
-        if one.label is not None and one.label not in known:
-            raise ValueError(f"data: {one.key} is labelled {one.label!r}, which the classes do not have")
-        counter.use()
-        yield one
+        Yields:
+            Each line after it is written.
 
-
-def _from_files(folder: Path, files: Sequence[Path], counter: SkipCounter) -> Iterator[LabelledPicture]:
-    for path in files:
-        relative = path.relative_to(folder)
-        try:
-            picture = open_picture(path, str(path))
-        except PictureError as error:
-            counter.skip(SampleError("broken picture", str(error)))
-            continue
-        yield LabelledPicture(str(relative), picture, relative.parts[0] if len(relative.parts) > 1 else None)
-
-
-def _from_shards(folder: Path, classes: Sequence[NamedClass], counter: SkipCounter) -> Iterator[LabelledPicture]:
-    labels = {one.caption: one.label for one in classes} | {one.label: one.label for one in classes}
-    for sample in read_samples(folder, counter):
-        text = " ".join(sample.texts)
-        label = sample.metadata.get("label", labels.get(text))
-        for number, file in enumerate(sample.pictures):
-            try:
-                picture = file.open(MAX_PIXELS)
-            except PictureError as error:
-                counter.skip(SampleError("broken picture", str(error)))
+        Raises:
+            TooManySkipped: above the share of broken pictures that the counter allows.
+            ValueError: naming the picture, for findings that can not be.
+        """
+        waiting: list[tuple[LabelledPicture, Picture]] = []
+        for number, one in enumerate(pictures):
+            self._read.append(known := _Known(one.key, one.label, one.texture))
+            if not self.shard.holds(number):
                 continue
-            key = sample.key if len(sample.pictures) == 1 else f"{sample.key}.{number}"
-            yield LabelledPicture(key, picture, None if label is None else str(label))
+            if self._is_scored(known):
+                self.counter.use()
+                continue
+            try:
+                waiting.append((one, one.open()))
+            except PictureError as error:
+                self.counter.skip(SampleError(BROKEN, str(error)))
+                yield self._write(one, {"skipped": BROKEN, "error": str(error)})
+                continue
+            self.counter.use()
+            if len(waiting) == self.batch_size:
+                yield from self._score(waiting, build())
+                waiting = []
+        if waiting:
+            yield from self._score(waiting, build())
 
+    def is_complete(self) -> bool:
+        """Whether all pictures have a line by now, those of other processes, too."""
+        self.lines = RecordLines(self.lines.path, self.lines.item)
+        return all(one.key in self.lines for one in self._read)
 
-def evaluate_classifier(
-    classifier: AutoregressiveClassifier,
-    codec: Codec,
-    pictures: Iterable[LabelledPicture],
-    classes: Sequence[NamedClass],
-    batch_size: int = 64,
-    retrieve: Callable[[Sequence[Picture]], Sequence[Sequence[Retrieved]]] | None = None,
-) -> dict[str, Any]:
-    """Scores every picture; where labels are known, accuracy and confusion too.
+    def entries(self) -> Iterator[dict[str, Any]]:
+        """The lines of all pictures, in the order of pictures.
 
-    Args:
-        pictures: read `batch_size` at a time.
-        retrieve: pictures to the documents that are read before each one and every class.
+        Raises:
+            ValueError: naming the picture, for a line of another shard that is of another label.
+        """
+        for one in self._read:
+            entry = self.lines.find(one.key)
+            if entry is None or not one.is_of(entry):
+                where = self.lines.path.parent
+                raise ValueError(f"{one.key} has another label than its record in {where}; run its shard again")
+            yield entry
 
-    Returns:
-        Plain data: `pictures` (key, label, prediction, tied, scores, probabilities, log_likelihoods, num_tokens, and
-        with `retrieve` also `retrieved`: key and score of each document), `accuracy` (a tie of k classes counts 1/k
-        where the label is among them), `num_ties`, and `confusion`, with the labels' rows and the predictions' columns.
-    """
-    entries: list[dict[str, Any]] = []
-    stream = iter(pictures)
-    while batch := list(islice(stream, batch_size)):
-        images = codec.encode_pictures([one.picture for one in batch])
-        documents = None if retrieve is None else retrieve([one.picture for one in batch])
-        before = None
-        if documents is not None:
-            before = [classifier.format.prefix([one.ids for one in row]) for row in documents]
-        found = classifier.score([Document([image]) for image in images], before)
-        for row, one in enumerate(batch):
-            entries.append(
-                {
-                    "key": one.key,
-                    "label": one.label,
-                    "prediction": classes[int(found.scores[row].argmax())].label,
-                    "tied": [classes[index].label for index in found.tied[row].nonzero()[0]],
-                    "scores": found.scores[row].tolist(),
-                    "probabilities": found.probabilities[row].tolist(),
-                    "log_likelihoods": found.log_likelihoods.totals[row].tolist(),
-                    "num_tokens": found.log_likelihoods.counts[row].tolist(),
-                }
-            )
-            if documents is not None:
-                entries[-1]["retrieved"] = [one.to_dict() for one in documents[row]]
-    return {**summarise(entries, [one.label for one in classes]), "pictures": entries}
+    def _is_scored(self, one: _Known) -> bool:
+        entry = self.lines.find(one.key)
+        return entry is not None and "skipped" not in entry and one.is_of(entry)
 
+    def _score(
+        self, waiting: Sequence[tuple[LabelledPicture, Picture]], classifier: PictureClassifier
+    ) -> Iterator[dict[str, Any]]:
+        found = classifier.score([picture for _, picture in waiting])
+        for (one, _), scored in zip(waiting, found, strict=True):
+            scored.check(len(self.labels), one.key)
+            yield self._write(one, self._describe(scored))
 
-def summarise(entries: Sequence[dict[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, ties and confusion of scored pictures; those without a label are left out of accuracy and confusion."""
-    labelled = [entry for entry in entries if entry["label"] is not None]
-    credit = sum(1 / len(entry["tied"]) for entry in labelled if entry["label"] in entry["tied"])
-    confusion = [[0] * len(labels) for _ in labels]
-    for entry in labelled:
-        confusion[labels.index(entry["label"])][labels.index(entry["prediction"])] += 1
-    return {
-        "num_pictures": len(entries),
-        "num_labelled": len(labelled),
-        "num_correct": credit,
-        "accuracy": credit / len(labelled) if labelled else None,
-        "num_ties": sum(len(entry["tied"]) > 1 for entry in entries),
-        "confusion": confusion if labelled else None,
-    }
+    def _describe(self, scored: Scored) -> dict[str, Any]:
+        tied = [self.labels[place] for place in np.flatnonzero(scored.tied)]
+        return {
+            "prediction": tied[0],
+            "tied": tied,
+            "scores": [float(score) if np.isfinite(score) else None for score in scored.scores],
+            "probabilities": scored.probabilities.tolist(),
+            "evaluations": scored.evaluations.tolist(),
+            **scored.details,
+        }
+
+    def _write(self, one: LabelledPicture, found: dict[str, Any]) -> dict[str, Any]:
+        cue = {} if one.texture is None else {"texture": one.texture}
+        entry = {"key": one.key, "label": one.label, **cue, **found}
+        self.lines.append(entry)
+        return entry

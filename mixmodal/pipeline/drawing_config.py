@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, cast
@@ -11,8 +10,7 @@ import torch
 
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.pipeline.options import DEFAULT_SAMPLING, SamplingOptions, build_guidance
-from mixmodal.pipeline.prompt_files import is_launched
-from mixmodal.pipeline.reading import ReadingConfig
+from mixmodal.pipeline.reading import ReadingConfig, local_device
 from mixmodal.sampling.guidance import Unconditional
 from mixmodal.sampling.rules import TokenSampling
 
@@ -91,10 +89,7 @@ class DrawingConfig(ReadingConfig):
 
     def load(self) -> MixedModal:
         """The model, on this process's device where a launcher has started several, with its memory."""
-        device = self.device
-        if device == "auto" and is_launched() and torch.cuda.is_available():
-            device = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
-        model = MixedModal.from_pretrained(self.model, device, DTYPES[self.dtype], self.batch_size)
+        model = MixedModal.from_pretrained(self.model, local_device(self.device), DTYPES[self.dtype], self.batch_size)
         model.accelerate(cuda_graphs=self.cuda_graphs, compile=self.compile)
         self.attach(model)
         return model

@@ -19,7 +19,7 @@ from mixmodal.config import one_line
 from mixmodal.pipeline.generate_config import GenerateConfig
 from mixmodal.pipeline.holes import PartialPicture
 from mixmodal.pipeline.mixed_modal import MixedModal
-from mixmodal.pipeline.prompt_files import NamedPrompt, Shard, read_prompts
+from mixmodal.pipeline.prompt_files import NamedPrompt, read_prompts
 from mixmodal.pipeline.prompt_parts import PromptPart
 from mixmodal.pipeline.queue import Ask, Drawn, Failed
 from mixmodal.pipeline.results import (
@@ -27,14 +27,13 @@ from mixmodal.pipeline.results import (
     SHEET,
     SHEET_PICTURES,
     ResultLines,
-    check_settings,
+    check_results,
     files_of,
-    read_results,
     write_documents,
-    write_results,
     write_sample,
     write_sheet,
 )
+from mixmodal.records import Shard, read_json, write_json
 from mixmodal.retrieval.retriever import Retrieved
 from mixmodal.sampling.grammar import INFILL
 
@@ -63,13 +62,13 @@ def generate_one(config: GenerateConfig) -> None:
     config.check_prompt(prompt)
     prompt.open()  # a broken picture is told before the model is loaded
     path = config.out / f"{RESULTS}.json"
-    if path.exists() and "prompts" in read_results(path):
+    if path.exists() and "prompts" in read_json(path):
         raise ValueError(f"{path} lists the samples of many prompts; give another folder as out")
     with Drawing(config, config.load(), config.num) as drawing:
         (found,) = drawing.draw([prompt])
     if found.error is not None:
         raise found.error
-    write_results(path, {**config.describe_prompt(prompt), **found.listed})
+    write_json(path, {**config.describe_prompt(prompt), **found.listed})
     if config.contact_sheet:
         names = files_of(found.listed["samples"], "image")
         write_sheet(config.out / f"{SHEET}.png", [(config.out / name, prompt.caption) for name in names])
@@ -78,10 +77,10 @@ def generate_one(config: GenerateConfig) -> None:
 
 def generate_file(config: GenerateConfig, path: Path) -> None:
     """The samples of prompts that no earlier call has drawn, with a line for each prompt, and `results.json`."""
-    shard = Shard.launched() if config.shard is None else Shard.parse(config.shard)
+    shard = Shard.choose(config.shard)
     read = partial(read_prompts, path, config.num, config.seed, shard, config.check_prompt)
     settings = json.loads(json.dumps(config.describe_call()))
-    check_settings(config.out, settings)
+    check_results(config.out, settings)
     lines = ResultLines(config.out / shard.name(RESULTS, "jsonl"))
     counts, missing = {"prompts": 0, "finished": 0, "failed": 0, "samples": 0}, 0
     for prompt in read():
@@ -92,7 +91,7 @@ def generate_file(config: GenerateConfig, path: Path) -> None:
         missing += 0 if samples is not None else prompt.num
     results = config.out / shard.name(RESULTS, "json")
     of_the_shard = {"shard": f"{shard.index}/{shard.count}", "counts": counts, "results": lines.path.name}
-    write_results(results, {**settings, **of_the_shard})
+    write_json(results, {**settings, **of_the_shard})
     reason, summary = "", f"all {counts['samples']} samples had been drawn before"
     if missing:
         with Drawing(config, config.load(), missing) as drawing:
@@ -103,7 +102,7 @@ def generate_file(config: GenerateConfig, path: Path) -> None:
                 counts["samples"] += len(one.listed.get("samples", ()))
                 reason = reason or one.reason
         summary = drawing.summary()
-    write_results(results, {**settings, **of_the_shard})
+    write_json(results, {**settings, **of_the_shard})
     if config.contact_sheet and config.output != "text":
         write_sheet(config.out / shard.name(SHEET, "png"), list(islice(pictures_of(read(), lines), SHEET_PICTURES)))
     print(f"{summary}, listed in {lines.path}")

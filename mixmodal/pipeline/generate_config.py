@@ -12,8 +12,9 @@ from mixmodal.pipeline.drawing_config import DrawingConfig
 from mixmodal.pipeline.infilling import Order
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.pipeline.options import DEFAULT_SAMPLING, is_guided
-from mixmodal.pipeline.prompt_files import NamedPrompt, Shard
+from mixmodal.pipeline.prompt_files import NamedPrompt
 from mixmodal.pipeline.prompt_parts import PromptPart, gather_parts
+from mixmodal.records import Shard
 from mixmodal.sampling.grammar import INFILL
 from mixmodal.sampling.rules import TokenSampling
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,10 +16,10 @@ from mixmodal.document import Mask
 from mixmodal.files import naming
 from mixmodal.pipeline.holes import Holes, PartialPicture
 from mixmodal.pipeline.prompt_parts import PromptPart, read_part
+from mixmodal.records import Shard
 
 LINE_KEYS = ("key", "prompt", "parts", "seed", "num")
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
-LAUNCHER = ("RANK", "WORLD_SIZE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,44 +77,6 @@ class NamedPrompt:
         return [part.open(self.folder, f"part {place} of {self.name}") for place, part in enumerate(self.parts)]
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Every `count`-th prompt from that at `index` on."""
-
-    index: int = 0
-    count: int = 1
-
-    @classmethod
-    def parse(cls, text: str) -> Shard:
-        """`INDEX/COUNT`.
-
-        Raises:
-            ValueError: for anything else, or an index that is not below the count.
-        """
-        found = re.fullmatch(r"(\d+)/(\d+)", text)
-        if not found or int(found[1]) >= int(found[2]):
-            raise ValueError(f"shard is {text!r}; it must be INDEX/COUNT with an index below the count, as 0/4 to 3/4")
-        return cls(int(found[1]), int(found[2]))
-
-    @classmethod
-    def launched(cls) -> Shard:
-        """This process's among those that a launcher has started; the whole without one.
-
-        Raises:
-            ValueError: where RANK and WORLD_SIZE do not fit together.
-        """
-        return cls.parse("/".join(os.environ[name] for name in LAUNCHER)) if is_launched() else cls()
-
-    def name(self, stem: str, suffix: str) -> str:
-        """A file of its own in a folder that shards share."""
-        return f"{stem}.{suffix}" if self.count == 1 else f"{stem}.{self.index}-of-{self.count}.{suffix}"
-
-
-def is_launched() -> bool:
-    """Whether a launcher has started this process, beside others perhaps."""
-    return all(name in os.environ for name in LAUNCHER)
-
-
 def read_prompts(
     path: Path, num: int, seed: int, shard: Shard, check: Callable[[NamedPrompt], None] = NamedPrompt.check
 ) -> Iterator[NamedPrompt]:
@@ -140,7 +101,7 @@ def read_prompts(
             if first != number:
                 raise ValueError(f"{prompt.name}: line {first} has this key, too (case does not count)")
             check(prompt)
-            if (len(lines) - 1) % shard.count == shard.index:
+            if shard.holds(len(lines) - 1):
                 yield prompt
     if not lines:
         raise ValueError(f"{path}: there is no prompt in the file")

@@ -1,13 +1,17 @@
-"""What the generate and classify commands have in common: the memory that they retrieve from."""
+"""What the generate and classify commands have in common: the memory that they retrieve from, the device."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mixmodal.config import plain
 from mixmodal.pipeline.mixed_modal import MixedModal
+from mixmodal.records import is_launched
 from mixmodal.retrieval.retriever import DEFAULT_SELECTION
 from mixmodal.retrieval.selection import SelectionConfig
 
@@ -66,3 +70,10 @@ class ReadingConfig:
             name: value for name, value in vars(self.selection).items() if name != "num_candidates"
         }
         return {"retrieval": plain(settings)}
+
+
+def local_device(device: str) -> str:
+    """For `auto` the accelerator that is this process's where a launcher has started several on a machine."""
+    if device == "auto" and is_launched() and torch.cuda.is_available():
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    return device

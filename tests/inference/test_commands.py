@@ -1,4 +1,4 @@
-"""The generate and classify commands: arguments in, files out."""
+"""The generate command: arguments in, files out."""
 
 import json
 from pathlib import Path
@@ -7,12 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image as PIL
 
-from mixmodal.classification.evaluate import NamedClass, read_classes, read_pictures, summarise
 from mixmodal.config import UsageError, parse
-from mixmodal.data.shards import PictureFile, Sample, write_shards
-from mixmodal.data.skipping import SkipCounter, TooManySkipped
 from mixmodal.pipeline import MixedModal
-from mixmodal.pipeline.classify import ClassifyConfig, classify
 from mixmodal.pipeline.generate import GenerateConfig, PromptPart, generate
 from mixmodal.sampling.rules import TokenSampling
 
@@ -29,12 +25,6 @@ def pictures(tmp_path: Path) -> Path:
             PIL.new("RGB", (20 + number, 16), colour).save(folder / label / f"{number}.png")
     PIL.new("RGB", (16, 16)).save(folder / "unknown.png")
     return folder
-
-
-@pytest.fixture
-def classes(tmp_path: Path) -> Path:
-    (tmp_path / "classes.txt").write_text("red\ta red apple\ngreen\ta green apple\n\nblue\n")
-    return tmp_path / "classes.txt"
 
 
 def read(path: Path) -> dict:
@@ -147,96 +137,3 @@ def test_a_part_that_is_none_is_named(part: PromptPart, message: str, tmp_path: 
 def test_sampling_of_what_is_not_made_is_refused(output: str, idle: str) -> None:
     with pytest.raises(ValueError, match=f"{idle} can not act where output is {output}"):
         GenerateConfig(model="model", out=Path("out"), output=output, **{idle: TokenSampling(top_k=7)})
-
-
-@pytest.mark.parametrize("method", ["image_given_text", "text_given_image"])
-def test_classify_scores_every_picture_of_a_folder(
-    exported: Path, tmp_path: Path, pictures: Path, classes: Path, method: str
-) -> None:
-    out = tmp_path / "deep" / "report.json"
-    options = {"debias": 0.5, "length_normalise": True} if method == "text_given_image" else {}
-    config = ClassifyConfig(
-        model=str(exported), data=pictures, classes=classes, out=out, method=method, template="{}!", **options
-    )
-    classify(config)
-    report = read(out)
-    assert report["num_pictures"] == 7
-    assert report["num_labelled"] == 6
-    assert [one["caption"] for one in report["classes"]] == ["a red apple!", "a green apple!", "blue!"]
-    rows = {entry["key"]: entry for entry in report["pictures"]}
-    assert rows["red/0.png"]["label"] == "red"
-    assert rows["unknown.png"]["label"] is None
-    correct = sum(entry["prediction"] == entry["label"] for entry in report["pictures"] if entry["label"])
-    assert report["accuracy"] == pytest.approx(correct / 6)
-    assert np.array(report["confusion"]).sum() == 6
-    assert np.trace(report["confusion"]) == correct
-    model = MixedModal.from_pretrained(exported, "cpu")
-    picture = PIL.open(pictures / "blue" / "1.png")
-    found = model.score_classes([picture], ["a red apple!", "a green apple!", "blue!"], method, **options)
-    np.testing.assert_allclose(rows["blue/1.png"]["probabilities"], found.probabilities[0], atol=1e-5)  # worst seen 0
-
-
-def test_labels_of_shards_are_their_metadata_or_their_text(tmp_path: Path, pictures: Path, classes: Path) -> None:
-    data = (pictures / "unknown.png").read_bytes()
-    file = PictureFile(data, "png", "x")
-    samples = [
-        Sample("a", ("a red apple", file)),
-        Sample("b", ("blue", file)),
-        Sample("c", ("something", file)),
-        Sample("d", ("something", file), {"label": "green"}),
-    ]
-    write_shards(samples, tmp_path / "shards")
-    found = read_pictures(tmp_path / "shards", read_classes(classes), SkipCounter())
-    assert [(one.key, one.label) for one in found] == [("a", "red"), ("b", "blue"), ("c", None), ("d", "green")]
-
-
-def test_broken_pictures_are_counted_and_too_many_fail(
-    exported: Path, tmp_path: Path, pictures: Path, classes: Path
-) -> None:
-    (pictures / "red" / "2.png").write_bytes(b"no picture")
-    common = {"model": str(exported), "data": pictures, "classes": classes, "out": tmp_path / "report.json"}
-    with pytest.raises(TooManySkipped, match="1 broken picture"):
-        classify(ClassifyConfig(**common))
-    assert not (tmp_path / "report.json").exists()
-    classify(ClassifyConfig(max_skipped_share=0.2, **common))
-    assert read(tmp_path / "report.json")["skipped"]["skipped"] == {"broken picture": 1}
-
-
-def test_a_tie_earns_its_share() -> None:
-    entries = [
-        {"label": "a", "prediction": "a", "tied": ["a", "b"]},
-        {"label": "b", "prediction": "b", "tied": ["b"]},
-        {"label": "a", "prediction": "b", "tied": ["b"]},
-        {"label": None, "prediction": "a", "tied": ["a"]},
-    ]
-    found = summarise(entries, ["a", "b"])
-    assert (found["num_correct"], found["accuracy"], found["num_ties"]) == (1.5, 0.5, 1)
-    assert found["confusion"] == [[1, 1], [0, 1]]
-    assert summarise(entries[3:], ["a", "b"])["accuracy"] is None
-
-
-def test_classes_and_data_that_do_not_fit_are_refused(tmp_path: Path, pictures: Path, classes: Path) -> None:
-    twice, single = tmp_path / "twice.txt", tmp_path / "single.txt"
-    twice.write_text("a\nb\na\n")
-    single.write_text("a\n")
-    for path, message in ((twice, "'a' more than once"), (single, "has 1 of them"), (tmp_path / "no.txt", "no file")):
-        with pytest.raises(ValueError, match=message):
-            read_classes(path)
-    with pytest.raises(ValueError, match=r"has no \{\}"):
-        read_classes(classes, "a photo")
-    for folder, message in ((tmp_path / "none", "there is no folder"), (tmp_path, "neither pictures")):
-        with pytest.raises(ValueError, match=message):
-            list(read_pictures(folder if folder != tmp_path else empty(tmp_path), read_classes(classes), SkipCounter()))
-    with pytest.raises(ValueError, match="is labelled 'blue', which the classes do not have"):
-        list(read_pictures(pictures, [NamedClass("red", "red"), NamedClass("green", "green")], SkipCounter()))
-
-
-def empty(folder: Path) -> Path:
-    (folder / "empty").mkdir()
-    return folder / "empty"
-
-
-def test_a_method_of_a_later_version_says_what_there_is(tmp_path: Path) -> None:
-    config = ClassifyConfig(model="m", data=tmp_path, classes=tmp_path, out=tmp_path, method="diffusion")
-    with pytest.raises(ValueError, match="not part of this version; choose image_given_text or text_given_image"):
-        classify(config)

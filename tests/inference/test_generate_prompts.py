@@ -14,7 +14,7 @@ from mixmodal import MixedModal
 from mixmodal.cli import command
 from mixmodal.pipeline.generate import GenerateConfig, generate
 from mixmodal.pipeline.queue import Drawn, Failed
-from mixmodal.pipeline.results import ResultLines, check_settings
+from mixmodal.pipeline.results import ResultLines, check_results
 from mixmodal.sampling.rules import TokenSampling
 
 PROMPTS = [
@@ -255,7 +255,7 @@ def test_what_is_no_list_of_results_is_named(tmp_path: Path) -> None:
     for content, message in ((b"{", "it can not be read"), (b"[]", "it is not of this command")):
         (tmp_path / "results.json").write_bytes(content)
         with pytest.raises(ValueError, match=rf"results\.json: {message}"):
-            check_settings(tmp_path, {})
+            check_results(tmp_path, {})
 
 
 def test_one_prompt_is_not_written_over_many(config: GenerateConfig, no_model: Callable[[], None]) -> None:

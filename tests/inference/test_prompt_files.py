@@ -11,8 +11,9 @@ from mixmodal.config import UsageError, parse
 from mixmodal.document import Mask
 from mixmodal.pipeline.generate import GenerateConfig, generate
 from mixmodal.pipeline.holes import PartialPicture
-from mixmodal.pipeline.prompt_files import NamedPrompt, Shard, read_prompts
+from mixmodal.pipeline.prompt_files import NamedPrompt, read_prompts
 from mixmodal.pipeline.prompt_parts import PromptPart
+from mixmodal.records import Shard
 
 WHOLE = Shard()
 
