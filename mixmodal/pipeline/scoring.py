@@ -7,13 +7,9 @@ from typing import Any
 
 from PIL.Image import Image as Picture
 
-from mixmodal.classification.autoregressive import (
-    AutoregressiveClassifier,
-    Classification,
-    LogLikelihood,
-    ScoredSequence,
-    SequenceScorer,
-)
+from mixmodal.classification.autoregressive import AutoregressiveClassifier
+from mixmodal.classification.likelihoods import LogLikelihood, ScoredSequence, SequenceScorer
+from mixmodal.classification.result import Classification
 from mixmodal.document import Document, SequenceFormat, Text
 from mixmodal.pipeline.prompts import Before, parts_of, spell_documents
 from mixmodal.retrieval.retriever import Retrieved
