@@ -12,10 +12,8 @@ from PIL.Image import Image as Picture
 
 from mixmodal.classification.likelihoods import LogLikelihoods
 from mixmodal.classification.result import Classification, softmax
+from mixmodal.classification.templates import PLACE, fill_templates
 from mixmodal.retrieval.encoder import DocumentEncoder, normalise
-
-PLACE = "{}"
-"""Where a template has the caption."""
 
 
 class ContrastiveClassifier:
@@ -68,17 +66,3 @@ def embed_classes(encoder: DocumentEncoder, classes: Sequence[Sequence[str]]) ->
     vectors = encoder.embed_texts(list(texts)).astype(np.float64)
     rows = np.array([[texts[text] for text in row] for row in classes])
     return normalise(normalise(vectors)[rows].mean(axis=1)).astype(np.float32)
-
-
-def fill_templates(templates: Sequence[str], captions: Sequence[str]) -> list[list[str]]:
-    """Each caption in each template, `(K, M)`.
-
-    Raises:
-        ValueError: where there is no template, or one has no `{}`.
-    """
-    if not templates:
-        raise ValueError(f"templates: there is none; give at least one text with {PLACE}, such as {PLACE!r}")
-    for template in templates:
-        if PLACE not in template:
-            raise ValueError(f"template {template!r} has no {PLACE} for the class to stand in")
-    return [[template.replace(PLACE, caption) for template in templates] for caption in captions]

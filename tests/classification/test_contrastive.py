@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from mixmodal.classification.contrastive import ContrastiveClassifier, fill_templates
+from mixmodal.classification.contrastive import ContrastiveClassifier
+from mixmodal.classification.templates import fill_templates
 from mixmodal.data.synthetic import synthetic_pairs
 from mixmodal.retrieval.encoder import DocumentEncoder, load_encoder, normalise
 
