@@ -5,7 +5,7 @@ Shapes: P pictures, C captions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL.Image import Image as Picture
@@ -14,6 +14,7 @@ from mixmodal.classification.autoregressive import AutoregressiveClassifier, sco
 from mixmodal.classification.compositional import ScorePairs, ScorePictures
 from mixmodal.classification.contrastive import embed_classes, logits_of
 from mixmodal.classification.likelihoods import SequenceScorer
+from mixmodal.classification.units import Scorer, Unit
 from mixmodal.document import Document, Text
 from mixmodal.retrieval.encoder import DocumentEncoder
 from mixmodal.tokenization.codec import Codec
@@ -55,5 +56,25 @@ def by_encoder(encoder: DocumentEncoder) -> ScorePairs:
     def score(pictures: Sequence[Picture], captions: Sequence[str]) -> np.ndarray:
         vectors = embed_classes(encoder, [[caption] for caption in captions])
         return logits_of(encoder, encoder.embed_images(pictures), vectors)
+
+    return score
+
+
+def by_costs(build: Callable[[Sequence[Picture], Sequence[str]], Scorer], units: Sequence[Unit]) -> ScorePairs:
+    """Minus the mean cost over units, the same for all pictures and captions: of a denoiser, for example.
+
+    Costs are multiplied by `Unit.weight`, and by the scorer's `scale`, where it has one.
+
+    Args:
+        build: a scorer whose pictures and classes are these.
+    """
+
+    def score(pictures: Sequence[Picture], captions: Sequence[str]) -> np.ndarray:
+        scorer = build(pictures, captions)
+        shape = (len(pictures), len(captions), len(units))
+        picture, caption, unit = (places.reshape(-1).tolist() for places in np.indices(shape))
+        costs = scorer.cost(picture, caption, [units[place] for place in unit]).reshape(shape)
+        weights = np.array([one.weight for one in units])
+        return -getattr(scorer, "scale", 1.0) * (costs * weights).mean(axis=2)
 
     return score

@@ -13,7 +13,8 @@ from mixmodal.classification.autoregressive import AutoregressiveClassifier
 from mixmodal.classification.compositional import evaluate_compositions, judge, read_compositions
 from mixmodal.classification.contrastive import ContrastiveClassifier
 from mixmodal.classification.likelihoods import SequenceScorer
-from mixmodal.classification.pair_scores import by_encoder, by_image_alone, by_likelihood, by_text_alone
+from mixmodal.classification.pair_scores import by_costs, by_encoder, by_image_alone, by_likelihood, by_text_alone
+from mixmodal.classification.units import Unit
 from mixmodal.data.synthetic import synthetic_pairs
 from mixmodal.document import Document, Text, build_format
 from mixmodal.models.transformer import Transformer, TransformerConfig
@@ -165,3 +166,18 @@ def test_scores_that_are_none_are_named(write: Callable[..., Path]) -> None:
         evaluate_compositions(task, lambda pictures, captions: np.full((2, 2), np.nan))
     with pytest.raises(ValueError, match="there is no file"):
         read_compositions(Path("nowhere.jsonl"))
+
+
+def test_costs_become_minus_their_weighted_mean_over_units() -> None:
+    table = np.random.default_rng(0).random((2, 3, 4))
+    units = [Unit(index, 0.5, index, 1, 0, weight) for index, weight in enumerate([1.0, 2.0, 0.5, 1.0])]
+
+    class Listed:
+        scale = 8.0
+
+        def cost(self, pictures: Sequence[int], classes: Sequence[int], units: Sequence[Unit]) -> np.ndarray:
+            return np.array([table[row, column, unit.index] for row, column, unit in zip(pictures, classes, units)])
+
+    score = by_costs(lambda pictures, captions: Listed(), units)
+    found = score([pair.picture for pair in synthetic_pairs(2, 8)], ["a", "b", "c"])
+    np.testing.assert_allclose(found, -8.0 * (table * [1.0, 2.0, 0.5, 1.0]).mean(axis=2))
