@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from mixmodal.classification.autoregressive import ScoredSequence, SequenceScorer
+from mixmodal.classification.likelihoods import ScoredSequence, SequenceScorer
 from mixmodal.document import SequenceFormat, count_fitting
 from mixmodal.retrieval.candidates import CandidateStore
 from mixmodal.retrieval.memory import Memory

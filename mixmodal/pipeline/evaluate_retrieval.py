@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from mixmodal.classification.autoregressive import SequenceScorer
+from mixmodal.classification.likelihoods import SequenceScorer
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.document import SequenceFormat
 from mixmodal.evaluation.retrieval import Pair, RetrievalAblation, Worth

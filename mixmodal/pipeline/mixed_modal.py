@@ -11,7 +11,8 @@ import torch
 from PIL.Image import Image as Picture
 from typing_extensions import Unpack
 
-from mixmodal.classification.autoregressive import SequenceScorer, check_method
+from mixmodal.classification.autoregressive import check_method
+from mixmodal.classification.likelihoods import SequenceScorer
 from mixmodal.document import Document, Image, Text
 from mixmodal.interop.export import find_export, load_export
 from mixmodal.models.transformer import Transformer

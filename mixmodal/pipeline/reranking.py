@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from mixmodal.classification.autoregressive import ScoredSequence, SequenceScorer
+from mixmodal.classification.likelihoods import ScoredSequence, SequenceScorer
 from mixmodal.document import Document, SequenceFormat, Text
 from mixmodal.retrieval.encoder import DocumentEncoder
 from mixmodal.sampling.rules import TokenSampling

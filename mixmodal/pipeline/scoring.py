@@ -7,13 +7,10 @@ from typing import Any
 
 from PIL.Image import Image as Picture
 
-from mixmodal.classification.autoregressive import (
-    AutoregressiveClassifier,
-    Classification,
-    LogLikelihood,
-    ScoredSequence,
-    SequenceScorer,
-)
+from mixmodal.classification.autoregressive import AutoregressiveClassifier
+from mixmodal.classification.likelihoods import LogLikelihood, ScoredSequence, SequenceScorer
+from mixmodal.classification.result import Classification
+from mixmodal.classification.templates import PLACE, fill_templates
 from mixmodal.document import Document, SequenceFormat, Text
 from mixmodal.pipeline.prompts import Before, parts_of, spell_documents
 from mixmodal.retrieval.retriever import Retrieved
@@ -53,9 +50,14 @@ class Scoring:
         *,
         debias: float = 0.0,
         length_normalise: bool = False,
+        templates: Sequence[str] = (PLACE,),
     ) -> AutoregressiveClassifier:
-        """A classifier among captions; the options are those of `AutoregressiveClassifier`."""
-        documents = [Document([Text(caption)]) for caption in classes]
+        """A classifier among captions; the options are those of `AutoregressiveClassifier`.
+
+        Args:
+            templates: texts with `{}` where the caption goes; a score is the mean over them.
+        """
+        documents = [[Document([Text(text)]) for text in texts] for texts in fill_templates(templates, classes)]
         return AutoregressiveClassifier(self._scorer, documents, method, debias, length_normalise)
 
     def score_classes(

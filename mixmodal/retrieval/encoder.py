@@ -69,6 +69,21 @@ class DocumentEncoder:
         self._is_siglip = model.config.model_type == "siglip"
         self.dim = int((text.projection_size or text.hidden_size) if self._is_siglip else model.config.projection_dim)
 
+    @property
+    def logit_scale(self) -> float:
+        """What the model multiplies cosines with to get logits: the inverse of its temperature."""
+        return float(self._model.logit_scale.detach().double().exp())
+
+    @property
+    def logit_bias(self) -> float:
+        """What the model adds to logits: 0 for CLIP."""
+        return float(self._model.logit_bias.detach().double()) if self._is_siglip else 0.0
+
+    @property
+    def is_sigmoid(self) -> bool:
+        """Whether a logit is of one pair by itself (SigLIP), not of a pair among others (CLIP)."""
+        return self._is_siglip
+
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors of length 1, float32 `(n, dim)`; what a text has beyond the tower's positions is cut off."""
         return self._embed(texts, self._text_features)

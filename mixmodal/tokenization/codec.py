@@ -100,15 +100,24 @@ class Codec:
     @torch.inference_mode()
     def encode_pictures(self, pictures: Sequence[Picture]) -> list[Image]:
         """Pictures of any size and mode to their codes."""
-        config, images = self.image_tokenizer.config, []
+        images: list[Image] = []
         for start in range(0, len(pictures), self.batch_size):
-            batch = []
-            for index, picture in enumerate(pictures[start : start + self.batch_size], start):
-                opened = open_picture(picture, f"picture {index}")
-                batch.append(to_tensor(resize_and_crop(opened, config.image_size, config.preprocess)))
-            codes: Tensor = self.image_tokenizer.encode(torch.stack(batch).to(self.device))  # (B, h, w)
+            batch = self.to_images(pictures[start : start + self.batch_size], start)
+            codes: Tensor = self.image_tokenizer.encode(batch)  # (B, h, w)
             images += [Image(one) for one in codes.cpu().numpy()]
         return images
+
+    def to_images(self, pictures: Sequence[Picture], first: int = 0) -> Tensor:
+        """Pictures of any size and mode as the tokenizer takes them, float32 `(B, 3, H, W)` on its device.
+
+        Args:
+            first: number of the first picture, for messages.
+        """
+        config, images = self.image_tokenizer.config, []
+        for index, picture in enumerate(pictures, first):
+            opened = open_picture(picture, f"picture {index}")
+            images.append(to_tensor(resize_and_crop(opened, config.image_size, config.preprocess)))
+        return torch.stack(images).to(self.device)
 
     @torch.inference_mode()
     def decode_images(self, images: Sequence[Coded]) -> list[Picture]:

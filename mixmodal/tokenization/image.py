@@ -88,10 +88,18 @@ class ImageTokenizer(nn.Module):
 
         In the precision of the weights whatever autocast says: the codes of a picture do not depend on the caller.
         """
+        return self.quantizer.latents_to_codes(self.encode_to_latents(images))
+
+    @torch.no_grad()
+    def encode_to_latents(self, images: Tensor) -> Tensor:
+        """What the quantizer codes of images `(B, 3, H, W)` in [-1, 1]: `(B, C, h', w')` in the weights' precision.
+
+        `quantizer.latents_to_codes` of it is what `encode` gives.
+        """
         self._check_images(images)
         with torch.autocast(images.device.type, enabled=False):
             images = to_encoder_range(images, self.config.preprocess).to(self.dtype)
-            return self.quantizer.latents_to_codes(self.encoder(channels_last(images)))
+            return self.encoder(channels_last(images))
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

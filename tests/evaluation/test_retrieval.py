@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mixmodal.classification.autoregressive import SequenceScorer
+from mixmodal.classification.likelihoods import SequenceScorer
 from mixmodal.document import Document, Image, SequenceFormat, Text, build_format
 from mixmodal.evaluation.retrieval import Pair, RetrievalAblation, Worth
 from mixmodal.models.transformer import Transformer, TransformerConfig

@@ -7,13 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from mixmodal.classification.autoregressive import (
-    AutoregressiveClassifier,
-    Classification,
-    LogLikelihoods,
-    ScoredSequence,
-    SequenceScorer,
-)
+from mixmodal.classification.autoregressive import AutoregressiveClassifier
+from mixmodal.classification.likelihoods import LogLikelihoods, ScoredSequence, SequenceScorer
+from mixmodal.classification.result import Classification
 from mixmodal.document import Document, Image, SequenceFormat, Text, build_format
 from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.objectives.loss import token_losses
@@ -157,9 +153,9 @@ def test_debiasing_takes_alpha_times_the_text_alone_and_normalising_divides_by_t
     plain = AutoregressiveClassifier(scorer, classes, "text_given_image").score(images)
     both = AutoregressiveClassifier(scorer, classes, "text_given_image", debias=0.5, length_normalise=True)
     texts = [ScoredSequence(*form.spell_continuation(Document([]), text)) for text in classes]
-    np.testing.assert_allclose(both.priors, scorer.score(texts, any_end=True).totals)
+    np.testing.assert_allclose(both.priors[:, 0], scorer.score(texts, any_end=True).totals)
     counts = np.array([len(caption) + 1 for caption in CAPTIONS])
-    np.testing.assert_allclose(both.score(images).scores, (plain.scores - 0.5 * both.priors) / counts)
+    np.testing.assert_allclose(both.score(images).scores, (plain.scores - 0.5 * both.priors[:, 0]) / counts)
 
 
 def test_equal_classes_are_counted_as_tied(form: SequenceFormat, model: Transformer, images: list[Document]) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from mixmodal.classification.autoregressive import AutoregressiveClassifier, ScoredSequence, SequenceScorer
+from mixmodal.classification.autoregressive import AutoregressiveClassifier
+from mixmodal.classification.likelihoods import ScoredSequence, SequenceScorer
 from mixmodal.document import Document, Image, Mask, SequenceError, SequenceFormat, Text
 from mixmodal.models.transformer import Transformer
 from mixmodal.sampling.engine import Request

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image as PIL
 
 from mixmodal import MixedModal
-from mixmodal.classification.autoregressive import ScoredSequence
+from mixmodal.classification.likelihoods import ScoredSequence
 from mixmodal.document import Document, Mask, SequenceError, Text
 from mixmodal.interop.export import EXPORT_FILES, ExportError
 from mixmodal.pipeline import mixed_modal as module
