@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from mixmodal.classification.calibration import softmax
 from mixmodal.classification.likelihoods import LogLikelihoods, ScoredSequence, SequenceScorer
-from mixmodal.classification.result import Classification, softmax
+from mixmodal.classification.result import Classification
 from mixmodal.document import Document
 
 METHODS: tuple[str, ...] = ("image_given_text", "text_given_image")
-LATER_METHODS = ("diffusion", "contrastive")
 
 Variants = Document | Sequence[Document]
 """One document, or several of the same meaning: a class in several prompt templates, a picture tokenized in ways."""
@@ -147,5 +147,4 @@ def check_method(method: str) -> None:
     """
     if method in METHODS:
         return
-    known = "is not part of this version" if method in LATER_METHODS else "is unknown"
-    raise ValueError(f"classification method {method!r} {known}; choose {' or '.join(METHODS)}")
+    raise ValueError(f"classification method {method!r} is unknown; choose {' or '.join(METHODS)}")

@@ -40,10 +40,12 @@ class Reliability(NamedTuple):
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Probabilities `(P, K)` float64 of logits `(P, K)` over a temperature."""
-    scaled = (logits - logits.max(axis=1, keepdims=True)) / temperature
-    odds = np.exp(scaled)
-    return odds / odds.sum(axis=1, keepdims=True)
+    """Probabilities `(..., K)` float64 of logits `(..., K)` over a temperature.
+
+    They are the posterior where logits are log-likelihoods and all classes as likely.
+    """
+    odds = np.exp((logits - logits.max(axis=-1, keepdims=True)) / temperature)
+    return odds / odds.sum(axis=-1, keepdims=True)
 
 
 def mean_nll(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) -> float:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL.Image import Image as Picture
 
+from mixmodal.classification.calibration import softmax
 from mixmodal.classification.likelihoods import LogLikelihoods
-from mixmodal.classification.result import Classification, softmax
+from mixmodal.classification.result import Classification
 from mixmodal.classification.templates import PLACE, fill_templates
 from mixmodal.retrieval.encoder import DocumentEncoder, normalise
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixmodal.classification.evaluate import NamedClass, read_classes
+from mixmodal.classification.datasets import NamedClass, read_classes
 from mixmodal.files import write_whole
 from mixmodal.models.denoiser import (
     Denoiser,

@@ -31,9 +31,3 @@ class Classification(NamedTuple):
     def tied(self) -> np.ndarray:
         """Which classes share the best score, `(P, K)` bool: one in each row, or more where there is a tie."""
         return self.scores >= self.scores.max(axis=1, keepdims=True) - TIE
-
-
-def softmax(scores: np.ndarray) -> np.ndarray:
-    """Over the last axis, float64: the posterior where `scores` are log-likelihoods and all classes as likely."""
-    odds = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return odds / odds.sum(axis=-1, keepdims=True)

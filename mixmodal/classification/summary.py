@@ -141,8 +141,8 @@ def describe_reliability(found: Reliability) -> dict[str, Any]:
 def name_counts(confusion: np.ndarray, labels: Sequence[str]) -> dict[str, dict[str, int]]:
     """Counts `(K, K)` above 0, by label and then prediction."""
     return {
-        label: {labels[place]: int(row[place]) for place in np.flatnonzero(row).tolist()}
-        for label, row in zip(labels, confusion)
+        labels[number]: {labels[place]: int(row[place]) for place in map(int, np.flatnonzero(row))}
+        for number, row in enumerate(confusion)
         if row.any()
     }
 

@@ -4,36 +4,41 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL.Image import Image as Picture
 
 from mixmodal.classification.autoregressive import METHODS as AUTOREGRESSIVE
-from mixmodal.classification.calibration import softmax
 from mixmodal.classification.classifier import PictureClassifier, Scored
-from mixmodal.document import Document
+from mixmodal.classification.contrastive import ContrastiveClassifier
+from mixmodal.classification.diffusion import DiffusionScorer
+from mixmodal.classification.elimination import Elimination, EliminationConfig
+from mixmodal.classification.loading import find_pipeline, load_model
+from mixmodal.classification.policies import Policy
+from mixmodal.classification.result import Classification
+from mixmodal.classification.variants import VariantsConfig, encode_variants
 from mixmodal.files import sha256_of
 from mixmodal.interop.export import find_export
+from mixmodal.pipeline.classify_config import ClassifyConfig
 from mixmodal.pipeline.drawing_config import DTYPES
 from mixmodal.pipeline.mixed_modal import MixedModal
-from mixmodal.pipeline.reading import local_device
+from mixmodal.pipeline.reading import local_device, resolve_device
+from mixmodal.retrieval.encoder import find_encoder, load_encoder
 from mixmodal.retrieval.retriever import Retrieved
-
-if TYPE_CHECKING:
-    from mixmodal.pipeline.classify import ClassifyConfig
 
 
 class AutoregressivePictures:
-    """A mixmodal model as a classifier of pictures: mean log-likelihoods over prompt templates.
-
-    The mean is of log p, not of p (arXiv 2603.19122 finds it the better one). Each picture is encoded alone: how an
-    encoder rounds depends on how many pictures it encodes.
+    """A mixmodal model as a classifier of pictures: mean log-likelihoods over prompt templates and variants.
 
     Args:
         model: with its memory, where documents are retrieved.
-        captions: for each template the K classes.
+        classes: a caption for each.
         method: as `AutoregressiveClassifier`; so are the options.
+        templates: texts with `{}` where the caption goes.
+        variants: in how many ways a picture is tokenized; its noise depends on the picture alone.
         retrieve: documents that are read before every class.
         random_seed: see `MixedModal.retrieve`.
     """
@@ -41,63 +46,107 @@ class AutoregressivePictures:
     def __init__(
         self,
         model: MixedModal,
-        captions: Sequence[Sequence[str]],
+        classes: Sequence[str],
         method: str,
         *,
+        templates: Sequence[str],
+        variants: VariantsConfig,
         retrieve: int = 0,
         random_seed: int | None = None,
         **options: Any,
     ) -> None:
-        self.model, self.captions, self.method = model, captions, method
+        self.model, self.method, self.variants = model, method, variants
+        self.captions = [template.replace("{}", one) for template in templates for one in classes]
         self.num_retrieved, self.random_seed = retrieve, random_seed
-        self.classifiers = [model.build_classifier(texts, method, **options) for texts in captions]
+        self.classifier = model.build_classifier(classes, method, templates=templates, **options)
+        self.evaluations = np.full(len(classes), len(templates) * variants.number, dtype=np.int64)
 
     def score(self, pictures: Sequence[Picture]) -> list[Scored]:
-        """Findings in the order of pictures, with `log_likelihoods` and `num_tokens` as sums over templates."""
-        documents = [Document(self.model.codec.encode_pictures([picture])) for picture in pictures]
+        """Findings in the order of pictures, with `log_likelihoods` and `num_tokens` as sums over templates and
+        variants. Each picture is encoded alone: how an encoder rounds depends on how many pictures it encodes."""
+        documents = [encode_variants(self.model.codec, [one], [digest_of(one)], self.variants)[0] for one in pictures]
         read = self._retrieve(pictures) if self.num_retrieved else None
         form = self.model.format
         before = None if read is None else [form.prefix([one.ids for one in row]) for row in read]
-        found = [classifier.score(documents, before) for classifier in self.classifiers]
-        mean = found[0]._replace(scores=np.mean([one.scores for one in found], axis=0))
-        tied, probabilities = mean.tied, softmax(mean.scores)
-        totals = sum(one.log_likelihoods.totals for one in found)
-        counts = sum(one.log_likelihoods.counts for one in found)
-        evaluations = np.full(len(self.captions[0]), len(found), dtype=np.int64)
-        scored = []
-        for row in range(len(pictures)):
-            details: dict[str, Any] = {
-                "log_likelihoods": np.asarray(totals)[row].tolist(),
-                "num_tokens": np.asarray(counts)[row].tolist(),
-            }
-            if read is not None:
-                details["retrieved"] = [one.to_dict() for one in read[row]]
-            scored.append(
-                Scored(
-                    scores=mean.scores[row],
-                    probabilities=probabilities[row],
-                    tied=tied[row],
-                    evaluations=evaluations,
-                    details=details,
-                )
-            )
-        return scored
+        found = self.classifier.score(documents, before)
+        details = [
+            {"log_likelihoods": totals.tolist(), "num_tokens": counts.tolist()}
+            for totals, counts in zip(found.log_likelihoods.totals, found.log_likelihoods.counts)
+        ]
+        if read is not None:
+            details = [{**one, "retrieved": [each.to_dict() for each in row]} for one, row in zip(details, read)]
+        return split(found, self.evaluations, details)
 
     def _retrieve(self, pictures: Sequence[Picture]) -> list[list[Retrieved]]:
-        captions = [caption for texts in self.captions for caption in texts]
         options = {"random_seed": self.random_seed}
-        return self.model.retrieve_for_classes(pictures, captions, self.method, self.num_retrieved, **options)
+        return self.model.retrieve_for_classes(pictures, self.captions, self.method, self.num_retrieved, **options)
 
 
-def build_autoregressive(config: ClassifyConfig, captions: Sequence[Sequence[str]]) -> PictureClassifier:
+class ContrastivePictures:
+    """A CLIP or SigLIP as a classifier of pictures; each is embedded alone, so that it does not depend on others."""
+
+    def __init__(self, classifier: ContrastiveClassifier) -> None:
+        self.classifier = classifier
+
+    def score(self, pictures: Sequence[Picture]) -> list[Scored]:
+        """Findings in the order of pictures; one evaluation is a pass of the picture tower, shared by all classes."""
+        found = [self.classifier.score([picture]) for picture in pictures]
+        return [split(one, np.ones(one.scores.shape[1], dtype=np.int64), [{}])[0] for one in found]
+
+
+class DiffusionPictures:
+    """A diffusion model as a classifier of pictures: races of the classes over shared times and noises."""
+
+    def __init__(self, scorer: DiffusionScorer, policy: Policy, config: EliminationConfig) -> None:
+        self.scorer = scorer
+        self.elimination = Elimination(scorer, len(scorer.classes), policy, config)
+
+    def score(self, pictures: Sequence[Picture]) -> list[Scored]:
+        """Findings in the order of pictures, with costs, standard errors of their distance to the best, and rounds."""
+        self.scorer.set_pictures(pictures)
+        return [
+            Scored(
+                scores=one.logits,
+                probabilities=one.probabilities,
+                tied=one.tied,
+                evaluations=one.evaluations,
+                details={
+                    "costs": one.costs.tolist(),
+                    "standard_errors": [float(error) if np.isfinite(error) else None for error in one.standard_errors],
+                    "num_rounds": one.num_rounds,
+                },
+            )
+            for one in self.elimination.score(range(len(pictures)))
+        ]
+
+
+def split(found: Classification, evaluations: np.ndarray, details: Sequence[Mapping[str, Any]]) -> list[Scored]:
+    """A result picture by picture."""
+    rows = zip(found.scores, found.probabilities, found.tied, details, strict=True)
+    return [
+        Scored(scores=scores, probabilities=probabilities, tied=tied, evaluations=evaluations, details=more)
+        for scores, probabilities, tied, more in rows
+    ]
+
+
+def digest_of(picture: Picture) -> str:
+    """SHA-256 of a picture's pixels and size, hexadecimal."""
+    return hashlib.sha256(f"{picture.mode} {picture.size} ".encode() + picture.tobytes()).hexdigest()
+
+
+def build_autoregressive(
+    config: ClassifyConfig, classes: Sequence[str], templates: Sequence[str]
+) -> AutoregressivePictures:
     """From an exported model."""
     device = local_device(config.device)
     model = MixedModal.from_pretrained(config.model, device, DTYPES[config.dtype], config.batch_size)
     config.attach(model)
     return AutoregressivePictures(
         model,
-        captions,
+        classes,
         config.method,
+        templates=templates,
+        variants=config.variants,
         retrieve=config.retrieve,
         random_seed=config.random_seed,
         debias=config.debias,
@@ -105,47 +154,52 @@ def build_autoregressive(config: ClassifyConfig, captions: Sequence[Sequence[str
     )
 
 
-Build = Callable[["ClassifyConfig", Sequence[Sequence[str]]], PictureClassifier]
-BUILDERS: Mapping[str, Build] = dict.fromkeys(AUTOREGRESSIVE, build_autoregressive)
-"""By method, what loads a model and gives a classifier of captions, by template and then class."""
-NEEDS = {
-    "diffusion": "needs a diffusion model, whose scorer is not part of this version",
-    "contrastive": "needs a CLIP or SigLIP, whose scorer is not part of this version",
+def build_contrastive(config: ClassifyConfig, classes: Sequence[str], templates: Sequence[str]) -> ContrastivePictures:
+    """From a folder of transformers, of `train-encoder`, or a hub id."""
+    encoder = load_encoder(config.model, resolve_device(config.device), config.batch_size)
+    return ContrastivePictures(ContrastiveClassifier(encoder, classes, templates))
+
+
+def build_diffusion(config: ClassifyConfig, classes: Sequence[str], templates: Sequence[str]) -> DiffusionPictures:
+    """From a pipeline of diffusers, what `train-diffusion` exports, or a hub id."""
+    options = config.diffusion
+    dtype = DTYPES[config.dtype] or torch.float32
+    loaded = load_model(config.model, resolve_device(config.device), dtype, options.image_size)
+    scorer = DiffusionScorer(
+        loaded.adapter,
+        classes,
+        templates,
+        options.build_scorer_config(config.seed, config.batch_size),
+        options.build_cache(loaded.name, loaded.revision),
+    )
+    race = EliminationConfig(batch_size=config.batch_size, seed=config.seed, num_templates=len(templates))
+    return DiffusionPictures(scorer, options.build_policy(), race)
+
+
+Build = Callable[[ClassifyConfig, Sequence[str], Sequence[str]], PictureClassifier]
+
+
+class Method(NamedTuple):
+    """How a method's model is found and made a classifier of captions in templates."""
+
+    build: Build
+    find: Callable[[str], Path]
+
+
+METHODS: Mapping[str, Method] = {
+    **dict.fromkeys(AUTOREGRESSIVE, Method(build_autoregressive, find_export)),
+    "diffusion": Method(build_diffusion, find_pipeline),
+    "contrastive": Method(build_contrastive, find_encoder),
 }
-"""Methods that are known and have no builder yet: what they need."""
 
 
-def check_method(method: str) -> None:
-    """Complains about a method that has no builder.
-
-    Raises:
-        ValueError: saying what it needs, or naming the methods that are.
-    """
-    if method not in BUILDERS:
-        known = NEEDS.get(method, "is unknown")
-        raise ValueError(f"classification method {method!r} {known}; choose {' or '.join(BUILDERS)}")
-
-
-def build_classifier(config: ClassifyConfig, captions: Sequence[Sequence[str]]) -> PictureClassifier:
-    """The classifier of a method; this loads its model.
-
-    Args:
-        captions: for each template the K classes.
-
-    Raises:
-        ValueError: for an unknown method, a model that can not be loaded, or an option that can not act.
-    """
-    check_method(config.method)
-    return BUILDERS[config.method](config, captions)
-
-
-def hash_model(model: str) -> str:
+def hash_model(method: str, model: str) -> str:
     """SHA-256 over the names and contents of all files of a model's folder but its card, hexadecimal.
 
     Raises:
         ValueError: where there is no such model.
     """
-    folder, digest = find_export(model), hashlib.sha256()
+    folder, digest = METHODS[method].find(model), hashlib.sha256()
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if path.is_file() and path.suffix != ".md" and not any(part.startswith(".") for part in name.parts):

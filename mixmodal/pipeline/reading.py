@@ -77,3 +77,11 @@ def local_device(device: str) -> str:
     if device == "auto" and is_launched() and torch.cuda.is_available():
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
     return device
+
+
+def resolve_device(device: str) -> str:
+    """`local_device`, with `auto` made one that torch knows."""
+    found = local_device(device)
+    if found == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return found

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixmodal.classification.datasets import NamedClass, read_classes
 from mixmodal.classification.denoiser import PREPROCESS, save_denoiser
-from mixmodal.classification.evaluate import NamedClass, read_classes
 from mixmodal.data.augment import AugmentConfig, augment
 from mixmodal.data.denoising import (
     DenoisingBatch,

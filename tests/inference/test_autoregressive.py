@@ -167,10 +167,6 @@ def test_equal_classes_are_counted_as_tied(form: SequenceFormat, model: Transfor
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"method": "diffusion"},
-            "'diffusion' is not part of this version; choose image_given_text or text_given_image",
-        ),
         ({"method": "guess"}, "'guess' is unknown; choose image_given_text"),
         ({"method": "image_given_text", "debias": 1.0}, "can not act on image_given_text"),
     ],

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from mixmodal.classification.adapters import Labelled, build_adapter
+from mixmodal.classification.datasets import NamedClass
 from mixmodal.classification.denoiser import save_denoiser
 from mixmodal.classification.diffusion import DiffusionScorer
-from mixmodal.classification.evaluate import NamedClass
 from mixmodal.classification.loading import load_model, revision_of
 from mixmodal.classification.units import Unit, draw_noise
 from mixmodal.models.denoiser import Denoiser, DenoiserConfig, TextEncoderConfig, build_scheduler
