@@ -34,10 +34,12 @@ TITLES = {
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",
     "diffusion_classifier": "Diffusion classifiers: what a picture and an evaluation cost, against a plain loop",
+    "elimination": "Elimination of classes: 100 of them, exact denoisers; evaluations of the pilot are counted",
     "stability": "Stability at a high learning rate: a value for each seed (docs/stability.md)",
 }
 ORDER = [*TITLES]
 PIVOTED = (
+    "elimination",
     "tokenizer_comparison",
     "stability",
     "ranks",
@@ -54,6 +56,7 @@ PIVOTED = (
 
 
 ON_CPU = (
+    "elimination",
     "guidance",
     "infilling",
     "memory",

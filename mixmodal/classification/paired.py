@@ -81,13 +81,13 @@ def among_best(means: np.ndarray, num: int) -> np.ndarray:
 @cache
 def critical_t(p_value: float, degrees: float) -> float:
     """What a Student t variable of `degrees` of freedom exceeds with probability `p_value` in (0, 0.5)."""
-    low, high = 0.0, 1.0
-    while student_tail(high, degrees) > p_value:
-        low, high = high, 2 * high
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_tail(middle, degrees) > p_value else (low, middle)
-    return (low + high) / 2
+    front = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+    t, step = 0.0, 1.0
+    while step > 1e-13 * (1 + t):  # Newton's steps from below: the tail is convex
+        density = front * math.exp(-(degrees + 1) / 2 * math.log1p(t * t / degrees))
+        step = (student_tail(t, degrees) - p_value) / density
+        t += max(step, 0)
+    return t
 
 
 def student_tail(t: float, degrees: float) -> float:

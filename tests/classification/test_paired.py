@@ -12,7 +12,14 @@ from mixmodal.classification.paired import among_best, compare, critical_t, sign
 
 @pytest.mark.parametrize(
     ("p_value", "degrees", "expected"),  # printed tables of Student's t, one-sided
-    [(0.005, 1, 63.6567), (0.025, 4, 2.77645), (0.01, 10, 2.76377), (0.001, 30, 3.38518), (0.01, 100, 2.36422)],
+    [
+        (0.005, 1, 63.6567),
+        (0.025, 4, 2.77645),
+        (0.01, 10, 2.76377),
+        (0.001, 30, 3.38518),
+        (0.01, 100, 2.36422),
+        (0.001, 1, 318.309),
+    ],
 )
 def test_critical_values_are_those_of_the_tables(p_value: float, degrees: int, expected: float) -> None:
     assert critical_t(p_value, degrees) == pytest.approx(expected, rel=2e-6)
