@@ -229,6 +229,24 @@ def test_batches_for_a_compiled_network_are_of_one_size(build_pipeline: Build, m
     assert sizes == [10, 10, 10]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd_epsilon", "sdxl_euler", "sd3", "flux_dev", "pixart"])
+def test_an_adapter_is_traced_once_and_whole(family: str, build_pipeline: Build) -> None:
+    """One graph for all batches of a size, whatever they mix; a break or a second trace would count as more."""
+    from torch._dynamo.testing import CompileCounter
+
+    scorer = build_scorer(build_pipeline(family), batch_size=8)
+    triples = all_triples()
+    expected = scorer.cost(*triples)
+    scorer.config = replace(scorer.config, compile=True)
+    counter = CompileCounter()
+    scorer._predict = torch.compile(scorer.adapter.predict, dynamic=False, backend=counter)  # pyright: ignore[reportPrivateUsage]
+    for shown in (triples, tuple(some[:21][::-1] for some in triples), tuple(some[:3] for some in triples)):
+        found = scorer.cost(*shown)
+    np.testing.assert_allclose(found, expected[:3], rtol=1e-6)  # worst 0
+    assert counter.frame_count == 1
+
+
 def test_a_weighting_is_fitted_on_the_pictures_that_are_set(build_pipeline: Build) -> None:
     scorer = build_scorer(build_pipeline("sd_epsilon"), num_pictures=3, weighting=build_weighting("exp"))
     units = [Unit(j, (j + 0.5) / 20, j, 1, 0, 1.0) for j in range(20)]
