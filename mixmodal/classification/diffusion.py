@@ -27,6 +27,7 @@ from mixmodal.classification.denoising import (
     Weighting,
     build_weighting,
     error_scale,
+    fit_weighting,
     mean_error,
     target,
 )
@@ -160,6 +161,30 @@ class DiffusionScorer:
         Raises:
             ValueError: for triples of unequal number, or a template that is not there.
         """
+        times = np.array([unit.time for unit in units], dtype=np.float64)
+        weights = self.config.weighting.weights(self.adapter.schedule, times)
+        return self.errors(pictures, classes, units) * weights
+
+    def fit_weighting(self, labels: Sequence[int], units: Sequence[Unit]) -> Weighting:
+        """The weighting `learned` of the pictures that are set, in the space of the present one.
+
+        It costs an evaluation for each picture, class and unit.
+
+        Args:
+            labels: the right class of each picture.
+            units: with times in every bucket, such as 40 even ones.
+
+        Raises:
+            ValueError: see `denoising.fit_weighting`.
+        """
+        shape = (len(self._latents), len(self.classes), len(units))
+        pictures, classes, places = (one.flatten().tolist() for one in np.indices(shape))
+        errors = self.errors(pictures, classes, [units[place] for place in places]).reshape(shape)
+        times = np.array([unit.time for unit in units])
+        return fit_weighting(errors, times, np.asarray(labels), self.config.weighting.space)
+
+    def errors(self, pictures: Sequence[int], classes: Sequence[int], units: Sequence[Unit]) -> np.ndarray:
+        """`cost` without the weight of the time."""
         if not len(pictures) == len(classes) == len(units):
             raise ValueError(
                 f"triples need as many pictures, classes and units: {len(pictures)}, {len(classes)}, {len(units)}"
@@ -179,8 +204,7 @@ class DiffusionScorer:
             for start in range(0, len(units), self.config.batch_size)
         ]
         self.num_evaluations += len(units)
-        found = torch.cat(errors).cpu().double().numpy() if errors else np.zeros(0)
-        return found * self.config.weighting.weights(self.adapter.schedule, times)
+        return torch.cat(errors).cpu().double().numpy() if errors else np.zeros(0)
 
     @torch.no_grad()
     def _errors(

@@ -15,10 +15,12 @@ import torch
 from mixmodal.classification.adapter_base import Adapter, Conditions
 from mixmodal.classification.adapters import Labelled, find_family
 from mixmodal.classification.denoiser import DESCRIPTION, load_denoiser
-from mixmodal.hub import HUB_ID
+from mixmodal.hub import HUB_ID, find_folder
 from mixmodal.models.denoiser import import_diffusers
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
+BARE_FILES = ("denoiser.json", "classes.txt", "text_*", "unet/*.json", "unet/*.safetensors", "scheduler/*.json")
+"""Of folders that name no pipeline."""
 
 
 class LoadedModel(NamedTuple):
@@ -102,20 +104,29 @@ def find_pipeline(source: Path | str) -> Path:
     """A local folder as it is; else the snapshot of a hub id, of the files that its pipeline needs.
 
     Raises:
-        ValueError: where there is neither.
+        ValueError: where there is neither, or the pipeline is of an unknown family.
     """
     if Path(source).is_dir():
         return Path(source)
     if not HUB_ID.fullmatch(str(source)):
         raise ValueError(f"there is no folder {source}; give one with a pipeline of diffusers, or a hub id")
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
     name, _, revision = str(source).partition("@")
+    try:
+        index = hf_hub_download(name, "model_index.json", revision=revision or None)
+    except EntryNotFoundError:
+        return find_folder(source, BARE_FILES, "a pipeline of diffusers or a denoiser")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"there is no folder {source}, and the Hugging Face hub does not give it: {error}") from error
+    find_family(str(read_json(Path(index)).get("_class_name")))  # before gigabytes are fetched
     try:
         return Path(DiffusionPipeline.download(name, revision=revision or None, use_safetensors=True))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"there is no folder {source}, and the Hugging Face hub does not give it: {reason}") from error
+        raise ValueError(f"the Hugging Face hub does not give the pipeline {source}: {reason}") from error
 
 
 def load_pipeline(folder: Path, family: str, dtype: torch.dtype) -> Any:

@@ -101,6 +101,24 @@ def test_an_unknown_family_is_named_before_anything_is_read(tmp_path: Path) -> N
         load_model(tmp_path)
 
 
+def test_a_pipeline_of_the_hub_is_known_by_its_index_before_it_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[tuple[Any, ...]] = []
+
+    def give_index(*arguments: Any, revision: str | None) -> str:
+        asked.append((*arguments, revision))
+        return str(tmp_path / "model_index.json")
+
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "SanaPipeline"}))
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", give_index)
+    with pytest.raises(ValueError, match="there is no adapter for pipelines of the class SanaPipeline"):
+        load_model("owner/name@v2")
+    assert asked == [("owner/name", "model_index.json", "v2")]
+
+
 def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"neither model_index\.json, nor denoiser\.json, nor unet/config\.json"):
         load_model(tmp_path)

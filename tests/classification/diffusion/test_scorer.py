@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from mixmodal.classification import diffusion
 from mixmodal.classification.adapters import build_adapter
-from mixmodal.classification.denoising import build_weighting
+from mixmodal.classification.denoising import build_weighting, fit_weighting
 from mixmodal.classification.diffusion import DiffusionConfig, DiffusionScorer, PromptCache
 from mixmodal.classification.units import Unit, draw_noise
 
@@ -213,6 +214,51 @@ def test_half_precision_is_near_and_its_errors_are_float32(fresh_pipeline: Build
     np.testing.assert_allclose(found, exact, rtol=2e-3)  # worst 5e-4
     assert (found != exact).all()
     assert len(set(found.tolist())) == len(found), "bfloat16 sums would coincide"
+
+
+def test_batches_for_a_compiled_network_are_of_one_size(build_pipeline: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compilation changes beside it; the network itself is compiled on CUDA alone."""
+    triples = all_triples()
+    expected = build_scorer(build_pipeline("sd_epsilon")).cost(*triples)
+    scorer = build_scorer(build_pipeline("sd_epsilon"), batch_size=10)
+    scorer.config = replace(scorer.config, compile=True)
+    sizes: list[int] = []
+    predict = scorer.adapter.predict
+    monkeypatch.setattr(scorer, "_predict", lambda z, *rest: sizes.append(len(z)) or predict(z, *rest))
+    np.testing.assert_allclose(scorer.cost(*triples), expected, rtol=1e-6)  # worst 2.1e-7
+    assert sizes == [10, 10, 10]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd_epsilon", "sdxl_euler", "sd3", "flux_dev", "pixart"])
+def test_an_adapter_is_traced_once_and_whole(family: str, build_pipeline: Build) -> None:
+    """One graph for all batches of a size, whatever they mix; a break or a second trace would count as more."""
+    from torch._dynamo.testing import CompileCounter
+
+    scorer = build_scorer(build_pipeline(family), batch_size=8)
+    triples = all_triples()
+    expected = scorer.cost(*triples)
+    scorer.config = replace(scorer.config, compile=True)
+    counter = CompileCounter()
+    scorer._predict = torch.compile(scorer.adapter.predict, dynamic=False, backend=counter)  # pyright: ignore[reportPrivateUsage]
+    for shown in (triples, tuple(some[:21][::-1] for some in triples), tuple(some[:3] for some in triples)):
+        found = scorer.cost(*shown)
+    np.testing.assert_allclose(found, expected[:3], rtol=1e-6)  # worst 0
+    assert counter.frame_count == 1
+
+
+def test_a_weighting_is_fitted_on_the_pictures_that_are_set(build_pipeline: Build) -> None:
+    scorer = build_scorer(build_pipeline("sd_epsilon"), num_pictures=3, weighting=build_weighting("exp"))
+    units = [Unit(j, (j + 0.5) / 20, j, 1, 0, 1.0) for j in range(20)]
+    errors = np.array(
+        [[scorer.errors([p] * 20, [k] * 20, units) for k in range(len(CLASSES))] for p in range(3)]
+    )  # (3, 3, 20)
+    labels = errors.mean(axis=2).argmin(axis=1)
+    found = scorer.fit_weighting(labels.tolist(), units)
+    times = np.array([unit.time for unit in units])
+    expected = fit_weighting(errors, times, labels, "x0")
+    assert (found.name, found.space) == ("learned", "x0")
+    np.testing.assert_allclose(found.buckets, expected.buckets, rtol=1e-6)  # worst 0
 
 
 def test_what_can_not_be_is_refused(build_pipeline: Build) -> None:
