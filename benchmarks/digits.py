@@ -37,7 +37,7 @@ NUM_CLASSES = 10
 NUM_TEST = 360
 SIZE = 8
 BAR = 0.985
-BATCH_SIZE = 256
+BATCH_SIZE = 64
 
 
 class Digits(NamedTuple):
@@ -168,7 +168,7 @@ def main(given: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1500, help="of training, 64 digits each")
+    parser.add_argument("--steps", type=int, default=1000, help="of training, 64 digits each")
     parser.add_argument("--prediction", choices=("epsilon", "v_prediction"), default="epsilon")
     parser.add_argument("--seed", type=int, default=0, help="of the split, training and units")
     parser.add_argument("--dry", action="store_true", help="print figures and record nothing")

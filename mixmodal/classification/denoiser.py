@@ -47,7 +47,7 @@ class LoadedDenoiser(NamedTuple):
         image_size: side of the pictures in pixels.
         classes: that it is told, in the order of their numbers; none where it is told texts.
         conditions: strings to classes `(B,)` or tokens `(B, T)`.
-        text_encoder: tokens to features; None where classes are told.
+        features: of tokens; None where classes are told.
     """
 
     unet: Any
@@ -55,7 +55,7 @@ class LoadedDenoiser(NamedTuple):
     image_size: int
     classes: tuple[NamedClass, ...]
     conditions: ConditionEncoder
-    text_encoder: TextEncoder | None
+    features: TextEncoder | None
 
     @torch.no_grad()
     def encode(self, conditions: Sequence[str]) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ class LoadedDenoiser(NamedTuple):
         Raises:
             ValueError: naming what is no class.
         """
-        return condition_inputs(self.conditions.encode(conditions).to(self.unet.device), self.text_encoder)
+        return condition_inputs(self.conditions.encode(conditions).to(self.unet.device), self.features)
 
 
 def save_denoiser(
@@ -147,7 +147,7 @@ def load_denoiser(folder: Path | str, device: torch.device | str = "cpu") -> Loa
         image_size=int(description["image_size"]),
         classes=classes,
         conditions=conditions,
-        text_encoder=encoder,
+        features=encoder,
     )
 
 

@@ -211,6 +211,21 @@ def test_sixteen_bits_train(folder: Path, told: str, precision: str) -> None:
     load_denoiser(folder / "sixteen" / "export")
 
 
+@pytest.mark.slow
+@TOLD
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_stages_train_alike_and_resume_exactly(folder: Path, told: str, stage: int) -> None:
+    train_diffusion(build_config(folder, told, run_dir=folder / "zero0"))
+    config = build_config(folder, told, save_every=2, deepspeed=ROOT / f"configs/deepspeed/zero{stage}.json")
+    train_diffusion(config)
+    run = folder / "run"
+    assert curve(run) == pytest.approx(curve(folder / "zero0"), rel=1e-5)
+    whole = files(run / "export")
+    (run / "checkpoints" / "latest").write_text("step_00000002\n")
+    train_diffusion(config)
+    assert files(run / "export") == whole
+
+
 def test_pictures_without_a_class_end_the_job(folder: Path) -> None:
     (folder / "few.txt").write_text("red\nblue\n")
     config = build_config(folder, "class")
