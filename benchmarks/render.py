@@ -33,11 +33,13 @@ TITLES = {
     "decode": "Drawing pictures with guidance: codes a second, against transformers' Chameleon",
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",
+    "swap_test": "Captions with the same words in another order: shares of held-out combinations told apart",
     "stability": "Stability at a high learning rate: a value for each seed (docs/stability.md)",
 }
 ORDER = [*TITLES]
 PIVOTED = (
     "tokenizer_comparison",
+    "swap_test",
     "stability",
     "ranks",
     "train_length",
@@ -53,6 +55,7 @@ PIVOTED = (
 
 
 ON_CPU = (
+    "swap_test",
     "guidance",
     "infilling",
     "memory",
