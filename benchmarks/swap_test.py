@@ -43,18 +43,18 @@ from mixmodal.training.text_tokenizer import train_text_tokenizer_on_shards
 NUM_TRAIN = 8000
 CHANGES: dict[str, dict[str, Any]] = {
     "text_tokenizer": {"vocab_size": 300},
-    "image_tokenizer": {"augment": {"flip_share": 0.5}, "trainer": {"max_steps": 700}},
+    "image_tokenizer": {"augment": {"flip_share": 0.5}, "trainer": {"max_steps": 400}},
     "tokens": {"num_variants": 2},
     "encoder": {
         "data": {"caption_until": None},
         "model": {"vocab_size": 300, "text": {"dim": 96, "num_layers": 2, "num_heads": 4, "ffn_dim": 288}},
         "augment": {"hue_share": 0.0, "max_hue": 0},
-        "trainer": {"max_steps": 600},
+        "trainer": {"max_steps": 400},
     },
     "pretrain": {
         "model": {"dropout": 0.0},
         "data": {"first_part_weight": 0.5},
-        "trainer": {"max_steps": 2000, "micro_batch_size": 8},
+        "trainer": {"max_steps": 3000, "micro_batch_size": 8},
         "card": {"title": "mixmodal swaps", "data": "Drawn shapes", "attribution": "none", "limits": "A test."},
     },
 }
