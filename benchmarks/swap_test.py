@@ -14,6 +14,7 @@ are; those of `text`, `image` and `group` are of lines.
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import time
 from collections.abc import Callable
@@ -104,8 +105,8 @@ def merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def load(options: argparse.Namespace, name: str) -> Any:
     entry = ENTRIES[name]
-    module = __import__(entry.module, fromlist=[entry.config])
-    return load_config(getattr(module, entry.config), config_path(options.runs, name))
+    config_type = getattr(importlib.import_module(entry.module), entry.config)
+    return load_config(config_type, config_path(options.runs, name))
 
 
 def train(options: argparse.Namespace) -> dict[str, float]:
