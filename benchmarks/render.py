@@ -35,12 +35,14 @@ TITLES = {
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",
     "diffusion_classifier": "Diffusion classifiers: what a picture and an evaluation cost, against a plain loop",
     "elimination": "Elimination of classes: 100 of them, exact denoisers; evaluations of the pilot are counted",
+    "swap_test": "Captions with the same words in another order: shares of held-out combinations told apart",
     "stability": "Stability at a high learning rate: a value for each seed (docs/stability.md)",
 }
 ORDER = [*TITLES]
 PIVOTED = (
     "elimination",
     "tokenizer_comparison",
+    "swap_test",
     "stability",
     "ranks",
     "train_length",
@@ -57,6 +59,7 @@ PIVOTED = (
 
 ON_CPU = (
     "elimination",
+    "swap_test",
     "guidance",
     "infilling",
     "memory",

@@ -45,12 +45,16 @@ class ContrastiveClassifier:
         its probability among the classes for CLIP, and of the sigmoid of its logit, the probability that text and
         picture belong together, for SigLIP; its count is 1.
         """
-        logits = logits_of(self.encoder, self.encoder.embed_images(pictures), self.vectors)
-        if self.encoder.is_sigmoid:
-            totals = -np.logaddexp(0, -logits)
-        else:
-            totals = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-        return Classification(logits, softmax(logits), LogLikelihoods(totals, np.ones(logits.shape, dtype=np.int64)))
+        return classification_of(
+            logits_of(self.encoder, self.encoder.embed_images(pictures), self.vectors), self.encoder.is_sigmoid
+        )
+
+
+def classification_of(logits: np.ndarray, is_sigmoid: bool) -> Classification:
+    """The result of logits `(P, K)`, float64; see `ContrastiveClassifier.score`."""
+    bounds = np.logaddexp(0, logits) if is_sigmoid else np.logaddexp.reduce(logits, axis=1, keepdims=True)
+    totals = logits - bounds
+    return Classification(logits, softmax(logits), LogLikelihoods(totals, np.ones(logits.shape, dtype=np.int64)))
 
 
 def logits_of(encoder: DocumentEncoder, images: np.ndarray, texts: np.ndarray) -> np.ndarray:

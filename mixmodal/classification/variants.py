@@ -6,7 +6,6 @@ codes of a picture most change under noise that nobody sees (arXiv 2510.12060).
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -17,6 +16,7 @@ from PIL import ImageOps
 from PIL.Image import Image as Picture
 from torch import Tensor
 
+from mixmodal.classification.keyed import keyed_generator
 from mixmodal.document import Document, Image
 from mixmodal.tokenization.codec import Codec
 from mixmodal.tokenization.preprocessing import open_picture
@@ -96,19 +96,12 @@ def encode_noised(codec: Codec, images: Tensor, names: Sequence[tuple[str, int]]
     latents = tokenizer.encode_to_latents(images).float()  # (B, C, h', w')
     noise = torch.stack(
         [
-            torch.randn(config.num_samples, *latents.shape[1:], generator=_generator(config.seed, key, number))
+            torch.randn(config.num_samples, *latents.shape[1:], generator=keyed_generator(config.seed, key, number))
             for key, number in names
         ]
     )
     noised = latents[:, None] + config.noise * noise.to(latents.device)
     return tokenizer.quantizer.latents_to_codes(noised.flatten(0, 1)).cpu().numpy()
-
-
-def _generator(seed: int, key: str, number: int) -> torch.Generator:
-    """Of the noise of one view of a picture: from seed, key and number alone, on the CPU."""
-    words = np.frombuffer(hashlib.sha256(key.encode()).digest(), dtype="<u4").tolist()
-    (state,) = np.random.SeedSequence([seed, number, *words]).generate_state(1, np.uint64)
-    return torch.Generator().manual_seed(int(state) >> 1)
 
 
 def _views(picture: Picture, config: VariantsConfig) -> Iterator[Picture]:

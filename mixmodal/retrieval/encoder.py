@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from mixmodal.files import sha256_of
 from mixmodal.hub import find_folder
 
 T = TypeVar("T")
+ImagePart = Literal["tower", "norm", "scale"]
 
 KINDS = ("clip", "siglip")
 """`model_type` of what is taken; SigLIP 2 of a fixed size calls itself `siglip`, too."""
@@ -83,6 +84,29 @@ class DocumentEncoder:
     def is_sigmoid(self) -> bool:
         """Whether a logit is of one pair by itself (SigLIP), not of a pair among others (CLIP)."""
         return self._is_siglip
+
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """Features of any length, `(n, dim)`, on the encoder's device, with gradients where these are enabled."""
+        return self._image_features(images)
+
+    def image_parameters(self, part: ImagePart) -> list[Tensor]:
+        """Weights that logits of pictures depend on.
+
+        Args:
+            part: all of the image tower with its projection (`tower`), the last norm in it (`norm`), or what logits
+                are multiplied with (`scale`).
+        """
+        tower = self._model.vision_model
+        if part == "scale":
+            return [self._model.logit_scale]
+        if part == "norm":
+            return list(tower.post_layernorm.parameters())
+        return [*tower.parameters(), *([] if self._is_siglip else self._model.visual_projection.parameters())]
+
+    def scale_logits(self, cosines: Tensor) -> Tensor:
+        """Cosines to the model's logits, with gradients where these are enabled."""
+        logits = self._model.logit_scale.exp() * cosines
+        return logits + self._model.logit_bias if self._is_siglip else logits
 
     def embed_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Vectors of length 1, float32 `(n, dim)`; what a text has beyond the tower's positions is cut off."""

@@ -1,0 +1,42 @@
+"""The swap test's stages have configs that load, and its intervals are Wilson's."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+Load = Callable[[str], ModuleType]
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def swaps(load: Load, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return load("swap_test")
+
+
+def test_every_stage_has_a_config_that_loads_and_steps_are_scaled(swaps: ModuleType, tmp_path: Path) -> None:
+    options = argparse.Namespace(runs=tmp_path, scale=0.001, lines=2, seed=3)
+    swaps.prepare(options)
+    configs = {name: swaps.load(options, name) for name in swaps.CHANGES}
+    assert configs["pretrain"].trainer.max_steps == configs["encoder"].trainer.max_steps == 4
+    assert configs["pretrain"].trainer.seed == 3
+    assert configs["encoder"].augment.max_hue == 0  # colours mean something
+    assert configs["encoder"].data.caption_until is None
+    assert configs["image_tokenizer"].data.train == (tmp_path / "data" / "train",)
+    swaps.prepare(options)  # what is drawn stays
+
+
+def test_changes_act_at_any_depth(swaps: ModuleType) -> None:
+    settings = {"a": {"b": 1, "c": 2}, "d": 3}
+    assert swaps.merged(settings, {"a": {"b": 5}, "d": None, "e": {"f": 6}}) == {"a": {"b": 5, "c": 2}, "e": {"f": 6}}
+    assert settings == {"a": {"b": 1, "c": 2}, "d": 3}
+
+
+def test_intervals_are_those_of_wilson(swaps: ModuleType) -> None:
+    low, high = swaps.wilson(15, 20)
+    assert (low, high) == pytest.approx((0.5313, 0.8881), abs=1e-4)  # as published tables have it
+    assert swaps.wilson(0, 10)[0] == 0
+    assert swaps.wilson(10, 10)[1] == 1
