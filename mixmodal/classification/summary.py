@@ -112,12 +112,9 @@ def credit(entry: Entry, label: str) -> float:
 def top_credit(entry: Entry, place: int) -> float:
     """The share of orders of equal classes in which the one at `place` is among the best five."""
     scores = np.array([-np.inf if score is None else score for score in entry["scores"]])
-    own, num_tied = scores[place], len(entry["tied"])
-    better, equal = int((scores > own).sum()), int((scores == own).sum())
-    if entry["label"] in entry["tied"]:
-        better, equal = 0, num_tied
-    else:
-        better = max(better, num_tied)
+    better, equal = int((scores > scores[place]).sum()), int((scores == scores[place]).sum())
+    if entry["label"] in entry["tied"]:  # rounding may tell them apart
+        better, equal = 0, len(entry["tied"])
     return min(1.0, max(0.0, (TOP - better) / equal))
 
 

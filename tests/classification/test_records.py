@@ -132,6 +132,24 @@ def test_shards_in_any_order_give_the_summary_of_one_process(
     assert outputs(parts.out) == expected
 
 
+def test_a_shard_that_ends_last_finds_what_others_wrote_meanwhile(
+    config: ClassifyConfig, expected: dict[str, bytes], tmp_path: Path, use: Use, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = replace(config, out=tmp_path / "parts")
+    slow = ByColour()
+
+    def score_meanwhile(pictures: Sequence[Picture]) -> list[Scored]:
+        if not slow.seen:
+            use()
+            classify(replace(parts, shard="0/2"))
+            assert not outputs(parts.out)
+        return ByColour.score(slow, pictures)
+
+    monkeypatch.setattr(use(), "score", score_meanwhile)
+    classify(replace(parts, shard="1/2"))
+    assert outputs(parts.out) == expected
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 1000])
 def test_the_batch_size_changes_nothing(
     batch_size: int, config: ClassifyConfig, expected: dict[str, bytes], tmp_path: Path, use: Use
@@ -258,7 +276,9 @@ def test_pictures_of_shards_are_shared_and_their_losses_counted_once(config: Cla
     def samples() -> Iterator[Sample]:
         for number, path in enumerate(sorted(config.data.rglob("*.png"))):
             yield Sample(f"{number:02d}", (path.parent.name, PictureFile(path.read_bytes(), "png", "x")))
-        yield Sample("15", ("red", PictureFile(b"broken", "png", "x")))
+        for number in range(15, 18):  # one in each of three processes
+            yield Sample(str(number), ("red", PictureFile(b"broken", "png", "x")))
+        yield Sample("18", ("", PictureFile(b"", "png", "x")))
 
     folder = config.out.parent / "shards"
     write_shards(samples(), folder, 8)
@@ -271,7 +291,7 @@ def test_pictures_of_shards_are_shared_and_their_losses_counted_once(config: Cla
             classify(replace(config, shift=None, cues=None, **options))
         found.append(outputs(out))
     assert found[0] == found[1]
-    assert json.loads(found[0]["summary.json"])["data"]["skipped"] == {"broken picture": 1}
+    assert json.loads(found[0]["summary.json"])["data"]["skipped"] == {"broken picture": 3, "empty text": 1}
 
 
 @pytest.mark.parametrize(

@@ -63,12 +63,12 @@ def test_classify_records_every_picture_of_a_folder(
     model = MixedModal.from_pretrained(config.model, "cpu")
     picture = PIL.open(config.data / "blue" / "1.png")
     found = model.score_classes([picture], [f"{caption}!" for caption in CAPTIONS], method, **options)
-    np.testing.assert_allclose(rows["blue/1.png"]["scores"], found.scores[0], atol=5e-5)  # worst seen 1e-5
+    np.testing.assert_allclose(rows["blue/1.png"]["scores"], found.scores[0], atol=5e-5)  # worst seen 6e-6
     np.testing.assert_allclose(
         rows["blue/1.png"]["probabilities"], found.probabilities[0], atol=1e-5
-    )  # worst seen 1e-6
+    )  # worst seen 1e-7
     likely = found.log_likelihoods
-    np.testing.assert_allclose(rows["blue/1.png"]["log_likelihoods"], likely.totals[0], atol=5e-5)  # worst seen 1e-5
+    np.testing.assert_allclose(rows["blue/1.png"]["log_likelihoods"], likely.totals[0], atol=5e-5)  # worst seen 6e-6
     assert rows["blue/1.png"]["num_tokens"] == likely.counts[0].tolist()
     assert {path.name for path in config.out.iterdir()} == {
         *("records.jsonl", "settings.json", "summary.json", "confusion.png", "reliability.png")
@@ -85,7 +85,7 @@ def test_scores_are_means_over_templates(config: ClassifyConfig, method: str) ->
     texts = [[template.replace("{}", caption) for caption in CAPTIONS] for template in templates]
     alone = [model.score_classes([picture], captions, method).scores[0] for captions in texts]
     row = records(config.out)["red/0.png"]
-    np.testing.assert_allclose(row["scores"], np.mean(alone, axis=0), atol=5e-5)  # worst seen 1e-5
+    np.testing.assert_allclose(row["scores"], np.mean(alone, axis=0), atol=5e-5)  # worst seen 6e-6
     assert row["evaluations"] == [3, 3, 3]
 
 
@@ -100,7 +100,7 @@ def test_shards_and_batches_give_the_same_scores(config: ClassifyConfig, method:
     first, second = records(whole.out), records(parts.out)
     assert first.keys() == second.keys()
     for key, row in first.items():
-        np.testing.assert_allclose(row["scores"], second[key]["scores"], atol=5e-5)  # worst seen 1e-5
+        np.testing.assert_allclose(row["scores"], second[key]["scores"], atol=5e-5)  # worst seen 6e-6
     summaries = read(whole.out / "summary.json"), read(parts.out / "summary.json")
     assert summaries[0]["data"]["confusion"] == summaries[1]["data"]["confusion"]
     assert summaries[0]["settings_sha256"] == summaries[1]["settings_sha256"]

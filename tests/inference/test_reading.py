@@ -312,7 +312,7 @@ def test_classify_lists_what_was_read_for_each_picture(
     found = model.retrieve_for_classes(pictures, CLASSES, method, 2)
     assert [one["retrieved"] for one in lines] == [[one.to_dict() for one in row] for row in found]
     scores = model.score_classes(pictures, CLASSES, method, retrieve=2).scores
-    np.testing.assert_allclose([one["scores"] for one in lines], scores, atol=5e-5)  # worst seen 1e-5
+    np.testing.assert_allclose([one["scores"] for one in lines], scores, atol=5e-5)  # worst seen 6e-6
     summary = json.loads((tmp_path / "near" / "summary.json").read_text())
     assert summary["settings"]["retrieval"]["memory"] == str(memory)
     classify(ClassifyConfig(model=str(exported), out=tmp_path / "drawn", **paths, **{**options, "random_seed": 1}))
