@@ -78,10 +78,11 @@ class Full(Policy):
 
 @dataclass(frozen=True, kw_only=True)
 class Staged(Policy):
-    """The fixed schedule of the published Diffusion Classifier (arXiv 2303.16203, section 3.3, and its code).
+    """The fixed schedule of the published Diffusion Classifier (arXiv 2303.16203, "Efficient Classification").
 
     Of an even grid of max(samples) steps, each stage takes an evenly spaced part and measures what is new in it; the
-    best few classes go on. Where classes tie for the last place, all of them go on.
+    best few classes go on. Where classes tie for the last place, all of them go on. One stage is the grid for all
+    classes: `Staged(samples=(250,), keep=(1,))` is every fourth step of a thousand.
 
     Args:
         samples: times of the grid that a class is measured at by the end of each stage, where stages nest; rising.
@@ -130,7 +131,7 @@ class Staged(Policy):
 
 @dataclass(frozen=True, kw_only=True)
 class TTest(Policy):
-    """Classes go when a paired t-test against the best finds them worse (arXiv 2303.15233, section 3, algorithm 2).
+    """Classes go when a paired t-test against the best finds them worse (arXiv 2303.15233, section 3.1).
 
     Args:
         p_value: below which a class goes; of a two-sided test.
@@ -163,12 +164,13 @@ class Adaptive(Policy):
     """Antithetic pairs, a one-sided paired t-test on their means, and a cap on the survivors.
 
     Args:
-        p_value: below which a class goes; of a one-sided test.
+        p_value: below which a class goes; of a one-sided test. It bounds one test of the many of a race.
         min_times: times before the first test.
         max_times: times after which the race ends: the budget; two evaluations each, but the first.
         times_per_round: times between tests.
         cap: after j times at most cap * num_classes / j classes go on, but at least two: the cap alone never decides
-            between the last.
+            between the last. It bounds the evaluations; where all classes are close it loses the best more often than
+            the test does, and a larger one is safer.
         antithetic: pairs of noises from the second time on.
         variance: `successive` leaves out of the test's variance what changes slowly over time (`paired.compare`);
             `plain` is that of independent times, the only one that is right for random ones.

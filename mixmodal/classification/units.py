@@ -1,8 +1,8 @@
 """What costs are measured at: times, noises and templates that all classes of a picture share.
 
 Differences between classes at one unit have far less variance than the costs themselves, so a classifier compares
-classes unit by unit (arXiv 2303.15233, section 3; arXiv 2303.16203, section 4). A unit is drawn from its index alone:
-it is the same for every picture, worker, batch and device.
+classes unit by unit (arXiv 2303.15233, section 3.1; arXiv 2303.16203, "Variance Reduction via Difference Testing"). A
+unit is drawn from its index alone: it is the same for every picture, worker, batch and device.
 """
 
 from __future__ import annotations

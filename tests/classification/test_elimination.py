@@ -118,6 +118,7 @@ def test_every_evaluation_is_counted_once_and_batches_are_full_to_the_end(policy
         ((20, 50, 100, 500), (20, 10, 5, 1), 102, 5_590),
         ((50, 100, 500, 1000), (25, 10, 5, 1), 113, 14_400),
         ((50, 100, 500, 1000), (500, 50, 10, 1), 1000, 124_500),
+        ((250,), (1,), 100, 25_000),
     ],
 )
 def test_the_staged_policy_takes_the_evaluations_of_the_published_schedules(
