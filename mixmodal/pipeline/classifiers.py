@@ -186,7 +186,7 @@ class Method(NamedTuple):
     find: Callable[[str], Path]
 
 
-METHODS: Mapping[str, Method] = {
+METHODS: dict[str, Method] = {
     **dict.fromkeys(AUTOREGRESSIVE, Method(build_autoregressive, find_export)),
     "diffusion": Method(build_diffusion, find_pipeline),
     "contrastive": Method(build_contrastive, find_encoder),

@@ -14,8 +14,9 @@ from PIL.Image import Image as Picture
 
 from mixmodal.classification.classifier import Scored
 from mixmodal.data.shards import PictureFile, Sample, write_shards
+from mixmodal.interop.export import find_export
 from mixmodal.pipeline import classify as command
-from mixmodal.pipeline.classifiers import BUILDERS
+from mixmodal.pipeline.classifiers import METHODS, Method
 from mixmodal.pipeline.classify import ClassifyConfig, classify
 
 COLOURS = {"red": (220, 30, 10), "green": (10, 210, 40), "blue": (30, 10, 200)}
@@ -51,11 +52,11 @@ Use = Callable[..., ByColour]
 @pytest.fixture
 def use(monkeypatch: pytest.MonkeyPatch) -> Use:
     """Puts a new classifier in the place of a model's, and gives it."""
-    monkeypatch.setattr(command, "hash_model", lambda _: "0123")
+    monkeypatch.setattr(command, "hash_model", lambda *_: "0123")
 
     def put(*options: Any) -> ByColour:
         classifier = ByColour(*options)
-        monkeypatch.setitem(BUILDERS, "image_given_text", lambda *_: classifier)
+        monkeypatch.setitem(METHODS, "image_given_text", Method(lambda *_: classifier, find_export))
         return classifier
 
     return put
