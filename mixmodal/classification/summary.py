@@ -137,11 +137,10 @@ def describe_reliability(found: Reliability) -> dict[str, Any]:
 
 def name_counts(confusion: np.ndarray, labels: Sequence[str]) -> dict[str, dict[str, int]]:
     """Counts `(K, K)` above 0, by label and then prediction."""
-    return {
-        label: {labels[place]: int(row[place]) for place in np.flatnonzero(row).tolist()}
-        for label, row in zip(labels, confusion)
-        if row.any()
-    }
+    found: dict[str, dict[str, int]] = {}
+    for row, column in np.argwhere(confusion).tolist():
+        found.setdefault(labels[row], {})[labels[column]] = int(confusion[row, column])
+    return found
 
 
 def place_counts(named: Mapping[str, Mapping[str, int]], labels: Sequence[str]) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL.Image import Image as Picture
@@ -15,13 +15,11 @@ from mixmodal.classification.classifier import PictureClassifier, Scored
 from mixmodal.document import Document
 from mixmodal.files import sha256_of
 from mixmodal.interop.export import find_export
+from mixmodal.pipeline.classify_config import ClassifyConfig
 from mixmodal.pipeline.drawing_config import DTYPES
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.pipeline.reading import local_device
 from mixmodal.retrieval.retriever import Retrieved
-
-if TYPE_CHECKING:
-    from mixmodal.pipeline.classify import ClassifyConfig
 
 
 class AutoregressivePictures:
@@ -105,7 +103,7 @@ def build_autoregressive(config: ClassifyConfig, captions: Sequence[Sequence[str
     )
 
 
-Build = Callable[["ClassifyConfig", Sequence[Sequence[str]]], PictureClassifier]
+Build = Callable[[ClassifyConfig, Sequence[Sequence[str]]], PictureClassifier]
 BUILDERS: Mapping[str, Build] = dict.fromkeys(AUTOREGRESSIVE, build_autoregressive)
 """By method, what loads a model and gives a classifier of captions, by template and then class."""
 NEEDS = {

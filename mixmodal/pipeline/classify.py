@@ -7,133 +7,30 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from rich.progress import track
 
-from mixmodal.classification.autoregressive import METHODS as AUTOREGRESSIVE
 from mixmodal.classification.classifier import PictureClassifier
 from mixmodal.classification.datasets import (
     NamedClass,
     Read,
-    check_templates,
     read_classes,
     read_cues,
     read_pictures,
-    read_templates,
 )
 from mixmodal.classification.evaluate import BROKEN, Recorder
 from mixmodal.classification.summary import describe_drop, draw_figures, summarise, summarise_cues
 from mixmodal.data.skipping import SkipCounter
 from mixmodal.pipeline.classifiers import build_classifier, check_method, hash_model
-from mixmodal.pipeline.reading import ReadingConfig
+from mixmodal.pipeline.classify_config import ClassifyConfig
 from mixmodal.records import RecordLines, Shard, check_settings, write_json
 
+__all__ = ["ClassifyConfig", "classify"]
+
 RECORDS, SETTINGS, SUMMARY = "records", "settings", "summary.json"
-PLAIN = ["{}"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifyConfig(ReadingConfig):
-    """Classifies pictures among captions, by the likelihood that a model gives, and says how well.
-
-    `out` gets a line for each picture in `records.jsonl` as it is finished, and when all are, `summary.json`,
-    `confusion.png` and `reliability.png`. The same command goes on where it broke off; `--shard 0/4` to `3/4` in four
-    processes, or a launcher, share the pictures, and the last to end writes the summary. `--template TEXT` may be given
-    several times.
-
-    With `--memory DIR --retrieve N` the model reads the documents of a memory that are nearest to the picture, the same
-    before every class. A memory that holds the pictures themselves, with their captions, gives the answers away.
-
-    Args:
-        model: folder of an exported model, or an id on the Hugging Face hub.
-        data: folder of pictures, in subfolders named by their label where that is known, or of shards; or a CSV file
-            with the columns path and label.
-        classes: text file with one class a line: its caption, or its label, a tab and its caption.
-        out: folder for records and summary; made where it is missing.
-        method: `image_given_text` scores log p(image | text), `text_given_image` scores log p(text | image).
-        templates: texts around the caption, as `a photo of {}`; scores are means over several, as log-likelihoods.
-        templates_file: text file with one of them a line, in place of `templates`.
-        shift: pictures of the same classes from elsewhere, as `data`: both accuracies, and how much is lost.
-        cues: pictures with the shape of one class and the texture of another: a folder of files with names such as
-            cat1-clock3.png, first the shape, or a CSV file with the columns path, shape and texture. Which of the two
-            decides is the shape bias.
-        seed: of what a method draws; for methods that draw nothing it stays 0.
-        debias: alpha in log p(text | image) - alpha log p(text); for `text_given_image` only.
-        length_normalise: divide scores by the number of tokens; for `text_given_image` only.
-        shard: `INDEX/COUNT` takes every COUNT-th picture; null takes all, and under a launcher what its RANK and
-            WORLD_SIZE say.
-        max_skipped_share: share of broken pictures, 0 .. 1, above which the job fails.
-        batch_size: sequences in one forward; scores do not depend on it.
-        device: `auto` takes the accelerator where there is one.
-        dtype: of the weights.
-    """
-
-    model: str
-    data: Path
-    classes: Path
-    out: Path
-    method: str = "image_given_text"
-    templates: list[str] = field(default_factory=lambda: list(PLAIN))
-    templates_file: Path | None = None
-    shift: Path | None = None
-    cues: Path | None = None
-    seed: int = 0
-    debias: float = 0.0
-    length_normalise: bool = False
-    shard: str | None = None
-    max_skipped_share: float = 0.05
-    batch_size: int = 64
-    device: str = "auto"
-    dtype: Literal["stored", "float32", "bfloat16"] = "stored"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.out.suffix == ".json" or self.out.is_file():
-            raise ValueError(f"out is {self.out}; it must be a folder, which gets records.jsonl and summary.json")
-        if self.templates_file is not None and self.templates != PLAIN:
-            raise ValueError("give either templates or templates_file")
-        if self.shard is not None:
-            Shard.parse(self.shard)
-        if self.seed and self.method in AUTOREGRESSIVE:
-            raise ValueError(f"seed can not act on {self.method}, which draws nothing; leave it out")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
-
-    @classmethod
-    def read_arguments(cls, argv: Sequence[str]) -> list[str]:
-        """Gathers `--template TEXT` into `--templates`.
-
-        Raises:
-            ValueError: for one without a value, or beside `--templates`.
-        """
-        rest, found, words = [], [], iter(argv)
-        for word in words:
-            name, equals, value = word.partition("=")
-            if name != "--template":
-                rest.append(word)
-                continue
-            if not equals and (value := next(words, None)) is None:
-                raise ValueError("--template needs a value, as 'a photo of {}'")
-            found.append(value)
-        if not found:
-            return rest
-        if any(word.partition("=")[0] == "--templates" for word in rest):
-            raise ValueError("give templates either by --template or by --templates")
-        return [*rest, f"--templates={json.dumps(found)}"]
-
-    def read_templates(self) -> list[str]:
-        """Those that are given, or in the file that is.
-
-        Raises:
-            ValueError: for a text that is none.
-        """
-        found = self.templates if self.templates_file is None else read_templates(self.templates_file)
-        check_templates(found)
-        return list(found)
 
 
 class PictureSet(NamedTuple):
@@ -266,7 +163,7 @@ def report(results: dict[str, Any], num_classes: int, path: Path) -> str:
     if (rate := results["data"]["accuracy"]) is not None:
         found.append(f"accuracy {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})")
     if drop := results.get("shift", {}).get("drop"):
-        found.append(f"{drop['value']:.3f} less under shift ({drop['low']:.3f} to {drop['high']:.3f})")
+        found.append(f"drop under shift {drop['value']:.3f} ({drop['low']:.3f} to {drop['high']:.3f})")
     if bias := results.get("cues", {}).get("shape_bias"):
         found.append(f"shape bias {bias['value']:.3f} ({bias['low']:.3f} to {bias['high']:.3f})")
     return f"{', '.join(found)}; summary in {path}"
