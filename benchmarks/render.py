@@ -36,10 +36,14 @@ TITLES = {
     "diffusion_classifier": "Diffusion classifiers: what a picture and an evaluation cost, against a plain loop",
     "elimination": "Elimination of classes: 100 of them, exact denoisers; evaluations of the pilot are counted",
     "swap_test": "Captions with the same words in another order: shares of held-out combinations told apart",
+    "demo_classifiers": "Classifiers trained on the same demo pictures: held-out pairs, among all held-out concepts",
+    "digits": "Digits: a diffusion classifier trained from scratch, beside logistic regression",
     "stability": "Stability at a high learning rate: a value for each seed (docs/stability.md)",
 }
 ORDER = [*TITLES]
 PIVOTED = (
+    "demo_classifiers",
+    "digits",
     "elimination",
     "tokenizer_comparison",
     "swap_test",
@@ -58,6 +62,8 @@ PIVOTED = (
 
 
 ON_CPU = (
+    "demo_classifiers",
+    "digits",
     "elimination",
     "swap_test",
     "guidance",
