@@ -24,6 +24,7 @@ from record import record
 
 from mixmodal.classification.elimination import Elimination, EliminationConfig
 from mixmodal.classification.policies import Adaptive, Full, Policy, Staged, TTest
+from mixmodal.classification.summary import Rate
 from mixmodal.classification.units import TimeDensity, build_units, even_times, fit_density, measure_spread
 
 FIGURE = Path(__file__).resolve().parents[1] / "docs" / "elimination.png"
@@ -101,13 +102,6 @@ def measure(arm: Arm, worlds: Sequence[MixtureWorld], densities: Sequence[TimeDe
     return Found(*(np.concatenate(found) for found in zip(*rows)))
 
 
-def wilson(successes: np.ndarray, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson, 1927), of `(P,)` bool."""
-    num, share = len(successes), float(successes.mean())
-    middle, width = share + z * z / (2 * num), z * math.sqrt(share * (1 - share) / num + (z / (2 * num)) ** 2)
-    return (middle - width) / (1 + z * z / num), (middle + width) / (1 + z * z / num)
-
-
 def compare(reference: Found, ours: Found) -> dict[str, float]:
     """Evaluations of the reference over ours, and our accuracy less the reference's with its paired standard error."""
     differences = ours.correct.astype(float) - reference.correct
@@ -149,7 +143,10 @@ def main(num_pictures: int, dry: bool) -> None:
             record("elimination", subject, [value], unit, "cpu", {**config, **more})
 
     def note_shares(name: str, what: str, correct: np.ndarray, **more: Any) -> None:
-        for figure, value in zip((what, f"{what} from", f"{what} to"), (float(correct.mean()), *wilson(correct))):
+        for figure, value in zip(
+            (what, f"{what} from", f"{what} to"),
+            (float(correct.mean()), *Rate(float(correct.sum()), len(correct)).interval),
+        ):
             note(f"{name}: {figure}", value, "", **more)
 
     print(f"Bayes: {np.concatenate(bayes).mean():.4f}")
@@ -160,7 +157,7 @@ def main(num_pictures: int, dry: bool) -> None:
         found = measure(arm, worlds, densities)
         results.append(found)
         seconds, per_class = time.monotonic() - start, float(found.evaluations.mean())
-        low, high = wilson(found.correct)
+        low, high = Rate(float(found.correct.sum()), len(found.correct)).interval
         print(
             f"{arm.name:48s} {found.correct.mean():.4f} [{low:.4f}, {high:.4f}] agrees {found.agrees.mean():.4f}, "
             f"{per_class:.2f} a class, {seconds:.0f} s",

@@ -1,4 +1,4 @@
-"""Renders docs/results.md, and the tables of docs/retrieval.md and sampling.md, from benchmarks/results/*.jsonl:
+"""Renders docs/results.md, and the tables of pages written by hand, from benchmarks/results/*.jsonl:
 
     python benchmarks/render.py
 
@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
-WRITTEN_PAGES = (ROOT / "docs" / "retrieval.md", ROOT / "docs" / "sampling.md")
+WRITTEN_PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("classifiers", "retrieval", "sampling"))
 MARK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 """In a page that is written by hand, what stands between is rendered."""
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
@@ -33,11 +33,6 @@ TITLES = {
     "decode": "Drawing pictures with guidance: codes a second, against transformers' Chameleon",
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",
-    "diffusion_classifier": "Diffusion classifiers: what a picture and an evaluation cost, against a plain loop",
-    "elimination": "Elimination of classes: 100 of them, exact denoisers; evaluations of the pilot are counted",
-    "swap_test": "Captions with the same words in another order: shares of held-out combinations told apart",
-    "demo_classifiers": "Classifiers trained on the same demo pictures: held-out pairs, among all held-out concepts",
-    "digits": "Digits: a diffusion classifier trained from scratch, beside logistic regression",
     "stability": "Stability at a high learning rate: a value for each seed (docs/stability.md)",
 }
 ORDER = [*TITLES]

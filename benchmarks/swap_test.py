@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +31,7 @@ from mixmodal.classification.compositional import (
 )
 from mixmodal.classification.likelihoods import SequenceScorer
 from mixmodal.classification.pair_scores import by_encoder, by_image_alone, by_likelihood, by_text_alone
+from mixmodal.classification.summary import Rate
 from mixmodal.config import load_config
 from mixmodal.data.relations import TASK_NAME, RelationsConfig, write_relations
 from mixmodal.pipeline import MixedModal
@@ -176,17 +176,9 @@ def report(options: argparse.Namespace, seconds: dict[str, float], write: Write)
             counts = {"accuracy": (one["num_correct"], one["num_pictures"])}
             counts |= {what: (one[what], one["num_grids"]) for what in ("text", "image", "group")}
             for what, (hits, trials) in counts.items():
-                shape = {"correct": hits, "of": trials, "wilson_95": wilson(hits, trials)}
+                shape = {"correct": hits, "of": trials, "wilson_95": Rate(hits, trials).interval}
                 shape |= {"ties": one["num_ties"], "seconds": took, **settings}
                 write("swap_test", f"{name}: {kind}, {what}", [hits / trials], "", "cpu", shape)
-
-
-def wilson(hits: float, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of a share at 95 % (Journal of the American Statistical Association 22, 1927)."""
-    share, weight = hits / trials, z * z / trials
-    middle = (share + weight / 2) / (1 + weight)
-    reach = z / (1 + weight) * math.sqrt(share * (1 - share) / trials + weight / (4 * trials))
-    return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 def show(

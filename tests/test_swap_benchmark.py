@@ -33,10 +33,3 @@ def test_changes_act_at_any_depth(swaps: ModuleType) -> None:
     settings = {"a": {"b": 1, "c": 2}, "d": 3}
     assert swaps.merged(settings, {"a": {"b": 5}, "d": None, "e": {"f": 6}}) == {"a": {"b": 5, "c": 2}, "e": {"f": 6}}
     assert settings == {"a": {"b": 1, "c": 2}, "d": 3}
-
-
-def test_intervals_are_those_of_wilson(swaps: ModuleType) -> None:
-    low, high = swaps.wilson(15, 20)
-    assert (low, high) == pytest.approx((0.5313, 0.8881), abs=1e-4)  # as published tables have it
-    assert swaps.wilson(0, 10)[0] == 0
-    assert swaps.wilson(10, 10)[1] == 1
