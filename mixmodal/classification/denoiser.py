@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mixmodal.classification.datasets import NamedClass, read_classes
-from mixmodal.files import write_whole
+from mixmodal.files import read_object, write_whole
 from mixmodal.models.denoiser import (
     Denoiser,
     TextEncoder,
@@ -169,10 +169,4 @@ def _json(content: dict[str, Any]) -> bytes:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; `mixmodal train-diffusion` writes the folder of a denoiser")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} can not be read: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return found
+    return read_object(path)

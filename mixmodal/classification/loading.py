@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from mixmodal.classification.adapter_base import Adapter, Conditions
 from mixmodal.classification.adapters import Labelled, find_family
 from mixmodal.classification.denoiser import DESCRIPTION, load_denoiser
+from mixmodal.files import read_object
 from mixmodal.hub import HUB_ID, find_folder
 from mixmodal.models.denoiser import import_diffusers
 
@@ -74,7 +74,7 @@ def load_model(
     folder = find_pipeline(source)
     try:
         if (folder / "model_index.json").is_file():
-            family = read_json(folder / "model_index.json").get("_class_name")
+            family = read_object(folder / "model_index.json").get("_class_name")
             build = find_family(str(family))
             if build is not Labelled and (names is not None or encode is not None):
                 raise ValueError(f"names and encode are for bare denoisers and DiT; {family} encodes text itself")
@@ -121,7 +121,7 @@ def find_pipeline(source: Path | str) -> Path:
         return find_folder(source, BARE_FILES, "a pipeline of diffusers or a denoiser")
     except (OSError, ValueError) as error:
         raise ValueError(f"there is no folder {source}, and the Hugging Face hub does not give it: {error}") from error
-    find_family(str(read_json(Path(index)).get("_class_name")))  # before gigabytes are fetched
+    find_family(str(read_object(Path(index)).get("_class_name")))  # before gigabytes are fetched
     try:
         return Path(DiffusionPipeline.download(name, revision=revision or None, use_safetensors=True))
     except (OSError, ValueError) as error:
@@ -161,10 +161,10 @@ def load_bare(folder: Path, dtype: torch.dtype, device: torch.device | str) -> A
             "there is neither model_index.json, nor denoiser.json, nor unet/config.json with "
             "scheduler/scheduler_config.json"
         )
-    name = read_json(config).get("_class_name")
+    name = read_object(config).get("_class_name")
     if name not in UNETS:
         raise ValueError(f"unet/config.json is of the class {name}; known are {' and '.join(UNETS)}")
-    scheduler = str(read_json(folder / "scheduler" / "scheduler_config.json").get("_class_name"))
+    scheduler = str(read_object(folder / "scheduler" / "scheduler_config.json").get("_class_name"))
     if not (scheduler.endswith("Scheduler") and hasattr(diffusers, scheduler)):
         raise ValueError(f"scheduler/scheduler_config.json is of the class {scheduler}, which diffusers does not have")
     unet = getattr(diffusers, name).from_pretrained(
@@ -174,21 +174,6 @@ def load_bare(folder: Path, dtype: torch.dtype, device: torch.device | str) -> A
         unet=unet.to(device),
         scheduler=getattr(diffusers, scheduler).from_pretrained(folder / "scheduler"),
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        ValueError: naming the file.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no object")
-    return found
 
 
 def revision_of(folder: Path) -> str:
