@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixmodal.classification.calibration import Reliability, measure_reliability
+from mixmodal.classification.calibration import Reliability, fit_temperature, measure_reliability, softmax
 from mixmodal.classification.figures import draw_confusion, draw_reliability
 
 LEVEL = 0.95
@@ -65,11 +65,11 @@ def summarise(entries: Iterable[Entry], labels: Sequence[str]) -> dict[str, Any]
         Plain data: `num_pictures`, `num_labelled`, `num_ties`, `skipped` (by reason), `accuracy` and `top_5` (value,
         95 % Wilson interval, hits, total; a tie of k classes earns its share; the second needs more than 5 classes),
         `mean_per_class` (of the classes with pictures), `per_class`, `confusion` (counts by label, then prediction;
-        zeros left out), `mistakes` (the most frequent), `calibration` (expected error, and the bins behind it) and
-        `evaluations` of a picture.
+        zeros left out), `mistakes` (the most frequent), `calibration` (expected error, the bins behind it, and the
+        error once a temperature is fitted on other pictures) and `evaluations` of a picture.
     """
     places = {label: place for place, label in enumerate(labels)}
-    scored, skipped, chances, true = [], Counter(), [], []
+    scored, skipped, chances, logits, true = [], Counter(), [], [], []
     hits, totals = np.zeros(len(labels)), np.zeros(len(labels))
     confusion, top, num_ties = np.zeros((len(labels), len(labels)), dtype=np.int64), 0.0, 0
     for entry in entries:
@@ -85,6 +85,7 @@ def summarise(entries: Iterable[Entry], labels: Sequence[str]) -> dict[str, Any]
             top += top_credit(entry, place)
             confusion[place, places[entry["prediction"]]] += 1
             chances.append(level_ties(entry, places))
+            logits.append([-np.inf if score is None else score for score in entry["scores"]])
             true.append(place)
     rates = [Rate(*pair) for pair in zip(hits.tolist(), totals.tolist())]
     num_labelled = int(totals.sum())
@@ -99,7 +100,7 @@ def summarise(entries: Iterable[Entry], labels: Sequence[str]) -> dict[str, Any]
         "per_class": {label: rate.to_dict() for label, rate in zip(labels, rates) if rate.total},
         "confusion": name_counts(confusion, labels),
         "mistakes": list_mistakes(confusion, labels),
-        "calibration": describe_reliability(measure_reliability(np.stack(chances), np.array(true))) if true else None,
+        "calibration": describe_calibration(np.stack(chances), np.array(logits), np.array(true)) if true else None,
         "evaluations": describe_costs(scored),
     }
 
@@ -123,6 +124,30 @@ def level_ties(entry: Entry, places: Mapping[str, int]) -> np.ndarray:
     chances, tied = np.array(entry["probabilities"]), [places[label] for label in entry["tied"]]
     chances[tied] = chances[tied].mean()
     return chances
+
+
+def describe_calibration(chances: np.ndarray, logits: np.ndarray, true: np.ndarray) -> dict[str, Any]:
+    """Plain data: reliability as it stands, and once a temperature is fitted (arXiv 1706.04599, section 4.2).
+
+    Each half of the pictures, every second one, is judged by the temperature of the other; `fitted` has both and the
+    expected error then, or is None and `why_not_fitted` says why.
+
+    Args:
+        chances: probabilities `(P, K)`.
+        logits: `(P, K)`; -inf for a class without a score.
+        true: `(P,)` int64.
+    """
+    found = describe_reliability(measure_reliability(chances, true))
+    halves = [np.arange(len(true)) % 2 == half for half in (0, 1)]
+    try:
+        temperatures = [fit_temperature(logits[~half], true[~half]) for half in halves]
+    except ValueError as error:
+        return {**found, "fitted": None, "why_not_fitted": str(error)}
+    scaled = np.zeros_like(logits)
+    for half, temperature in zip(halves, temperatures):
+        scaled[half] = softmax(logits[half], temperature)
+    expected_error = measure_reliability(scaled, true).expected_error
+    return {**found, "fitted": {"temperatures": temperatures, "expected_error": expected_error}}
 
 
 def describe_reliability(found: Reliability) -> dict[str, Any]:

@@ -129,6 +129,22 @@ def test_calibration_compares_confidence_and_accuracy() -> None:
     assert all(one["accuracy"] is None for one in found["bins"] if not one["pictures"])
 
 
+def test_a_temperature_of_other_pictures_takes_off_confidence() -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(400, 3))
+    chances = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    labels = [LABELS[generator.choice(3, p=row)] for row in chances]
+    found = summarise([entry(label, (8 * row).tolist()) for label, row in zip(labels, logits)], LABELS)["calibration"]
+    assert found["fitted"]["temperatures"] == pytest.approx([8, 8], rel=0.25)
+    assert found["fitted"]["expected_error"] < 0.1 < 0.3 < found["expected_error"]
+
+
+def test_where_no_temperature_is_best_it_is_said_why() -> None:
+    found = summarise([right(label) for label in "abcabc"], LABELS)["calibration"]
+    assert found["fitted"] is None
+    assert "the lower the temperature, the better" in found["why_not_fitted"]
+
+
 @pytest.mark.parametrize("num_classes", [3, 400])
 def test_figures_are_pictures_whatever_the_number_of_classes(num_classes: int, tmp_path: Path) -> None:
     labels = [f"class {number}" for number in range(num_classes)]
