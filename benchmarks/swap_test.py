@@ -5,7 +5,8 @@
 Draws pictures of two coloured shapes (`mixmodal.data.relations`), trains on one part of the combinations, and asks of
 the others which of two captions is true of a picture, where things, or their colours, have changed places. The models
 are trained on the same pictures, by the recipe of the quickstart with the changes below: an image tokenizer with a
-transformer, and a CLIP. What is trained already in `--runs` is not trained again. `--scale` multiplies all steps.
+transformer, a denoiser, and a CLIP. What is trained already in `--runs` is not trained again. `--scale` multiplies all
+steps.
 
 Intervals are Wilson's at 95 %: of accuracies they take the two pictures of a line as independent, which they nearly
 are; those of `text`, `image` and `group` are of lines.
@@ -16,11 +17,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from PIL.Image import Image as Picture
 from record import record
 
 from mixmodal.classification.compositional import (
@@ -29,8 +31,11 @@ from mixmodal.classification.compositional import (
     evaluate_compositions,
     read_compositions,
 )
+from mixmodal.classification.diffusion import DiffusionScorer
 from mixmodal.classification.likelihoods import SequenceScorer
-from mixmodal.classification.pair_scores import by_encoder, by_image_alone, by_likelihood, by_text_alone
+from mixmodal.classification.loading import load_model
+from mixmodal.classification.pair_scores import by_costs, by_encoder, by_image_alone, by_likelihood, by_text_alone
+from mixmodal.classification.policies import Full
 from mixmodal.classification.summary import Rate
 from mixmodal.config import load_config
 from mixmodal.data.relations import TASK_NAME, RelationsConfig, write_relations
@@ -60,7 +65,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
 }
 """What differs from the quickstart's recipe: colours mean something here, and pictures are simpler."""
-COMMANDS = {"image_tokenizer": "train-image-tokenizer", "pretrain": "pretrain", "encoder": "train-encoder"}
+DENOISER = Path(__file__).parents[1] / "configs" / "train" / "demo_diffusion.yaml"
+DENOISER_CHANGES = {"model": {"text": {"max_text_tokens": 32}}, "trainer": {"max_steps": 1500}}
+NUM_TIMES = 24
+"""At which the denoiser scores every pair: all of them, with no class let go."""
+COMMANDS = {
+    "image_tokenizer": "train-image-tokenizer",
+    "pretrain": "pretrain",
+    "encoder": "train-encoder",
+    "diffusion": "train-diffusion",
+}
 Arm = tuple[ScorePairs, ScorePictures | None]
 Write = Callable[..., Any]
 
@@ -80,6 +94,24 @@ def prepare(options: argparse.Namespace) -> None:
             settings["trainer"]["max_steps"] = max(4, round(settings["trainer"]["max_steps"] * options.scale))
             settings["trainer"]["seed"] = options.seed
         write_config(options.runs, name, entry_of(name), settings)
+    write_denoiser_config(options)
+
+
+def write_denoiser_config(options: argparse.Namespace) -> None:
+    """The demo denoiser's, on these pictures."""
+    runs = options.runs
+    settings = merged(yaml.safe_load(DENOISER.read_text(encoding="utf-8")), DENOISER_CHANGES)
+    settings["data"] = {
+        "train": [str(runs / "data" / "train")],
+        "held_out": [str(runs / "data" / "heldout")],
+        "text_tokenizer": str(runs / "text_tokenizer" / "text_tokenizer.model"),
+    }
+    settings["trainer"] |= {
+        "run_dir": str(runs / "diffusion"),
+        "max_steps": max(4, round(settings["trainer"]["max_steps"] * options.scale)),
+        "seed": options.seed,
+    }
+    config_path(runs, "diffusion").write_text(yaml.safe_dump(settings), encoding="utf-8")
 
 
 def entry_of(name: str) -> Entry:
@@ -124,7 +156,7 @@ def train(options: argparse.Namespace) -> dict[str, float]:
         ),
         "transformer": (trained(options, "pretrain"), lambda: train_network(options, "pretrain")),
         "encoder": (trained(options, "encoder"), lambda: train_network(options, "encoder")),
-        # a stage of another kind of model goes here, and its arm into `arms`
+        "denoiser": (trained(options, "diffusion"), lambda: train_network(options, "diffusion")),
     }
     for name, (result, complete) in stages.items():
         if result.exists():
@@ -137,7 +169,7 @@ def train(options: argparse.Namespace) -> dict[str, float]:
 
 
 def trained(options: argparse.Namespace, name: str) -> Path:
-    return options.runs / name / "export" / "config.json"
+    return options.runs / name / "export" / ("denoiser.json" if name == "diffusion" else "config.json")
 
 
 def train_network(options: argparse.Namespace, name: str) -> None:
@@ -147,10 +179,18 @@ def train_network(options: argparse.Namespace, name: str) -> None:
 
 
 def arms(options: argparse.Namespace) -> dict[str, Arm]:
-    """Every kind of score: a denoiser's would be `by_costs` of its scorer."""
+    """Every kind of score."""
     model = MixedModal.from_pretrained(options.runs / "pretrain" / "export", "cpu")
     scorer, codec = SequenceScorer(model.model, model.format), model.codec
     alone = by_image_alone(scorer, codec)
+    adapter = load_model(options.runs / "diffusion" / "export").adapter
+    units = Full(num_times=NUM_TIMES).build_units(seed=options.seed)
+
+    def denoise(pictures: Sequence[Picture], captions: Sequence[str]) -> DiffusionScorer:
+        found = DiffusionScorer(adapter, captions)
+        found.set_pictures(pictures)
+        return found
+
     return {
         "log p(image given text)": (by_likelihood(scorer, codec, "image_given_text"), None),
         "log p(image given text), pictures less log p(image)": (
@@ -159,6 +199,7 @@ def arms(options: argparse.Namespace) -> dict[str, Arm]:
         ),
         "log p(text given image)": (by_likelihood(scorer, codec, "text_given_image"), None),
         "log p(text given image) - log p(text)": (by_likelihood(scorer, codec, "text_given_image", debias=1.0), None),
+        "diffusion": (by_costs(denoise, units), None),
         "CLIP": (by_encoder(load_encoder(options.runs / "encoder" / "export")), None),
         "log p(text), blind": (by_text_alone(scorer), None),
     }

@@ -1,4 +1,4 @@
-"""The swap test's stages have configs that load, and its intervals are Wilson's."""
+"""The swap test has stages whose configs load."""
 
 import argparse
 from collections.abc import Callable
@@ -6,6 +6,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from mixmodal.config import load_config
+from mixmodal.training.diffusion import DiffusionTrainingConfig
 
 Load = Callable[[str], ModuleType]
 ROOT = Path(__file__).parents[1]
@@ -26,6 +29,9 @@ def test_every_stage_has_a_config_that_loads_and_steps_are_scaled(swaps: ModuleT
     assert configs["encoder"].augment.max_hue == 0  # colours mean something
     assert configs["encoder"].data.caption_until is None
     assert configs["image_tokenizer"].data.train == (tmp_path / "data" / "train",)
+    denoiser = load_config(DiffusionTrainingConfig, swaps.config_path(tmp_path, "diffusion"))
+    assert (denoiser.trainer.max_steps, denoiser.trainer.seed) == (4, 3)
+    assert denoiser.data.train == (tmp_path / "data" / "train",)
     swaps.prepare(options)  # what is drawn stays
 
 
