@@ -116,14 +116,20 @@ def record(
     """
     own = json.loads(json.dumps({pictures.name: str(pictures.path), **settings}))
     check_settings(sorted(pictures.folder.glob(f"{SETTINGS}*.json")), own)
-    write_json(pictures.folder / shard.name(SETTINGS, "json"), own)
     lines = RecordLines(pictures.folder / shard.name(RECORDS, "jsonl"), "picture")
     counter = SkipCounter(config.max_skipped_share)
     labels = [one.label for one in classes]
     # races of late classes fill batches with those of other pictures
     together = config.batch_size if config.method == "diffusion" else -(-config.batch_size // len(classes))
     recorder = Recorder(lines, labels, shard, counter, together)
-    stream = recorder.record(pictures.read(pictures.path, classes, counter), build)
+
+    def build_noted() -> PictureClassifier:
+        """A model that can not be loaded leaves no settings behind, which would refuse the next."""
+        classifier = build()
+        write_json(pictures.folder / shard.name(SETTINGS, "json"), own)
+        return classifier
+
+    stream = recorder.record(pictures.read(pictures.path, classes, counter), build_noted)
     for _ in track(stream, pictures.name, total=None, disable=shard.index > 0):
         pass
     return recorder

@@ -99,3 +99,4 @@ def test_a_model_that_is_none_is_named(config: ClassifyConfig, tmp_path: Path) -
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match=r"diffusion model .*nothing: there is neither model_index\.json"):
         run(config, method="diffusion", model=str(tmp_path / "nothing"))
+    assert not list(config.out.glob("*"))  # the next call may have another model
