@@ -28,6 +28,8 @@ from mixmodal.pipeline.classifiers import METHODS, hash_model
 from mixmodal.pipeline.classify_config import ClassifyConfig
 from mixmodal.records import RecordLines, Shard, check_settings, write_json
 
+RACING = 8
+"""Pictures whose classes race together: more fill batches better, and are lost together where a job is killed."""
 RECORDS, SETTINGS, SUMMARY = "records", "settings", "summary.json"
 
 
@@ -119,8 +121,9 @@ def record(
     lines = RecordLines(pictures.folder / shard.name(RECORDS, "jsonl"), "picture")
     counter = SkipCounter(config.max_skipped_share)
     labels = [one.label for one in classes]
-    # races of late classes fill batches with those of other pictures
-    together = config.batch_size if config.method == "diffusion" else -(-config.batch_size // len(classes))
+    together = max(1, -(-config.batch_size // len(classes)))
+    if config.method == "diffusion":  # races of late classes fill batches with those of other pictures
+        together = max(RACING, together)
     recorder = Recorder(lines, labels, shard, counter, together)
 
     def build_noted() -> PictureClassifier:
