@@ -247,13 +247,11 @@ class Labelled(Adapter):
         return {"class_labels": torch.tensor(numbers, device=self.device)}
 
     def _encode(self, prompts: list[str]) -> Conditions:
-        raise NotImplementedError
+        return self.encode_labels(prompts) if self.encode is None else self.encode(prompts)
 
     @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> Conditions:
-        if self.encode is None:
-            return self.encode_labels(prompts)
-        found = self.encode(prompts)
+        found = self._encode(list(prompts))  # there is no text encoder of the pipeline's that could have been freed
         return {name: one.to(self.dtype) if one.is_floating_point() else one for name, one in found.items()}
 
     def tokenize(self, prompts: Sequence[str]) -> list[tuple[object, ...]]:

@@ -165,6 +165,8 @@ def build_diffusion(config: ClassifyConfig, classes: Sequence[str], templates: S
     options = config.diffusion
     dtype = DTYPES[config.dtype] or torch.float32
     loaded = load_model(config.model, resolve_device(config.device), dtype, options.image_size)
+    if loaded.adapter.caution:
+        print(f"{config.model}: {loaded.adapter.caution}")
     scorer = DiffusionScorer(
         loaded.adapter,
         classes,
