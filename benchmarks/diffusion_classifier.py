@@ -1,6 +1,6 @@
 """Seconds a picture of diffusion classifiers, against a plain loop of the published one; and evaluations a second.
 
-    python benchmarks/diffusion_classifier.py [--pictures 2] [--classes 100] [--repeats 3]
+    python benchmarks/diffusion_classifier.py [--pictures 2] [--classes 100] [--repeats 3] [--dry]
 
 On a CPU: a tiny Stable Diffusion with random weights, one thread, CPU-seconds, arms in turn. Its decisions mean
 nothing, so what this tells is what an evaluation and a picture cost; how many evaluations a policy needs for the same
@@ -11,8 +11,10 @@ decisions is measured on exact denoisers and trained ones elsewhere. On a GPU: a
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ from mixmodal.classification.policies import Adaptive, Policy, Staged
 from mixmodal.classification.units import Unit, low_discrepancy_times
 
 BENCHMARK = "diffusion_classifier"
+LOOP = "plain loop, published schedule"
 TEMPLATE = "a photo of a {}."
 SCHEDULES = {37: ((25, 250), (5, 1)), 100: ((20, 50, 100, 500), (20, 10, 5, 1))}
 """Published samples and classes kept, by number of classes: Pets; Food, Aircraft and Flowers."""
@@ -70,16 +73,15 @@ def pass_engine(pipe: Any, names: Sequence[str], images: Tensor, policy: Policy)
     return Pass(time.process_time() - began, scorer.num_evaluations)
 
 
-def measure_cpu(num_pictures: int, num_classes: int, repeats: int) -> None:
+def measure_cpu(num_pictures: int, num_classes: int, repeats: int, write: Callable[..., Any]) -> None:
     torch.set_num_threads(1)
     pipe, names = build("sd_epsilon"), class_names(num_classes)
     images = torch.rand((num_pictures, 3, 32, 32), generator=torch.Generator().manual_seed(0)) * 2 - 1
     samples, keep = SCHEDULES[num_classes]
-    arms: dict[str, Callable[[], Pass]] = {
-        "plain loop, published schedule": lambda: pass_plain(pipe, names, images),
-        "engine, published schedule": lambda: pass_engine(pipe, names, images, Staged(samples=samples, keep=keep)),
-        "engine, adaptive": lambda: pass_engine(pipe, names, images, Adaptive()),
-    }
+    policies = {"published schedule": Staged(samples=samples, keep=keep), "adaptive": Adaptive()}
+    arms: dict[str, Callable[[], Pass]] = {LOOP: lambda: pass_plain(pipe, names, images)}
+    for name, policy in policies.items():
+        arms[f"engine, {name}"] = partial(pass_engine, pipe, names, images, policy)
     pass_engine(pipe, names[:2], images[:1], Staged(samples=(2,), keep=(1,)))  # what is built at the first call
     found: dict[str, list[Pass]] = {arm: [] for arm in arms}
     for _ in range(repeats):
@@ -97,11 +99,16 @@ def measure_cpu(num_pictures: int, num_classes: int, repeats: int) -> None:
     }
     for arm, passes in found.items():
         each = [one.seconds / num_pictures for one in passes]
-        record(BENCHMARK, f"a picture, {arm}", each, "CPU-s", "cpu", settings)
+        write(BENCHMARK, f"a picture, {arm}", each, "CPU-s", "cpu", settings)
         counts = [one.evaluations / num_pictures for one in passes]
-        record(BENCHMARK, f"evaluations of a picture, {arm}", counts, "evaluations", "cpu", settings)
+        write(BENCHMARK, f"evaluations of a picture, {arm}", counts, "evaluations", "cpu", settings)
         milliseconds = [1000 * one.seconds / one.evaluations for one in passes]
-        record(BENCHMARK, f"an evaluation, {arm}", milliseconds, "CPU-ms", "cpu", settings)
+        write(BENCHMARK, f"an evaluation, {arm}", milliseconds, "CPU-ms", "cpu", settings)
+        if arm != LOOP:
+            fewer = [loop.evaluations / one.evaluations for loop, one in zip(found[LOOP], passes)]
+            write(BENCHMARK, f"evaluations, ratio, plain loop to {arm}", fewer, "times", "cpu", settings)
+            faster = [loop.seconds / one.seconds for loop, one in zip(found[LOOP], passes)]
+            write(BENCHMARK, f"CPU-seconds, ratio, plain loop to {arm}", faster, "times", "cpu", settings)
 
 
 class RandomPrompts(StableDiffusion):
@@ -115,7 +122,7 @@ class RandomPrompts(StableDiffusion):
         return {"embeddings": torch.randn(shape, device=self.device, dtype=self.dtype)}
 
 
-def measure_cuda(repeats: int, seconds: float = 5.0) -> None:
+def measure_cuda(repeats: int, write: Callable[..., Any], seconds: float = 5.0) -> None:
     """Evaluations a second through the scorer, with all that it does on the host."""
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
@@ -151,7 +158,12 @@ def measure_cuda(repeats: int, seconds: float = 5.0) -> None:
             }
             how = "compiled" if compiled else "eager"
             subject = f"Stable Diffusion 1.5's size, batch {batch_size}, {how}"
-            record(BENCHMARK, subject, rates[1:], "evaluations/s", "cuda", settings)
+            write(BENCHMARK, subject, rates[1:], "evaluations/s", "cuda", settings)
+
+
+def show(benchmark: str, subject: str, repeats: Sequence[float], unit: str, *_: object) -> None:
+    values = ", ".join(f"{one:.4g}" for one in repeats)
+    print(f"{benchmark}, {subject}: {statistics.median(repeats):,.4g} {unit} ({values})")
 
 
 if __name__ == "__main__":
@@ -159,7 +171,9 @@ if __name__ == "__main__":
     parser.add_argument("--pictures", type=int, default=2)
     parser.add_argument("--classes", type=int, default=100, choices=SCHEDULES)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--dry", action="store_true", help="print figures and record nothing")
     arguments = parser.parse_args()
-    measure_cpu(arguments.pictures, arguments.classes, arguments.repeats)
+    write: Callable[..., Any] = show if arguments.dry else record
+    measure_cpu(arguments.pictures, arguments.classes, arguments.repeats, write)
     if torch.cuda.is_available():
-        measure_cuda(arguments.repeats)
+        measure_cuda(arguments.repeats, write)
