@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from PIL.Image import Image as Picture
 
+from mixmodal.classification.packed_sets import Pixels
 from mixmodal.config import suggestion
 from mixmodal.data.shards import PictureFile, read_samples
 from mixmodal.data.skipping import SkipCounter
@@ -31,13 +32,13 @@ class LabelledPicture(NamedTuple):
 
     Args:
         key: names it within its data, the same whoever reads them.
-        source: its file, or its bytes.
+        source: its file, its bytes, or its pixels.
         label: of a class, or None where it is not known; of a picture of two cues, the class of its shape.
         texture: of a picture of two cues, the class of its texture.
     """
 
     key: str
-    source: Path | PictureFile
+    source: Path | PictureFile | Pixels
     label: str | None
     texture: str | None = None
 
@@ -113,7 +114,7 @@ def read_pictures(path: Path, classes: Sequence[NamedClass], counter: SkipCounte
             folders and CSV files at once.
     """
     if path.suffix.lower() == ".csv":
-        return iter(_check(_from_csv(path, "data", "label", None), path, classes, "data"))
+        return iter(check_labels(_from_csv(path, "data", "label", None), path, classes, "data"))
     if path.suffix.lower() == ".tar" and path.is_file():
         return _from_shards(path, classes, counter)
     shards, files = _list_folder(path, "data")
@@ -123,7 +124,7 @@ def read_pictures(path: Path, classes: Sequence[NamedClass], counter: SkipCounte
         )
     if shards:
         return _from_shards(path, classes, counter)
-    return iter(_check(_from_files(path, files), path, classes, "data"))
+    return iter(check_labels(_from_files(path, files), path, classes, "data"))
 
 
 def read_cues(path: Path, classes: Sequence[NamedClass], counter: SkipCounter) -> Iterator[LabelledPicture]:
@@ -138,7 +139,7 @@ def read_cues(path: Path, classes: Sequence[NamedClass], counter: SkipCounter) -
         ValueError: as `read_pictures`, and for a name that does not tell shape and texture.
     """
     if path.suffix.lower() == ".csv":
-        return iter(_check(_from_csv(path, "cues", "shape", "texture"), path, classes, "cues"))
+        return iter(check_labels(_from_csv(path, "cues", "shape", "texture"), path, classes, "cues"))
     shards, files = _list_folder(path, "cues")
     if shards:
         raise ValueError(f"cues: {path} holds shards, which tell no shape and texture; give files or a CSV file")
@@ -147,7 +148,7 @@ def read_cues(path: Path, classes: Sequence[NamedClass], counter: SkipCounter) -
     for file in files:
         shape, texture = _parse_cues(file, labels)
         found.append(LabelledPicture(file.relative_to(path).as_posix(), file, shape, texture))
-    return iter(_check(found, path, classes, "cues"))
+    return iter(check_labels(found, path, classes, "cues"))
 
 
 def _read_lines(path: Path, missing: str) -> list[str]:
@@ -241,9 +242,14 @@ def _from_shards(path: Path, classes: Sequence[NamedClass], counter: SkipCounter
             yield one
 
 
-def _check(
+def check_labels(
     pictures: list[LabelledPicture], path: Path, classes: Sequence[NamedClass], option: str
 ) -> list[LabelledPicture]:
+    """The same pictures.
+
+    Raises:
+        ValueError: naming the first whose label the classes do not have.
+    """
     known = {one.label: None for one in classes}
     for one in pictures:
         for label in (one.label, one.texture):

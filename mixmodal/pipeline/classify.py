@@ -19,9 +19,9 @@ from mixmodal.classification.datasets import (
     Read,
     read_classes,
     read_cues,
-    read_pictures,
 )
 from mixmodal.classification.evaluate import BROKEN, Recorder
+from mixmodal.classification.known_sets import choose_classes, find_set, read_set
 from mixmodal.classification.summary import describe_drop, draw_figures, summarise, summarise_cues
 from mixmodal.data.skipping import SkipCounter
 from mixmodal.pipeline.classifiers import METHODS, hash_model
@@ -44,9 +44,9 @@ class PictureSet(NamedTuple):
 
 def list_sets(config: ClassifyConfig) -> list[PictureSet]:
     """The pictures in `out` itself, others in folders of their own."""
-    found = [PictureSet("data", config.data, read_pictures, config.out)]
+    found = [PictureSet("data", config.data, read_set, config.out)]
     if config.shift is not None:
-        found.append(PictureSet("shift", config.shift, read_pictures, config.out / "shift"))
+        found.append(PictureSet("shift", config.shift, read_set, config.out / "shift"))
     if config.cues is not None:
         found.append(PictureSet("cues", config.cues, read_cues, config.out / "cues"))
     return found
@@ -59,8 +59,12 @@ def classify(config: ClassifyConfig) -> None:
         ValueError: for an unknown method, bad classes, templates or data, records of other settings, or too many broken
             pictures.
     """
-    classes, templates = read_classes(config.classes), config.read_templates()
-    sets = list_sets(config)
+    sets, templates = list_sets(config), config.read_templates()
+    known = {one.name: found for one in sets if one.name != "cues" and (found := find_set(one.path))}
+    for name, found in known.items():
+        print(f"{name}: found {found.layout}")
+    own = config.classes is None
+    classes = choose_classes(config.data, known.get("data")) if own else read_classes(config.classes)
     for one in sets:  # before the model is loaded
         if next(one.read(one.path, classes, SkipCounter(1.0)), None) is None:
             raise ValueError(f"{one.name}: {one.path} holds no pictures that can be read")
@@ -73,6 +77,8 @@ def classify(config: ClassifyConfig) -> None:
         print(f"shard {shard.index}/{shard.count} is finished, the records are in {config.out}; the last shard sums up")
         return
     results = {one.name: sum_up(config, one, recorder, labels) for one, recorder in recorded}
+    for name, found in known.items():
+        results[name]["layout"] = found.layout
     if "shift" in results:
         results["shift"]["drop"] = describe_drop(results["data"], results["shift"])
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -35,8 +35,9 @@ class ClassifyConfig(ReadingConfig):
     Args:
         model: folder of an exported model, or an id on the Hugging Face hub.
         data: folder of pictures, in subfolders named by their label where that is known, or of shards; or a CSV file
-            with the columns path and label.
-        classes: text file with one class a line: its caption, or its label, a tab and its caption.
+            with the columns path and label; or a common set as it is distributed (docs/classifiers.md).
+        classes: text file with one class a line: its caption, or its label, a tab and its caption; null takes those
+            that the layout of `data` names.
         out: folder for records and summary; made where it is missing.
         method: `image_given_text` scores log p(image | text), `text_given_image` scores log p(text | image), both by an
             exported model of ours; `diffusion` how well a diffusion model denoises the picture when told the class;
@@ -62,7 +63,7 @@ class ClassifyConfig(ReadingConfig):
 
     model: str
     data: Path
-    classes: Path
+    classes: Path | None = None
     out: Path
     method: str = "image_given_text"
     templates: list[str] = field(default_factory=lambda: list(PLAIN))
