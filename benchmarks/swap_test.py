@@ -66,7 +66,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 """What differs from the quickstart's recipe: colours mean something here, and pictures are simpler."""
 DENOISER = Path(__file__).parents[1] / "configs" / "train" / "demo_diffusion.yaml"
-DENOISER_CHANGES = {"model": {"text": {"max_text_tokens": 32}}, "trainer": {"max_steps": 1500}}
+DENOISER_CHANGES = {
+    "model": {"block_channels": [16, 32, 64], "head_dim": 16, "text": {"max_text_tokens": 32}},
+    "optimizer": {"lr": 2.0e-3},
+    "trainer": {"max_steps": 8000},
+}
 NUM_TIMES = 24
 """At which the denoiser scores every pair: all of them, with no class let go."""
 COMMANDS = {
