@@ -75,6 +75,9 @@ COMMANDS: dict[str, Subcommand] = {
         "mixmodal.pipeline.generate", "GenerateConfig", "generate", "texts and pictures; fills holes"
     ),
     "classify": Subcommand("mixmodal.pipeline.classify", "ClassifyConfig", "classify", "zero-shot, by likelihood"),
+    "match": Subcommand(
+        "mixmodal.pipeline.match", "MatchConfig", "match", "pictures with captions of the same words in another order"
+    ),
     "evaluate-retrieval": Subcommand(
         "mixmodal.pipeline.evaluate_retrieval",
         "RetrievalEvaluationConfig",

@@ -22,13 +22,14 @@ Shapes: P pictures and C captions of one line.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL.Image import Image as Picture
 
+from mixmodal.classification.published_tasks import from_sugarcrepe, from_winoground, is_winoground
 from mixmodal.classification.result import TIE
 from mixmodal.tokenization.preprocessing import open_picture
 
@@ -70,20 +71,28 @@ class Judged(NamedTuple):
     group: bool | None
 
 
-def read_compositions(path: Path) -> list[Composition]:
+def read_compositions(path: Path, images: Path | None = None) -> list[Composition]:
     """The lines of a task.
+
+    Args:
+        path: a file as at the head of this one, or one of a published layout, see `published_tasks`.
+        images: folder of the pictures, in place of the file's own.
 
     Raises:
         ValueError: naming file, line and field that are wrong.
     """
     if not path.is_file():
         raise ValueError(f"task: there is no file {path}")
+    if images is not None and not images.is_dir():
+        raise ValueError(f"task: there is no folder of images {images}")
     found: dict[str, Composition] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"task: {path}, line {number}"
-        one = _parse(line, path.parent.resolve(), number, where)
+    for number, where, data in _objects(path):
+        folder = path.parent if images is None else images
+        if is_winoground(data):
+            data, folder = from_winoground(data, where), path.parent / "images" if images is None else images
+        elif path.suffix == ".json":
+            data = from_sugarcrepe(data, where)
+        one = _parse(data, folder.resolve(), number, where)
         if one.key in found:
             raise ValueError(f"{where}: the key {one.key!r} comes twice")
         found[one.key] = one
@@ -92,13 +101,38 @@ def read_compositions(path: Path) -> list[Composition]:
     return list(found.values())
 
 
-def _parse(line: str, folder: Path, number: int, where: str) -> Composition:
+def _objects(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Number, place for messages, and content of each line of a JSONL file, or entry of a JSON file's object."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        whole = _load(text, f"task: {path}")
+        if not isinstance(whole, dict):
+            raise ValueError(
+                f"task: {path} is no object of entries by key, as SugarCrepe has them; or give a JSONL file"
+            )
+        for number, (key, data) in enumerate(whole.items(), 1):
+            where = f"task: {path}, entry {key}"
+            if not isinstance(data, dict):
+                raise ValueError(f"{where}: an entry is an object with filename, caption and negative_caption")
+            yield number, where, {"key": key, **data}
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            where = f"task: {path}, line {number}"
+            data = _load(line, where)
+            if not isinstance(data, dict):
+                raise ValueError(f"{where}: a line is an object with images, captions and true")
+            yield number, where, data
+
+
+def _load(text: str, where: str) -> Any:
     try:
-        data = json.loads(line)
+        return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{where}: a line is an object with images, captions and true")
+
+
+def _parse(data: dict[str, Any], folder: Path, number: int, where: str) -> Composition:
     if unknown := sorted(set(data) - {"key", "kind", "images", "captions", "true"}):
         raise ValueError(f"{where}: unknown field {unknown[0]!r}; there are key, kind, images, captions and true")
     images, captions = (_strings(data.get(name), f"{where}: {name}") for name in ("images", "captions"))
@@ -170,11 +204,11 @@ def evaluate_compositions(
     lines: list[dict[str, Any]] = []
     for one in task:
         pictures = [open_picture(path, f"{one.key}: {path}") for path in one.images]
-        scores = _checked(score(pictures, one.captions), (len(pictures), len(one.captions)), one.key)
+        scores = checked_scores(score(pictures, one.captions), (len(pictures), len(one.captions)), one.key)
         line: dict[str, Any] = {"key": one.key, "kind": one.kind, "scores": scores.tolist()}
         compared = None
         if score_pictures is not None:
-            alone = _checked(score_pictures(pictures), (len(pictures),), one.key)
+            alone = checked_scores(score_pictures(pictures), (len(pictures),), one.key)
             compared = scores - alone[:, None]
             line["picture_scores"] = alone.tolist()
         lines.append({**line, **judge(scores, one.true, compared)._asdict()})
@@ -183,7 +217,12 @@ def evaluate_compositions(
     return {"all": summarise(lines), "kinds": by_kind, "lines": lines}
 
 
-def _checked(scores: np.ndarray, shape: tuple[int, ...], key: str) -> np.ndarray:
+def checked_scores(scores: np.ndarray, shape: tuple[int, ...], key: str) -> np.ndarray:
+    """Scores of the line `key` in float64.
+
+    Raises:
+        ValueError: naming the line, for another shape, or scores that are not finite.
+    """
     if np.shape(scores) != shape:
         raise ValueError(f"task: scores of {key} have the shape {np.shape(scores)} instead of {shape}")
     if not np.isfinite(scores).all():

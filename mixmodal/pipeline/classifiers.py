@@ -16,7 +16,7 @@ from mixmodal.classification.classifier import PictureClassifier, Scored
 from mixmodal.classification.contrastive import ContrastiveClassifier
 from mixmodal.classification.diffusion import DiffusionScorer
 from mixmodal.classification.elimination import Elimination, EliminationConfig
-from mixmodal.classification.loading import find_pipeline, load_model
+from mixmodal.classification.loading import LoadedModel, find_pipeline, load_model
 from mixmodal.classification.policies import Policy
 from mixmodal.classification.result import Classification
 from mixmodal.classification.variants import VariantsConfig, encode_variants
@@ -160,13 +160,19 @@ def build_contrastive(config: ClassifyConfig, classes: Sequence[str], templates:
     return ContrastivePictures(ContrastiveClassifier(encoder, classes, templates))
 
 
+def load_diffusion(model: str, device: str, dtype: torch.dtype, image_size: int | None = None) -> LoadedModel:
+    """`load_model`, which prints what speaks against the model."""
+    loaded = load_model(model, device, dtype, image_size)
+    if loaded.adapter.caution:
+        print(f"{model}: {loaded.adapter.caution}")
+    return loaded
+
+
 def build_diffusion(config: ClassifyConfig, classes: Sequence[str], templates: Sequence[str]) -> DiffusionPictures:
     """From a pipeline of diffusers, what `train-diffusion` exports, or a hub id."""
     options = config.diffusion
     dtype = DTYPES[config.dtype] or torch.float32
-    loaded = load_model(config.model, resolve_device(config.device), dtype, options.image_size)
-    if loaded.adapter.caution:
-        print(f"{config.model}: {loaded.adapter.caution}")
+    loaded = load_diffusion(config.model, resolve_device(config.device), dtype, options.image_size)
     scorer = DiffusionScorer(
         loaded.adapter,
         classes,
