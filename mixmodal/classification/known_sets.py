@@ -74,7 +74,7 @@ def _name(names: Sequence[str]) -> list[NamedClass]:
 
 
 def _unpack(layout: str, packed: Packed, has_names: bool = True) -> KnownSet:
-    pictures = [LabelledPicture(f"test/{place:05d}", source, label) for place, (source, label) in enumerate(packed)]
+    pictures = [LabelledPicture(f"test/{place:05d}", source, label) for place, (source, label) in enumerate(packed.pairs())]
     return KnownSet(layout, _name(packed.names) if has_names else [], pictures)
 
 
@@ -92,10 +92,12 @@ def _list(
 
 def _split(path: Path, separator: str) -> list[tuple[str, str]]:
     """Lines cut in two at the first separator."""
-    found = [line.partition(separator)[::2] for line in read_names(path)]
-    for first, second in found:
+    found = []
+    for line in read_names(path):
+        first, _, second = line.partition(separator)
         if not first or not second:
-            raise ValueError(f"{path}: the line {first + second!r} has no {separator!r} between two parts")
+            raise ValueError(f"{path}: the line {line!r} has no {separator!r} between two parts")
+        found.append((first, second))
     return found
 
 
@@ -132,13 +134,12 @@ def _read_aircraft(path: Path) -> KnownSet:
 
 def _find_idx(path: Path) -> KnownSet | None:
     for folder in (path, path / "raw"):
-        found = []
-        for name in ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"):
-            found += [folder / f"{name}{suffix}" for suffix in ("", ".gz") if (folder / f"{name}{suffix}").is_file()][
-                :1
-            ]
-        if len(found) == 2:
-            return _unpack("MNIST's IDX files, test", read_idx(*found), has_names=False)
+        pictures, labels = (
+            next((file for suffix in ("", ".gz") if (file := folder / f"{name}{suffix}").is_file()), None)
+            for name in ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+        )
+        if pictures and labels:
+            return _unpack("MNIST's IDX files, test", read_idx(pictures, labels), has_names=False)
     return None
 
 

@@ -6,6 +6,7 @@ import gzip
 import io
 import pickle
 import pickletools
+import struct
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,10 @@ from PIL import Image
 
 MAX_BYTES = 1 << 28
 """Of a file that is read whole, unpacked; the largest of these sets' is 31 MB. Others are mapped."""
-TAMPERED = (pickle.UnpicklingError, ValueError, TypeError, KeyError, EOFError, IndexError, AttributeError, MemoryError)
+TAMPERED = (
+    *(pickle.UnpicklingError, ValueError, TypeError, KeyError, EOFError, IndexError, AttributeError, MemoryError),
+    *(struct.error, OverflowError, RecursionError),
+)
 
 
 class Pixels(NamedTuple):
@@ -37,7 +41,8 @@ class Packed(NamedTuple):
     names: Sequence[str]
     arrange: Callable[[np.ndarray], np.ndarray]
 
-    def __iter__(self) -> Iterator[tuple[Pixels, str]]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def pairs(self) -> Iterator[tuple[Pixels, str]]:
+        """Each picture with the name of its class."""
         for row, number in zip(self.pictures, self.numbers, strict=True):
             yield Pixels(self.arrange(row)), self.names[number]
 
