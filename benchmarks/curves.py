@@ -115,7 +115,10 @@ def axis(low: float, high: float, logarithmic: bool) -> list[float]:
         found = [step for step in steps if first <= step <= end]
         tens = [step for step in found if f"{step:e}"[0] == "1"]
         return found if len(found) <= 7 else sorted({first, *tens[:: -(-len(tens) // 6)], end})
-    rough = max(high - low, 1e-12) / 4
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value, which lies in the middle
+        room = abs(low) / 2 or 1.0
+        low, high = low - room, high + room
+    rough = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
     return [step * number for number in range(math.floor(low / step), math.ceil(high / step) + 1)]

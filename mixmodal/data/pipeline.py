@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from mixmodal.data.mixture import Mixture, StageConfig, check_mixture, weights_at
 from mixmodal.data.packing import Batch, Sample, build_batch
-from mixmodal.data.retrieved import NOTHING, Retrieval, RetrievalConfig, Retrieved, check_retrieval, open_retrieval
+from mixmodal.data.retrieved import NOTHING, DrawnDocuments, Retrieval, RetrievalConfig, check_retrieval, open_retrieval
 from mixmodal.data.source import PLAIN, REMEDY, Documents, Randomness, Source, SourceConfig, check_equal
 from mixmodal.data.split import check_split
 from mixmodal.data.token_shards import TokenShards
@@ -123,7 +123,7 @@ class _Drawn(NamedTuple):
     document: int
     length: int
     randomness: Randomness
-    retrieved: Retrieved = NOTHING
+    retrieved: DrawnDocuments = NOTHING
 
 
 class PackedDocuments:

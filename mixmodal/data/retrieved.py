@@ -55,7 +55,7 @@ class RetrievalConfig:
             raise ValueError("data.retrieval.draw.queries can not act where random is true; leave it out")
 
 
-class Retrieved(NamedTuple):
+class DrawnDocuments(NamedTuple):
     """What was drawn for one document.
 
     Args:
@@ -69,7 +69,7 @@ class Retrieved(NamedTuple):
     left_out: int = 0
 
 
-NOTHING = Retrieved()
+NOTHING = DrawnDocuments()
 
 
 class Retrieval:
@@ -98,7 +98,7 @@ class Retrieval:
             )
         self.digest = hashlib.sha256(" ".join(names).encode()).hexdigest()
 
-    def draw(self, document: int, key: str, room: int, generator: np.random.Generator) -> Retrieved:
+    def draw(self, document: int, key: str, room: int, generator: np.random.Generator) -> DrawnDocuments:
         """What stands before a document.
 
         Args:
@@ -123,9 +123,9 @@ class Retrieval:
                 f"document {key}: {left_out} of {len(drawn)} retrieved documents do not fit the {room} tokens beside "
                 f"it; raise data.seq_len, draw fewer, or set data.retrieval.overflow to fewer"
             )
-        return Retrieved(drawn[:count], sum(lengths[:count]) - count, left_out)
+        return DrawnDocuments(drawn[:count], sum(lengths[:count]) - count, left_out)
 
-    def read(self, retrieved: Retrieved) -> list[np.ndarray]:
+    def read(self, retrieved: DrawnDocuments) -> list[np.ndarray]:
         """The ids `(T,)` of each document that was drawn."""
         return [self.memory.ids(number, variant) for number, variant in retrieved.documents]
 

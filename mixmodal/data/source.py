@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from mixmodal.data.retrieved import NOTHING, Retrieval, Retrieved
+from mixmodal.data.retrieved import NOTHING, DrawnDocuments, Retrieval
 from mixmodal.data.token_shards import TokenShards
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Source:
         """What an epoch's documents are varied by."""
         return self._randomness if epoch == self.epoch else Randomness(self._entropy(epoch))
 
-    def retrieve(self, index: int, randomness: Randomness) -> Retrieved:
+    def retrieve(self, index: int, randomness: Randomness) -> DrawnDocuments:
         """What stands before a document in the epoch of `randomness`.
 
         Raises:
@@ -164,7 +164,7 @@ class Source:
         except ValueError as error:
             raise ValueError(f"{self.label}: {error}") from error
 
-    def use(self, tokens: int, retrieved: Retrieved = NOTHING) -> None:
+    def use(self, tokens: int, retrieved: DrawnDocuments = NOTHING) -> None:
         """Counts a document that stands in a row."""
         self.used += 1
         self.tokens += tokens
