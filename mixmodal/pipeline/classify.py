@@ -63,10 +63,8 @@ def classify(config: ClassifyConfig) -> None:
     known = {one.name: found for one in sets if one.name != "cues" and (found := find_set(one.path))}
     for name, found in known.items():
         print(f"{name}: found {found.layout}")
-    if config.classes is None:
-        classes = choose_classes(config.data, known.get("data"))
-    else:
-        classes = read_classes(config.classes)
+    own = config.classes
+    classes = choose_classes(config.data, known.get("data")) if own is None else read_classes(own)
     for one in sets:  # before the model is loaded
         if next(one.read(one.path, classes, SkipCounter(1.0)), None) is None:
             raise ValueError(f"{one.name}: {one.path} holds no pictures that can be read")

@@ -313,3 +313,22 @@ def test_findings_that_can_not_be_are_refused(
     monkeypatch.setattr(classifier, "score", lambda pictures: [replace(one, **change) for one in good(pictures)])
     with pytest.raises(ValueError, match=message):
         classify(config)
+
+
+def test_a_common_set_brings_its_classes(tmp_path: Path, use: Use, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        bytes([number]) + np.full((1024, 3), colour, np.uint8).T.tobytes()
+        for number, colour in enumerate(COLOURS.values())
+    ]
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "test_batch.bin").write_bytes(b"".join(rows))
+    (tmp_path / "set" / "batches.meta.txt").write_text("\n".join(COLOURS))
+    use()
+    classify(ClassifyConfig(model="m", data=tmp_path / "set", out=tmp_path / "out"))
+    assert "data: found CIFAR-10 (binary), test" in capsys.readouterr().out
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["data"]["layout"] == "CIFAR-10 (binary), test"
+    assert [one["label"] for one in summary["settings"]["classes"]] == list(COLOURS)
+    assert summary["data"]["accuracy"]["value"] == 1
+    with pytest.raises(ValueError, match="of no layout that names its classes; give --classes FILE"):
+        classify(ClassifyConfig(model="m", data=fill(tmp_path / "folder", 0), out=tmp_path / "other"))
