@@ -30,7 +30,7 @@ def test_every_stage_has_a_config_that_loads_and_steps_are_scaled(swaps: ModuleT
     assert configs["encoder"].data.caption_until is None
     assert configs["image_tokenizer"].data.train == (tmp_path / "data" / "train",)
     denoiser = load_config(DiffusionTrainingConfig, swaps.config_path(tmp_path, "diffusion"))
-    assert (denoiser.trainer.max_steps, denoiser.trainer.seed) == (4, 3)
+    assert (denoiser.trainer.max_steps, denoiser.trainer.seed) == (8, 3)
     assert denoiser.data.train == (tmp_path / "data" / "train",)
     swaps.prepare(options)  # what is drawn stays
 
