@@ -80,7 +80,7 @@ def classify(config: ClassifyConfig) -> None:
         results["shift"]["drop"] = describe_drop(results["data"], results["shift"])
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     summary = {"model": config.model, "settings": settings, "settings_sha256": digest, **results}
-    if (config.out / MEASURED).exists():
+    if chosen is not None and (config.out / MEASURED).exists():  # not there where every picture is broken
         found = read_measured(config.out / MEASURED, settings)
         summary["measured"] = {"pictures": found.num_pictures, "evaluations": found.num_evaluations}
     for one, _ in recorded:
