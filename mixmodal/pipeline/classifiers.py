@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from mixmodal.classification.contrastive import ContrastiveClassifier
 from mixmodal.classification.diffusion import DiffusionScorer
 from mixmodal.classification.elimination import Elimination, EliminationConfig
 from mixmodal.classification.loading import LoadedModel, find_pipeline, load_model
+from mixmodal.classification.measured import Measured, Wanted, measure, measuring_units
 from mixmodal.classification.policies import Policy
 from mixmodal.classification.result import Classification
 from mixmodal.classification.variants import VariantsConfig, encode_variants
@@ -24,6 +26,7 @@ from mixmodal.files import sha256_of
 from mixmodal.interop.export import find_export
 from mixmodal.pipeline.classify_config import ClassifyConfig
 from mixmodal.pipeline.drawing_config import DTYPES
+from mixmodal.pipeline.measuring import Chosen, digest_of
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.pipeline.reading import local_device, resolve_device
 from mixmodal.retrieval.encoder import find_encoder, load_encoder
@@ -98,8 +101,31 @@ class DiffusionPictures:
     """A diffusion model as a classifier of pictures: races of the classes over shared times and noises."""
 
     def __init__(self, scorer: DiffusionScorer, policy: Policy, config: EliminationConfig) -> None:
-        self.scorer = scorer
+        self.scorer, self.policy, self.config = scorer, policy, config
         self.elimination = Elimination(scorer, len(scorer.classes), policy, config)
+
+    def measure(self, chosen: Chosen, wanted: Wanted) -> Measured:
+        """Fits what is wanted on pictures; nothing of the classifier changes, see `use`.
+
+        Raises:
+            ValueError: see `measured.measure`.
+        """
+        units = measuring_units(self.config.seed, self.config.num_templates)
+        rows = []
+        for picture in chosen.pictures:  # one at a time: with many classes the triples alone are many
+            self.scorer.set_pictures([picture])
+            classes, places = np.indices((len(self.scorer.classes), len(units))).reshape(2, -1).tolist()
+            found = self.scorer.errors([0] * len(classes), classes, [units[place] for place in places])
+            rows.append(found.reshape(-1, len(units)))
+        times, options = np.array([unit.time for unit in units]), self.scorer.config
+        return measure(np.stack(rows), times, wanted, options.weighting, self.scorer.adapter.schedule, chosen.labels)
+
+    def use(self, measured: Measured) -> None:
+        """Takes what was measured for all pictures from now on."""
+        if measured.weighting is not None:
+            self.scorer.config = replace(self.scorer.config, weighting=measured.weighting)
+        num_classes = len(self.scorer.classes)
+        self.elimination = Elimination(self.scorer, num_classes, self.policy, self.config, measured.density)
 
     def score(self, pictures: Sequence[Picture]) -> list[Scored]:
         """Findings in the order of pictures, with costs, standard errors of their distance to the best, and rounds."""
@@ -127,11 +153,6 @@ def split(found: Classification, evaluations: np.ndarray, details: Sequence[Mapp
         Scored(scores=scores, probabilities=probabilities, tied=tied, evaluations=evaluations, details=more)
         for scores, probabilities, tied, more in rows
     ]
-
-
-def digest_of(picture: Picture) -> str:
-    """SHA-256 of a picture's pixels and size, hexadecimal."""
-    return hashlib.sha256(f"{picture.mode} {picture.size} ".encode() + picture.tobytes()).hexdigest()
 
 
 def build_autoregressive(

@@ -22,10 +22,12 @@ from mixmodal.classification.datasets import (
 )
 from mixmodal.classification.evaluate import BROKEN, Recorder
 from mixmodal.classification.known_sets import choose_classes, find_set, read_set
+from mixmodal.classification.measured import Wanted, read_measured, read_or_measure
 from mixmodal.classification.summary import describe_drop, draw_figures, summarise, summarise_cues
 from mixmodal.data.skipping import SkipCounter
-from mixmodal.pipeline.classifiers import METHODS, hash_model
+from mixmodal.pipeline.classifiers import METHODS, DiffusionPictures, hash_model
 from mixmodal.pipeline.classify_config import ClassifyConfig
+from mixmodal.pipeline.measuring import MEASURED, Chosen, check_apart, choose_pictures
 from mixmodal.records import RecordLines, Shard, check_settings, write_json
 
 RACING = 8
@@ -68,9 +70,10 @@ def classify(config: ClassifyConfig) -> None:
     for one in sets:  # before the model is loaded
         if next(one.read(one.path, classes, SkipCounter(1.0)), None) is None:
             raise ValueError(f"{one.name}: {one.path} holds no pictures that can be read")
-    settings = describe(config, classes, templates)
-    captions = [one.caption for one in classes]
-    build = cache(lambda: METHODS[config.method].build(config, captions, templates))
+    chosen, settings = choose_pictures(config, classes), describe(config, classes, templates)
+    if chosen is not None:
+        settings["measured"] = chosen.describe()
+    build = cache(lambda: build_classifier(config, classes, templates, sets, chosen, settings))
     shard, labels = Shard.choose(config.shard), [one.label for one in classes]
     recorded = [(one, record(config, one, classes, settings, shard, build)) for one in sets]
     if not all(recorder.is_complete() for _, recorder in recorded):
@@ -83,6 +86,9 @@ def classify(config: ClassifyConfig) -> None:
         results["shift"]["drop"] = describe_drop(results["data"], results["shift"])
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     summary = {"model": config.model, "settings": settings, "settings_sha256": digest, **results}
+    if chosen is not None and (config.out / MEASURED).exists():  # not there where every picture is broken
+        found = read_measured(config.out / MEASURED, settings)
+        summary["measured"] = {"pictures": found.num_pictures, "evaluations": found.num_evaluations}
     for one, _ in recorded:
         if one.name != "cues":
             with own_folder(one.folder, shard) as folder:
@@ -90,6 +96,31 @@ def classify(config: ClassifyConfig) -> None:
     with own_folder(config.out, shard) as folder:
         write_json(folder / SUMMARY, summary)
     print(report(results, len(classes), config.out / SUMMARY))
+
+
+def build_classifier(
+    config: ClassifyConfig,
+    classes: Sequence[NamedClass],
+    templates: Sequence[str],
+    sets: Sequence[PictureSet],
+    chosen: Chosen | None,
+    settings: dict[str, Any],
+) -> PictureClassifier:
+    """The classifier, with what is measured on pictures before: now, or by whoever came first.
+
+    Raises:
+        ValueError: for pictures that are both learned from and judged.
+    """
+    if chosen is not None:
+        for one in sets:
+            check_apart(chosen, one.name, one.path, one.read(one.path, classes, SkipCounter(1.0)))
+    classifier = METHODS[config.method].build(config, [one.caption for one in classes], templates)
+    if chosen is not None:
+        assert isinstance(classifier, DiffusionPictures)
+        wanted = Wanted(config.diffusion.weighting == "learned", config.diffusion.times == "importance")
+        found = read_or_measure(config.out / MEASURED, settings, lambda: classifier.measure(chosen, wanted))
+        classifier.use(found)
+    return classifier
 
 
 def describe(config: ClassifyConfig, classes: Sequence[NamedClass], templates: Sequence[str]) -> dict[str, Any]:

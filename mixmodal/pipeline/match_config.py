@@ -96,6 +96,8 @@ class MatchConfig:
                 f"diffusion.policy is {self.diffusion.policy}; pictures are compared, too, so every caption is "
                 "measured at the same times: leave it full"
             )
+        if self.diffusion.is_measured:
+            raise ValueError("diffusion: a task has no labelled pictures that weights or times could be fitted on")
         if self.diffusion.compile:
             raise ValueError("diffusion.compile can not act here: captions change from line to line; leave it out")
 

@@ -125,6 +125,10 @@ def test_lines_of_broken_pictures_are_counted_and_done_once_mended(config: Match
         ({"debias": 0.5}, "debias can not act on the method image_given_text"),
         ({"seed": 1}, "seed can not act"),
         ({"method": "diffusion", "diffusion": DiffusionOptions()}, "policy is adaptive; pictures are compared, too"),
+        (
+            {"method": "diffusion", "diffusion": DiffusionOptions(policy="full", times="importance")},
+            "a task has no labelled pictures",
+        ),
         ({"method": "contrastive", "dtype": "bfloat16"}, "dtype can not act"),
         ({"shard": "2/2"}, "shard is '2/2'"),
         ({"batch_size": 0}, "batch_size is 0"),
