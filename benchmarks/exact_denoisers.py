@@ -20,7 +20,7 @@ from mixmodal.classification.units import Unit, draw_noise, even_times
 
 NUM_STEPS = 1000
 LOWEST, HIGHEST = -14.0, 16.0
-"""Where lambda = log(a^2 / s^2) is integrated: beyond, all classes of unit variance err alike."""
+"""Where lambda = log(a^2 / s^2) is integrated: beyond, the errors of all classes are alike."""
 
 
 class GaussianScorer:
