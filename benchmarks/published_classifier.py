@@ -1,7 +1,7 @@
 """The published Diffusion Classifier as a plain loop (arXiv 2303.16203, section 3, and what its code does).
 
 It is what the scorer and the engine are compared with, in numbers and in time: one picture after another, batches of
-(class, step) pairs of that picture alone, the same noise for all classes at a step.
+(class, step) pairs of that picture alone, the same noise for all classes at a step. `compare` replays it in the engine.
 """
 
 from __future__ import annotations
@@ -10,11 +10,20 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixmodal.classification.adapters import build_adapter
+from mixmodal.classification.diffusion import DiffusionScorer
+from mixmodal.classification.elimination import Elimination, EliminationConfig, Outcome
+from mixmodal.classification.policies import Staged
+from mixmodal.classification.units import Scorer, Unit, draw_noise
+
 BATCH = 32
+CLASSES = ("cat", "dog", "red apple", "blue pear")
+PROMPT = "a photo of a {}."
 
 
 @torch.no_grad()
@@ -80,3 +89,54 @@ def classify(
         means = {one: statistics.fmean(error for (k, _), error in errors.items() if k == one) for one in alive}
         alive = sorted(alive, key=lambda one: means[one])[:kept]
     return Replay(alive[0], errors)
+
+
+class RecordingScorer:
+    """A scorer whose costs are kept: of each picture by class and time step, as the loop keeps its errors."""
+
+    def __init__(self, scorer: Scorer, num_steps: int = 1000) -> None:
+        self.scorer, self.num_steps = scorer, num_steps
+        self.costs: dict[int, dict[tuple[int, int], float]] = {}
+
+    def cost(self, pictures: Sequence[int], classes: Sequence[int], units: Sequence[Unit]) -> np.ndarray:
+        found = self.scorer.cost(pictures, classes, units)
+        for picture, one, unit, cost in zip(pictures, classes, units, found.tolist()):
+            self.costs.setdefault(picture, {})[one, int(unit.time * self.num_steps)] = cost
+        return found
+
+
+class Comparison(NamedTuple):
+    """One picture in the engine and in the loop: outcome, replay, and the largest relative difference of errors.
+
+    It is infinite where they did not evaluate the same (class, step) pairs.
+    """
+
+    outcome: Outcome
+    replay: Replay
+    difference: float
+
+
+def compare(pipe: Any, images: Tensor, samples: tuple[int, ...], keep: tuple[int, ...]) -> list[Comparison]:
+    """The published schedule by the engine, pictures together in batches of 16, and by the loop, with the same noises.
+
+    Args:
+        images: `(P, 3, H, W)` in [-1, 1].
+        samples: steps by the end of each stage.
+        keep: classes that stay after each.
+    """
+    policy = Staged(samples=samples, keep=keep)
+    scorer = DiffusionScorer(build_adapter(pipe), CLASSES, [PROMPT], free_text_encoders=False)
+    scorer.set_pictures(images)
+    recording = RecordingScorer(scorer)
+    outcomes = Elimination(recording, len(CLASSES), policy, EliminationConfig(batch_size=16)).score(range(len(images)))
+    texts = encode(pipe, [PROMPT.replace("{}", one) for one in CLASSES])
+    of_step = {int(unit.time * 1000): unit for unit in policy.build_units(seed=0)}
+    shape = scorer.adapter.latent_shape
+    compared = []
+    for picture, (image, outcome) in enumerate(zip(images, outcomes)):
+        loop = classify(pipe, texts, image, lambda step: draw_noise(0, of_step[step], shape), samples, keep)
+        costs, worst = recording.costs[picture], float("inf")
+        if costs.keys() == loop.errors.keys():
+            worst = max(abs(costs[pair] / error - 1) for pair, error in loop.errors.items())
+        compared.append(Comparison(outcome, loop, worst))
+    return compared

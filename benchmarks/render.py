@@ -57,6 +57,7 @@ PIVOTED = (
 
 
 ON_CPU = (
+    "classifier_exactness",
     "demo_classifiers",
     "digits",
     "elimination",

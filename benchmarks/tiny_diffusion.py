@@ -1,5 +1,7 @@
 """Tiny pipelines of diffusers with random weights, one a family, made without a hub: for tests and benchmarks.
 
+What a pipeline hands to its scheduler is kept by `spy_on_steps`, and asked of an adapter again by `replay`.
+
 python benchmarks/tiny_diffusion.py FAMILY DIR      saves one as a folder
 """
 
@@ -8,9 +10,16 @@ from __future__ import annotations
 import argparse
 import string
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+from mixmodal.classification.adapter_base import Adapter
+from mixmodal.classification.adapters import Flux, build_adapter, unpack
+from mixmodal.classification.denoising import Flow
+
+PROMPTS = ["a photo of a cat.", "a red apple"]
 
 WORDS = ("a", "photo", "of", "cat", "dog", "red", "blue", "apple", "pear", ".")
 UNET_BLOCKS = {
@@ -282,6 +291,56 @@ def build(family: str, seed: int = 0) -> Any:
                     torch.nn.init.normal_(weight, std=0.3)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+class Step(NamedTuple):
+    """What a pipeline handed to `scheduler.step`, as its denoiser saw it."""
+
+    out: Tensor
+    time: Tensor
+    z: Tensor
+
+
+def spy_on_steps(pipe: Any) -> list[Step]:
+    """The three steps of a pipeline that draws both prompts without guidance; its scheduler is left as it was."""
+    steps: list[Step] = []
+    step, scheduler = pipe.scheduler.step, pipe.scheduler
+
+    def spying(out: Tensor, time: Tensor, z: Tensor, *arguments: Any, **options: Any) -> Any:
+        seen = z
+        if "Euler" in type(scheduler).__name__ and "Flow" not in type(scheduler).__name__:
+            seen = z / (scheduler.sigmas[scheduler.step_index] ** 2 + 1) ** 0.5
+        steps.append(Step(out.clone(), torch.as_tensor(time), seen.clone()))
+        return step(out, time, z, *arguments, **options)
+
+    options: dict[str, Any] = {"prompt": PROMPTS, "output_type": "latent", "guidance_scale": 1.0}
+    if type(pipe).__name__ == "DiTPipeline":
+        options = {"class_labels": [0, 1], "output_type": "pt", "guidance_scale": 1.0}
+    if type(pipe).__name__.startswith("PixArt"):
+        options["use_resolution_binning"] = False
+    scheduler.step = spying
+    try:
+        with torch.no_grad():
+            pipe(**options, num_inference_steps=3, generator=torch.Generator().manual_seed(0))
+    finally:
+        del scheduler.step  # the method of its class is back
+    if isinstance(build_adapter(pipe), Flux):
+        steps = [Step(unpack(one.out, 8, 8), one.time, unpack(one.z, 8, 8)) for one in steps]
+    return steps
+
+
+def conditions_of(adapter: Adapter) -> dict[str, Tensor]:
+    """Both prompts, or the first two labels."""
+    return adapter.encode_text(PROMPTS if adapter.conditioned_on == "text" else ["0", "1"])
+
+
+@torch.no_grad()
+def replay(adapter: Adapter, step: Step, conditions: dict[str, Tensor], backwards: bool = False) -> float:
+    """The largest difference between the pipeline's output and the adapter's, at the schedule's time of the step."""
+    shares = (step.time.double() + (0 if isinstance(adapter.schedule, Flow) else 0.5)) / 1000
+    shares = 1 - shares if backwards else shares
+    mix = adapter.schedule.mix(shares.clamp(max=1 - 1e-12).expand(2).numpy())
+    return float((adapter.predict(step.z, mix.model_times, conditions) - step.out).abs().max())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import ModuleType
 from typing import Literal
 
@@ -11,9 +11,7 @@ import pytest
 
 from mixmodal.classification.elimination import Elimination, EliminationConfig
 from mixmodal.classification.policies import Adaptive, Full, Policy, Staged
-from mixmodal.classification.units import Unit, build_units, draw_noise, even_times, fit_density, measure_spread
-
-DIM, NUM_CLASSES, NUM_PICTURES = 16, 6, 20
+from mixmodal.classification.units import build_units, draw_noise, even_times, fit_density, measure_spread
 
 
 @pytest.fixture
@@ -21,49 +19,29 @@ def exact(load: Callable[[str], ModuleType]) -> ModuleType:
     return load("exact_denoisers")
 
 
-class GaussianScorer:
-    """Classes N(mean, variance I): the expected error of the noise in closed form, times -d lambda / d time / 2.
-
-    Its mean over times is the integral over lambda that is -log p(picture | class) up to what all classes share.
-
-    Args:
-        grid: times are shares of lambda in [-span, span], or the u of a flow: a = 1 - u, s = u.
-    """
-
-    def __init__(self, grid: Literal["lambda", "flow"], span: float = 0) -> None:
-        generator = np.random.default_rng(0)
-        self.grid, self.span, self.variance = grid, span, 0.7
-        self.means = generator.standard_normal((NUM_CLASSES, DIM))
-        self.pictures = generator.standard_normal((NUM_PICTURES, DIM))
-
-    def cost(self, pictures: Sequence[int], classes: Sequence[int], units: Sequence[Unit]) -> np.ndarray:
-        times = np.array([unit.time for unit in units])
-        if self.grid == "lambda":
-            signal = 1 / (1 + np.exp(-(2 * times - 1) * self.span))  # a^2
-            noise, slope = 1 - signal, 2 * self.span * np.ones(len(units))
-        else:
-            signal, noise, slope = (1 - times) ** 2, times**2, 2 / (times * (1 - times))
-        width = signal * self.variance + noise
-        squares = np.square(self.pictures[list(pictures)] - self.means[list(classes)]).sum(axis=1)
-        errors = DIM * (signal * self.variance / width) ** 2 + signal * noise / width**2 * squares
-        return 0.5 * slope * errors
-
-    def log_likelihoods(self) -> np.ndarray:
-        return -0.5 * np.square(self.pictures[:, None] - self.means).sum(axis=2) / self.variance
-
-
 @pytest.mark.parametrize(
     ("grid", "span", "num_times", "tolerance"),
     [("lambda", 20, 50, 1e-6), ("lambda", 30, 400, 1e-9), ("flow", 0, 1000, 1e-3)],
 )
 def test_exact_gaussians_give_their_log_likelihoods(
-    grid: Literal["lambda", "flow"], span: float, num_times: int, tolerance: float
+    exact: ModuleType, grid: Literal["lambda", "flow"], span: float, num_times: int, tolerance: float
 ) -> None:
-    scorer = GaussianScorer(grid, span)
-    found = Elimination(scorer, NUM_CLASSES, Full(num_times=num_times, order="even")).score(range(NUM_PICTURES))
-    logits, exact = np.stack([one.logits for one in found]), scorer.log_likelihoods()
-    worst = np.abs((logits - logits[:, :1]) - (exact - exact[:, :1])).max()
-    assert worst < tolerance  # seen 6.7e-8, 5.4e-12 and 4.8e-6
+    assert exact.measure_gaussians(grid, span, num_times) < tolerance  # seen 6.7e-8, 5.4e-12 and 4.8e-6
+
+
+def test_errors_integrated_over_lambda_are_log_likelihoods_of_mixtures(exact: ModuleType) -> None:
+    """In products of what is shared, triple by triple, and by Bayes."""
+    world = exact.draw_world(4, 3, 6, 30, width=1.0, spread=1.0, seed=2)
+    units = exact.grid_units(12, 4)
+    assert [unit.index for unit in units] == list(range(48))
+    scorer = exact.LikelihoodScorer(world, seed=1)
+    costs = [[scorer.cost([p] * 48, [k] * 48, units).mean() for k in range(4)] for p in range(3)]
+    found = exact.integrate_likelihoods(world, 12, 4, seed=1)
+    np.testing.assert_allclose(found[:3], -scorer.scale * np.array(costs), rtol=1e-12)
+    found, exactly = exact.integrate_likelihoods(world, 128, 16), world.log_likelihoods()
+    errors = (found - exactly) - (found - exactly).mean(axis=1, keepdims=True)
+    assert np.sqrt(np.square(errors).mean()) < 0.3  # nats
+    assert np.ptp(exactly, axis=1).mean() > 3
 
 
 @pytest.mark.parametrize(

@@ -13,14 +13,19 @@ Build = Callable[[str], Any]
 
 
 @pytest.fixture(scope="session")
-def build_pipeline(load: Callable[[str], ModuleType]) -> Build:
-    """A function of a family: its pipeline, which tests must not change."""
+def tiny(load: Callable[[str], ModuleType]) -> ModuleType:
+    """What builds the pipelines, and replays their steps."""
     pytest.importorskip("diffusers")
-    return cache(load("tiny_diffusion").build)
+    return load("tiny_diffusion")
 
 
 @pytest.fixture(scope="session")
-def fresh_pipeline(load: Callable[[str], ModuleType]) -> Build:
+def build_pipeline(tiny: ModuleType) -> Build:
+    """A function of a family: its pipeline, which tests must not change."""
+    return cache(tiny.build)
+
+
+@pytest.fixture(scope="session")
+def fresh_pipeline(tiny: ModuleType) -> Build:
     """A function of a family: a pipeline of one's own."""
-    pytest.importorskip("diffusers")
-    return load("tiny_diffusion").build
+    return tiny.build

@@ -3,106 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mixmodal.classification.adapter_base import Adapter
 from mixmodal.classification.adapters import FAMILIES, Flux, Labelled, build_adapter, pack, unpack
-from mixmodal.classification.denoising import Flow
 
 Build = Callable[[str], Any]
 PIPELINES = ("sd_epsilon", "sd_velocity", "sdxl_euler", "sd3", "flux_dev", "flux_schnell", "pixart", "dit")
-PROMPTS = ["a photo of a cat.", "a red apple"]
 # numpy asks tensors for a copy in a way that torch does not know; within diffusers' Euler scheduler
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
-class Step(NamedTuple):
-    """What a pipeline handed to `scheduler.step`, as its denoiser saw it."""
-
-    out: Tensor
-    time: Tensor
-    z: Tensor
-
-
-def spy_on_steps(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
-    """The steps of a pipeline that draws both prompts without guidance."""
-    steps: list[Step] = []
-    step, scheduler = pipe.scheduler.step, pipe.scheduler
-
-    def spying(out: Tensor, time: Tensor, z: Tensor, *arguments: Any, **options: Any) -> Any:
-        seen = z
-        if "Euler" in type(scheduler).__name__ and "Flow" not in type(scheduler).__name__:
-            seen = z / (scheduler.sigmas[scheduler.step_index] ** 2 + 1) ** 0.5
-        steps.append(Step(out.clone(), torch.as_tensor(time), seen.clone()))
-        return step(out, time, z, *arguments, **options)
-
-    monkeypatch.setattr(scheduler, "step", spying)
-    options: dict[str, Any] = {"prompt": PROMPTS, "output_type": "latent", "guidance_scale": 1.0}
-    if type(pipe).__name__ == "DiTPipeline":
-        options = {"class_labels": [0, 1], "output_type": "pt", "guidance_scale": 1.0}
-    if type(pipe).__name__.startswith("PixArt"):
-        options["use_resolution_binning"] = False
-    with torch.no_grad():
-        pipe(**options, num_inference_steps=3, generator=torch.Generator().manual_seed(0))
-    if isinstance(build_adapter(pipe), Flux):
-        steps = [Step(unpack(one.out, 8, 8), one.time, unpack(one.z, 8, 8)) for one in steps]
-    return steps
-
-
-def conditions_of(adapter: Adapter) -> dict[str, Tensor]:
-    return adapter.encode_text(PROMPTS if adapter.conditioned_on == "text" else ["0", "1"])
-
-
-@torch.no_grad()
-def replay(adapter: Adapter, step: Step, conditions: dict[str, Tensor], backwards: bool = False) -> float:
-    """The largest difference between the pipeline's output and the adapter's, at the schedule's time of the step."""
-    shares = (step.time.double() + (0 if isinstance(adapter.schedule, Flow) else 0.5)) / 1000
-    shares = 1 - shares if backwards else shares
-    mix = adapter.schedule.mix(shares.clamp(max=1 - 1e-12).expand(2).numpy())
-    return float((adapter.predict(step.z, mix.model_times, conditions) - step.out).abs().max())
-
-
 @pytest.mark.parametrize("family", PIPELINES)
 def test_an_adapter_gives_what_the_pipeline_hands_to_its_scheduler(
-    family: str, build_pipeline: Build, monkeypatch: pytest.MonkeyPatch
+    family: str, build_pipeline: Build, tiny: ModuleType
 ) -> None:
     pipe = build_pipeline(family)
     adapter = build_adapter(pipe)
-    conditions = conditions_of(adapter)
-    steps = spy_on_steps(pipe, monkeypatch)
+    conditions = tiny.conditions_of(adapter)
+    own_step = pipe.scheduler.step
+    steps = tiny.spy_on_steps(pipe)
+    assert pipe.scheduler.step == own_step
     assert len(steps) == 3
     for step in steps:
         assert step.out.abs().max() > 1e-3
-        assert replay(adapter, step, conditions) == 0
-        assert replay(adapter, step, conditions, backwards=True) > 1e-6, "times must matter"
+        assert tiny.replay(adapter, step, conditions) == 0
+        assert tiny.replay(adapter, step, conditions, backwards=True) > 1e-6, "times must matter"
         swapped = {name: one.flip(0) for name, one in conditions.items()}
-        assert replay(adapter, step, swapped) > 1e-6, "conditions must matter"
+        assert tiny.replay(adapter, step, swapped) > 1e-6, "conditions must matter"
 
 
-def test_a_wrong_mask_shows(build_pipeline: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_mask_shows(build_pipeline: Build, tiny: ModuleType) -> None:
     pipe = build_pipeline("pixart")
     adapter = build_adapter(pipe)
-    conditions = conditions_of(adapter)
-    step = spy_on_steps(pipe, monkeypatch)[0]
+    conditions = tiny.conditions_of(adapter)
+    step = tiny.spy_on_steps(pipe)[0]
     assert conditions["mask"].sum(dim=1).tolist() == [7, 4]
-    assert replay(adapter, step, {**conditions, "mask": conditions["mask"].flip(0)}) > 1e-6
-    assert replay(adapter, step, {**conditions, "mask": torch.ones_like(conditions["mask"])}) > 1e-6
+    assert tiny.replay(adapter, step, {**conditions, "mask": conditions["mask"].flip(0)}) > 1e-6
+    assert tiny.replay(adapter, step, {**conditions, "mask": torch.ones_like(conditions["mask"])}) > 1e-6
 
 
-def test_what_a_family_is_told_beside_text_shows(build_pipeline: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_family_is_told_beside_text_shows(build_pipeline: Build, tiny: ModuleType) -> None:
     xl = build_pipeline("sdxl_euler")
-    step = spy_on_steps(xl, monkeypatch)[0]
+    step = tiny.spy_on_steps(xl)[0]
     adapter = build_adapter(xl)
     adapter.image_size = 64
-    assert replay(adapter, step, conditions_of(adapter)) > 1e-6
+    assert tiny.replay(adapter, step, tiny.conditions_of(adapter)) > 1e-6
     dev = build_pipeline("flux_dev")
-    step = spy_on_steps(dev, monkeypatch)[0]
+    step = tiny.spy_on_steps(dev)[0]
     adapter = Flux(dev, guidance=3.5)
-    assert replay(adapter, step, conditions_of(adapter)) > 1e-6
+    assert tiny.replay(adapter, step, tiny.conditions_of(adapter)) > 1e-6
     with pytest.raises(ValueError, match=r"guidance 3\.5 can not act"):
         Flux(build_pipeline("flux_schnell"), guidance=3.5)
     assert "guidance-distilled" in adapter.caution
@@ -110,9 +64,11 @@ def test_what_a_family_is_told_beside_text_shows(build_pipeline: Build, monkeypa
 
 
 @pytest.mark.parametrize("family", PIPELINES)
-def test_mixed_conditions_and_times_in_a_batch_are_as_one_by_one(family: str, build_pipeline: Build) -> None:
+def test_mixed_conditions_and_times_in_a_batch_are_as_one_by_one(
+    family: str, build_pipeline: Build, tiny: ModuleType
+) -> None:
     adapter = build_adapter(build_pipeline(family))
-    conditions = conditions_of(adapter)
+    conditions = tiny.conditions_of(adapter)
     z = torch.randn((2, *adapter.latent_shape), generator=torch.Generator().manual_seed(0))
     times = adapter.schedule.mix(torch.tensor([0.2, 0.8]).numpy()).model_times
     with torch.no_grad():
@@ -125,7 +81,7 @@ def test_mixed_conditions_and_times_in_a_batch_are_as_one_by_one(family: str, bu
 
 @pytest.mark.parametrize("family", PIPELINES)
 def test_latents_are_what_the_pipeline_decodes(
-    family: str, build_pipeline: Build, monkeypatch: pytest.MonkeyPatch
+    family: str, build_pipeline: Build, tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pipeline's own decoder gets the posterior's mode back, unscaled and unshifted."""
     pipe = build_pipeline(family)
@@ -140,7 +96,7 @@ def test_latents_are_what_the_pipeline_decodes(
     monkeypatch.setattr(pipe.vae, "decode", lambda z, *_, **__: seen.append(z) or _stop())
     monkeypatch.setattr(pipe.scheduler, "step", lambda *_, **__: _Same(given))
     given = pack(latents) if isinstance(adapter, Flux) else latents
-    options: dict[str, Any] = {"prompt": PROMPTS, "guidance_scale": 1.0, "num_inference_steps": 1}
+    options: dict[str, Any] = {"prompt": tiny.PROMPTS, "guidance_scale": 1.0, "num_inference_steps": 1}
     if not isinstance(adapter, Labelled):
         options["latents"] = given
     else:
@@ -207,9 +163,9 @@ def test_sizes_that_a_model_can_not_cut_are_refused(build_pipeline: Build) -> No
         build_adapter(build_pipeline("flux_dev"), 30)
 
 
-def test_freed_text_encoders_encode_no_more(fresh_pipeline: Build) -> None:
+def test_freed_text_encoders_encode_no_more(fresh_pipeline: Build, tiny: ModuleType) -> None:
     adapter = build_adapter(fresh_pipeline("sdxl_euler"))
     adapter.free_text_encoders()
-    assert adapter.tokenize(PROMPTS)
+    assert adapter.tokenize(tiny.PROMPTS)
     with pytest.raises(ValueError, match="have been freed"):
-        adapter.encode_text(PROMPTS)
+        adapter.encode_text(tiny.PROMPTS)

@@ -13,13 +13,9 @@ import torch
 from mixmodal.classification.adapters import build_adapter
 from mixmodal.classification.denoising import Loss
 from mixmodal.classification.diffusion import DiffusionConfig, DiffusionScorer
-from mixmodal.classification.elimination import Elimination, EliminationConfig
-from mixmodal.classification.policies import Staged
 from mixmodal.classification.units import Unit, draw_noise, even_times
 
 Build = Callable[[str], Any]
-CLASSES = ["cat", "dog", "red apple", "blue pear"]
-PROMPT = "a photo of a {}."
 
 
 @pytest.mark.parametrize("loss", ["l2", "l1", "huber"])
@@ -35,19 +31,21 @@ def test_the_published_errors_are_the_scorers_costs(
     noises = {step: draw_noise(0, unit, (4, 16, 16)) for step, unit in of_step.items()}
     image = torch.rand((3, 32, 32), generator=torch.Generator().manual_seed(1)) * 2 - 1
     plain = load("published_classifier")
-    texts = plain.encode(pipe, [PROMPT.replace("{}", one) for one in CLASSES])
+    classes, prompt = plain.CLASSES, plain.PROMPT
+    texts = plain.encode(pipe, [prompt.replace("{}", one) for one in classes])
     replay = plain.classify(pipe, texts, image, noises.__getitem__, samples, keep, loss)
     assert len(replay.errors) == 4 * 5 + 2 * 20
     scorer = DiffusionScorer(
-        build_adapter(pipe), CLASSES, [PROMPT], DiffusionConfig(loss=loss, batch_size=16), free_text_encoders=False
+        build_adapter(pipe), classes, [prompt], DiffusionConfig(loss=loss, batch_size=16), free_text_encoders=False
     )
     scorer.set_pictures(image[None])
-    classes, steps = zip(*replay.errors)
-    costs = scorer.cost([0] * len(classes), classes, [of_step[step] for step in steps])
+    pairs = list(replay.errors)
+    found, steps = zip(*pairs)
+    costs = scorer.cost([0] * len(pairs), found, [of_step[step] for step in steps])
     np.testing.assert_allclose(costs, list(replay.errors.values()), rtol=0, atol=1e-6)  # worst 2.4e-7
     assert np.ptp(costs) > 1e-2
-    final = [costs[[k == one for k in classes]].mean() for one in range(4)]
-    evaluated = [classes.count(one) for one in range(4)]
+    final = [costs[[k == one for k in found]].mean() for one in range(4)]
+    evaluated = [found.count(one) for one in range(4)]
     assert sorted(evaluated) == [5, 5, 25, 25]
     assert np.argmin(np.where(np.array(evaluated) == 25, final, np.inf)) == replay.prediction
 
@@ -56,19 +54,11 @@ def test_the_published_errors_are_the_scorers_costs(
 def test_the_staged_policy_is_the_published_algorithm(
     samples: tuple[int, ...], keep: tuple[int, ...], build_pipeline: Build, load: Callable[[str], ModuleType]
 ) -> None:
-    """Predictions, mean errors of the classes that stayed, and evaluations of each class, for several pictures."""
-    pipe, plain = build_pipeline("sd_epsilon"), load("published_classifier")
+    """Predictions, every error, means of those that stayed, and evaluations of each class, for several pictures."""
     images = torch.rand((2, 3, 32, 32), generator=torch.Generator().manual_seed(1)) * 2 - 1
-    policy = Staged(samples=samples, keep=keep)
-    of_step = {int(unit.time * 1000): unit for unit in policy.build_units(seed=0)}
-    texts = plain.encode(pipe, [PROMPT.replace("{}", one) for one in CLASSES])
-    scorer = DiffusionScorer(build_adapter(pipe), CLASSES, [PROMPT], free_text_encoders=False)
-    scorer.set_pictures(images)
-    outcomes = Elimination(scorer, len(CLASSES), policy, EliminationConfig(batch_size=16)).score(range(2))
-    for image, outcome in zip(images, outcomes):
-        replay = plain.classify(
-            pipe, texts, image, lambda step: draw_noise(0, of_step[step], (4, 16, 16)), samples, keep
-        )
+    for compared in load("published_classifier").compare(build_pipeline("sd_epsilon"), images, samples, keep):
+        outcome, replay = compared.outcome, compared.replay
+        assert compared.difference < 1e-6  # worst seen 2.1e-7
         evaluated = [sum(k == one for k, _ in replay.errors) for one in range(4)]
         assert outcome.evaluations.tolist() == evaluated
         assert int(outcome.costs.argmin()) == replay.prediction
