@@ -74,7 +74,9 @@ def _name(names: Sequence[str]) -> list[NamedClass]:
 
 
 def _unpack(layout: str, packed: Packed, has_names: bool = True) -> KnownSet:
-    pictures = [LabelledPicture(f"test/{place:05d}", source, label) for place, (source, label) in enumerate(packed.pairs())]
+    pictures = [
+        LabelledPicture(f"test/{place:05d}", source, label) for place, (source, label) in enumerate(packed.pairs())
+    ]
     return KnownSet(layout, _name(packed.names) if has_names else [], pictures)
 
 
