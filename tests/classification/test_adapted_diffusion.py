@@ -112,8 +112,8 @@ def test_draws_in_pieces_have_the_same_errors_and_gradients(pipeline: Path, monk
     assert sizes[:4] == [5, 2, 2, 1]
     assert sorted(sizes[4:]) == [1, 2, 2]  # once more for the gradient
     assert found[0][1].abs().max() > 0
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=0)  # worst 3e-7
-    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=0)  # worst 1.1e-7
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=0, atol=3e-9)  # worst 2.8e-10 of 3e-4
 
 
 @pytest.mark.parametrize("part", ["tower", "scale"])
@@ -171,14 +171,12 @@ def test_shards_and_order_change_nothing(config: ClassifyConfig, tmp_path: Path)
     for index in (1, 0):
         shared = run(config, out=tmp_path / "shared", shard=f"{index}/2")
     assert shared == whole
-    again = run(config, out=tmp_path / "seed", seed=1)
-    assert all(again[key]["losses"] != line["losses"] for key, line in whole.items())
 
 
 def test_records_have_what_was_before_and_the_summary_both_accuracies(config: ClassifyConfig, tmp_path: Path) -> None:
     plain = run(config, out=tmp_path / "plain", adapt=AdaptOptions())
     for key, line in run(config).items():
-        np.testing.assert_allclose(line["before"], plain[key]["scores"], atol=1e-5)  # worst 2e-6
+        np.testing.assert_allclose(line["before"], plain[key]["scores"], atol=1e-5)  # worst 9.5e-7
         assert np.abs(np.subtract(line["scores"], line["before"])).max() > 1e-3
         assert len(line["losses"]) == 2
         assert line["evaluations"] == [2 * 3 + 2 + 2] * 3
@@ -188,6 +186,13 @@ def test_records_have_what_was_before_and_the_summary_both_accuracies(config: Cl
     first, second = (one["settings"] for one in summaries)
     assert (first["adapt"]["lr"], len(first["adapt"]["denoiser_sha256"])) == (1e-2, 64)
     assert first == {**second, "adapt": first["adapt"]}  # records without a denoiser stay valid
+
+
+def test_another_seed_has_other_draws(config: ClassifyConfig, tmp_path: Path) -> None:
+    first, second = (run(config, out=tmp_path / str(seed), seed=seed) for seed in range(2))
+    assert all(second[key]["losses"] != line["losses"] for key, line in first.items())
+    with pytest.raises(ValueError, match=r"settings\.json: adapt\.lr was 0\.01 when this was written and is 0\.1 now"):
+        run(config, out=tmp_path / "0", adapt=AdaptOptions(denoiser=config.adapt.denoiser, **{**OPTIONS, "lr": 0.1}))
 
 
 def test_a_denoiser_of_numbers_is_named(config: ClassifyConfig, tmp_path: Path, load: Callable[[str], Any]) -> None:
