@@ -27,8 +27,9 @@ from mixmodal.retrieval.encoder import ImagePart
 Conditions = Mapping[str, Tensor]
 """What a denoiser is told, by name; the first dimension is that of classes or of draws."""
 Denoise = Callable[[Conditions, Tensor, Tensor], Tensor]
-"""Conditions of B draws, times in (0, 1) `(B,)` and standard normal noises `(B, ...)` to errors `(B,)` on a picture,
-with gradients to the conditions."""
+"""Conditions of B draws, times in (0, 1) (float64 `(B,)` on the CPU) and standard normal noises `(B, ...)` to errors
+`(B,)` on a picture, with gradients to the conditions."""
+ABOVE_ZERO, BELOW_ONE = float(np.finfo(np.float64).tiny), float(1 - np.finfo(np.float64).epsneg)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +175,11 @@ class AdaptedClassifier:
             conditions[name] = mixed.expand(number, *mixed.shape)
         generator = keyed_generator(self.config.seed, key, step)
         # one time in each of B equal parts: draws of a step cover the schedule
-        times = (torch.arange(number) + torch.rand(number, generator=generator)) / number
+        shares_of_parts = torch.rand(number, generator=generator, dtype=torch.float64)
+        times = (torch.arange(number) + shares_of_parts) / number  # which may be rounded to 1
+        times = times.clamp(ABOVE_ZERO, BELOW_ONE)
         noises = torch.randn(number, *self.noise_shape, generator=generator)
-        loss = denoise(conditions, times.to(shares.device), noises.to(shares.device)).mean()
+        loss = denoise(conditions, times, noises.to(shares.device)).mean()
         if not torch.isfinite(loss):
             raise ValueError(f"adaptation: the denoiser's error on {key} is {loss.item()} at step {step}; check it")
         return loss

@@ -24,6 +24,7 @@ from mixmodal.classification.adapter_base import Adapter, Conditions
 from mixmodal.classification.denoising import (
     LOSSES,
     Loss,
+    Space,
     Weighting,
     build_weighting,
     error_scale,
@@ -35,6 +36,8 @@ from mixmodal.classification.units import Unit, draw_noise
 from mixmodal.files import replacing
 from mixmodal.tokenization.preprocessing import resize_and_crop, to_tensor
 
+Predict = Callable[[Tensor, Tensor, Conditions], Tensor]
+"""As `Adapter.predict`."""
 CACHE_FORMAT = 1
 """Raised where what is cached of the same prompts changes."""
 
@@ -104,7 +107,7 @@ class DiffusionScorer:
         self.conditions = adapter.encode_text(prompts) if cache is None else cache.encode(adapter, prompts)
         if free_text_encoders:
             adapter.free_text_encoders()
-        self._predict: Callable[[Tensor, Tensor, Conditions], Tensor] = adapter.predict
+        self._predict: Predict = adapter.predict
         if self.config.compile:
             adapter.network.to(memory_format=torch.channels_last)
             self._predict = torch.compile(adapter.predict, dynamic=False)
@@ -215,26 +218,20 @@ class DiffusionScorer:
         if self.config.compile and num < self.config.batch_size:
             rows = np.minimum(np.arange(self.config.batch_size), num - 1)
             pictures, prompts, places, signs, times = (one[rows] for one in (pictures, prompts, places, signs, times))
-        mix = adapter.schedule.mix(times)
-        scale = error_scale(adapter.kind, self.config.weighting.space, mix.alpha, mix.sigma)
-        x = self._latents[self._index(pictures)]
-        eps = self._noises[self._index(places)] * self._column(signs)
-        alpha, sigma = self._column(mix.alpha), self._column(mix.sigma)
         chosen = self._index(prompts)
-        out = self._predict(
-            (alpha * x + sigma * eps).to(adapter.dtype),
-            mix.model_times.to(adapter.device),
+        return denoising_errors(
+            adapter,
+            self._latents[self._index(pictures)],
+            self._noises[self._index(places)] * column(signs, adapter.device),
+            times,
             {name: one[chosen] for name, one in self.conditions.items()},
-        ).float()
-        residual = (out - target(adapter.kind, x, eps, alpha, sigma)) * self._column(scale)
-        return mean_error(self.config.loss, residual)[:num]
+            space=self.config.weighting.space,
+            loss=self.config.loss,
+            predict=self._predict,
+        )[:num]
 
     def _index(self, numbers: np.ndarray) -> Tensor:
         return torch.from_numpy(numbers).to(self.adapter.device)
-
-    def _column(self, numbers: np.ndarray) -> Tensor:
-        """One number for each row of latents, float32 `(B, 1, 1, 1)`."""
-        return torch.from_numpy(numbers.astype(np.float32)).to(self.adapter.device)[:, None, None, None]
 
     def _place_noises(self, units: Sequence[Unit]) -> np.ndarray:
         """Where the noise of each unit lies in the bank on the device, int64 `(n,)`; new ones are drawn."""
@@ -249,6 +246,45 @@ class DiffusionScorer:
             self._noises[used:needed] = drawn.to(self.adapter.device)
             self._places.update(zip(fresh, range(used, needed)))
         return np.array([self._places[unit.noise] for unit in units], dtype=np.int64)
+
+
+def denoising_errors(
+    adapter: Adapter,
+    x: Tensor,
+    eps: Tensor,
+    times: np.ndarray,
+    conditions: Conditions,
+    *,
+    space: Space = "eps",
+    loss: Loss = "l2",
+    predict: Predict | None = None,
+) -> Tensor:
+    """Unweighted mean errors, float32 `(B,)` on the device, with gradients to the conditions where these are enabled.
+
+    Args:
+        adapter: the model.
+        x: latents, float32 `(B, C, h, w)`, or `(1, C, h, w)` for one picture.
+        eps: noises, float32 `(B, C, h, w)`.
+        times: shares of the schedule in (0, 1), float64 `(B,)`.
+        conditions: one for each row, in the network's precision.
+        space: in which errors are taken.
+        loss: of the error's elements.
+        predict: in place of the adapter's own, such as a compiled one.
+
+    Raises:
+        ValueError: for times outside (0, 1).
+    """
+    mix = adapter.schedule.mix(times)
+    alpha, sigma = column(mix.alpha, adapter.device), column(mix.sigma, adapter.device)
+    scale = column(error_scale(adapter.kind, space, mix.alpha, mix.sigma), adapter.device)
+    z = (alpha * x + sigma * eps).to(adapter.dtype)
+    out = (predict or adapter.predict)(z, mix.model_times.to(adapter.device), conditions).float()
+    return mean_error(loss, (out - target(adapter.kind, x, eps, alpha, sigma)) * scale)
+
+
+def column(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """One number for each row of latents, float32 `(B, 1, 1, 1)`."""
+    return torch.from_numpy(numbers.astype(np.float32)).to(device)[:, None, None, None]
 
 
 def fill(template: str, name: str | int) -> str:

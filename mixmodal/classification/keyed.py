@@ -6,6 +6,12 @@ import hashlib
 
 import numpy as np
 import torch
+from PIL.Image import Image as Picture
+
+
+def digest_of(picture: Picture) -> str:
+    """SHA-256 of a picture's pixels and size, hexadecimal: a key that does not depend on its name."""
+    return hashlib.sha256(f"{picture.mode} {picture.size} ".encode() + picture.tobytes()).hexdigest()
 
 
 def keyed_generator(seed: int, key: str, number: int = 0) -> torch.Generator:

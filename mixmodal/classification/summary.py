@@ -16,6 +16,7 @@ import numpy as np
 
 from mixmodal.classification.calibration import Reliability, fit_temperature, measure_reliability, softmax
 from mixmodal.classification.figures import draw_confusion, draw_reliability
+from mixmodal.classification.result import TIE
 
 LEVEL = 0.95
 """Of every interval."""
@@ -66,10 +67,11 @@ def summarise(entries: Iterable[Entry], labels: Sequence[str]) -> dict[str, Any]
         95 % Wilson interval, hits, total; a tie of k classes earns its share; the second needs more than 5 classes),
         `mean_per_class` (of the classes with pictures), `per_class`, `confusion` (counts by label, then prediction;
         zeros left out), `mistakes` (the most frequent), `calibration` (expected error, the bins behind it, and the
-        error once a temperature is fitted on other pictures) and `evaluations` of a picture.
+        error once a temperature is fitted on other pictures), `evaluations` of a picture, and where records have the
+        scores `before` the classifier was adapted, `accuracy_before`.
     """
     places = {label: place for place, label in enumerate(labels)}
-    scored, skipped, chances, logits, true = [], Counter(), [], [], []
+    scored, skipped, chances, logits, true, before = [], Counter(), [], [], [], []
     hits, totals = np.zeros(len(labels)), np.zeros(len(labels))
     confusion, top, num_ties = np.zeros((len(labels), len(labels)), dtype=np.int64), 0.0, 0
     for entry in entries:
@@ -87,6 +89,9 @@ def summarise(entries: Iterable[Entry], labels: Sequence[str]) -> dict[str, Any]
             chances.append(level_ties(entry, places))
             logits.append([-np.inf if score is None else score for score in entry["scores"]])
             true.append(place)
+            if "before" in entry:
+                best = np.array(entry["before"]) >= max(entry["before"]) - TIE
+                before.append(float(best[place] / best.sum()))
     rates = [Rate(*pair) for pair in zip(hits.tolist(), totals.tolist())]
     num_labelled = int(totals.sum())
     return {
@@ -102,6 +107,7 @@ def summarise(entries: Iterable[Entry], labels: Sequence[str]) -> dict[str, Any]
         "mistakes": list_mistakes(confusion, labels),
         "calibration": describe_calibration(np.stack(chances), np.array(logits), np.array(true)) if true else None,
         "evaluations": describe_costs(scored),
+        **({"accuracy_before": Rate(sum(before), len(before)).to_dict()} if before else {}),
     }
 
 

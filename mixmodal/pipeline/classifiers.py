@@ -12,11 +12,14 @@ import numpy as np
 import torch
 from PIL.Image import Image as Picture
 
+from mixmodal.classification.adaptation import AdaptedClassifier
+from mixmodal.classification.adapted_diffusion import DiffusionFeedback
 from mixmodal.classification.autoregressive import METHODS as AUTOREGRESSIVE
 from mixmodal.classification.classifier import PictureClassifier, Scored
 from mixmodal.classification.contrastive import ContrastiveClassifier
 from mixmodal.classification.diffusion import DiffusionScorer
 from mixmodal.classification.elimination import Elimination, EliminationConfig
+from mixmodal.classification.keyed import digest_of
 from mixmodal.classification.loading import LoadedModel, find_pipeline, load_model
 from mixmodal.classification.measured import Measured, Wanted, measure, measuring_units
 from mixmodal.classification.policies import Policy
@@ -26,7 +29,7 @@ from mixmodal.files import sha256_of
 from mixmodal.interop.export import find_export
 from mixmodal.pipeline.classify_config import ClassifyConfig
 from mixmodal.pipeline.drawing_config import DTYPES
-from mixmodal.pipeline.measuring import Chosen, digest_of
+from mixmodal.pipeline.measuring import Chosen
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.pipeline.reading import local_device, resolve_device
 from mixmodal.retrieval.encoder import find_encoder, load_encoder
@@ -95,6 +98,25 @@ class ContrastivePictures:
         """Findings in the order of pictures; one evaluation is a pass of the picture tower, shared by all classes."""
         found = [self.classifier.score([picture]) for picture in pictures]
         return [split(one, np.ones(one.scores.shape[1], dtype=np.int64), [{}])[0] for one in found]
+
+
+class AdaptedPictures:
+    """A CLIP or SigLIP that is adapted to each picture alone, by draws that depend on its pixels and the seed alone."""
+
+    def __init__(self, classifier: AdaptedClassifier) -> None:
+        self.classifier = classifier
+
+    def score(self, pictures: Sequence[Picture]) -> list[Scored]:
+        """Findings in the order of pictures after adaptation, with the scores `before` and the `losses` of the steps.
+
+        Evaluations are passes of the denoiser, a draw of a step each, and of the picture tower: one before, one a step
+        and one after. All classes share them, so each class has them all.
+        """
+        found = self.classifier.score(pictures, [digest_of(one) for one in pictures])
+        config, num_classes = self.classifier.config, found.after.scores.shape[1]
+        passes = np.full(num_classes, config.num_steps * config.num_draws + config.num_steps + 2, dtype=np.int64)
+        rows = zip(found.before.scores, found.losses, strict=True)
+        return split(found.after, passes, [{"before": one.tolist(), "losses": two.tolist()} for one, two in rows])
 
 
 class DiffusionPictures:
@@ -175,10 +197,28 @@ def build_autoregressive(
     )
 
 
-def build_contrastive(config: ClassifyConfig, classes: Sequence[str], templates: Sequence[str]) -> ContrastivePictures:
-    """From a folder of transformers, of `train-encoder`, or a hub id."""
+def build_contrastive(
+    config: ClassifyConfig, classes: Sequence[str], templates: Sequence[str]
+) -> ContrastivePictures | AdaptedPictures:
+    """From a folder of transformers, of `train-encoder`, or a hub id; with a denoiser where it is adapted.
+
+    Raises:
+        ValueError: naming the denoiser, where it can not be read or told texts.
+    """
     encoder = load_encoder(config.model, resolve_device(config.device), config.batch_size)
-    return ContrastivePictures(ContrastiveClassifier(encoder, classes, templates))
+    classifier = ContrastiveClassifier(encoder, classes, templates)
+    if config.adapt.denoiser is None:
+        return ContrastivePictures(classifier)
+    dtype = DTYPES[config.dtype] or torch.float32
+    loaded = load_diffusion(config.adapt.denoiser, resolve_device(config.device), dtype)
+    try:
+        feedback = DiffusionFeedback(loaded.adapter, classes, templates[0], config.batch_size)
+    except ValueError as error:
+        raise ValueError(f"adapt.denoiser {loaded.name}: {error}") from error
+    adaptation = config.adapt.build_config(config.seed)
+    return AdaptedPictures(
+        AdaptedClassifier(classifier, feedback.prepare, feedback.embeddings, feedback.noise_shape, adaptation)
+    )
 
 
 def load_diffusion(model: str, device: str, dtype: torch.dtype, image_size: int | None = None) -> LoadedModel:

@@ -125,6 +125,9 @@ def build_classifier(
 
 def describe(config: ClassifyConfig, classes: Sequence[NamedClass], templates: Sequence[str]) -> dict[str, Any]:
     """What scores depend on, as plain data."""
+    adapted = {}
+    if config.adapt.denoiser is not None:  # records without one stay valid
+        adapted = {"adapt": config.adapt.describe(hash_model("diffusion", config.adapt.denoiser))}
     return {
         "method": config.method,
         "model_sha256": hash_model(config.method, config.model),
@@ -137,6 +140,7 @@ def describe(config: ClassifyConfig, classes: Sequence[NamedClass], templates: S
         "templates": list(templates),
         "classes": [one._asdict() for one in classes],
         **config.describe(),
+        **adapted,
     }
 
 
@@ -161,6 +165,8 @@ def record(
     together = max(1, -(-config.batch_size // len(classes)))
     if config.method == "diffusion":  # races of late classes fill batches with those of other pictures
         together = max(RACING, together)
+    elif config.is_adapted:  # one by one: nothing is lost where a job is killed
+        together = 1
     recorder = Recorder(lines, labels, shard, counter, together)
 
     def build_noted() -> PictureClassifier:
@@ -209,6 +215,8 @@ def report(results: dict[str, Any], num_classes: int, path: Path) -> str:
     found = [f"{results['data']['num_pictures']} pictures among {num_classes} classes"]
     if (rate := results["data"]["accuracy"]) is not None:
         found.append(f"accuracy {rate['value']:.3f} ({rate['low']:.3f} to {rate['high']:.3f})")
+    if before := results["data"].get("accuracy_before"):
+        found.append(f"{before['value']:.3f} ({before['low']:.3f} to {before['high']:.3f}) before it was adapted")
     if drop := results.get("shift", {}).get("drop"):
         found.append(f"{drop['value']:.3f} less under shift ({drop['low']:.3f} to {drop['high']:.3f})")
     if bias := results.get("cues", {}).get("shape_bias"):

@@ -11,13 +11,14 @@ from typing import Literal
 from mixmodal.classification.autoregressive import METHODS as AUTOREGRESSIVE
 from mixmodal.classification.datasets import check_templates, read_templates
 from mixmodal.classification.variants import VariantsConfig
+from mixmodal.pipeline.adapt_options import AdaptOptions
 from mixmodal.pipeline.diffusion_options import DiffusionOptions
 from mixmodal.pipeline.reading import ReadingConfig
 from mixmodal.records import Shard
 
 METHODS = (*AUTOREGRESSIVE, "diffusion", "contrastive")
 PLAIN = ["{}"]
-PLAIN_VARIANTS, DEFAULT_DIFFUSION = VariantsConfig(), DiffusionOptions()
+PLAIN_VARIANTS, DEFAULT_DIFFUSION, NO_ADAPTATION = VariantsConfig(), DiffusionOptions(), AdaptOptions()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,17 +49,18 @@ class ClassifyConfig(ReadingConfig):
         cues: pictures with the shape of one class and the texture of another: a folder of files with names such as
             cat1-clock3.png, first the shape, or a CSV file with the columns path, shape and texture. Which of the two
             decides is the shape bias.
-        seed: of the times and noises of `diffusion`; others draw nothing, and it stays 0.
+        seed: of the times and noises of `diffusion` and of `adapt`; others draw nothing, and it stays 0.
         debias: alpha in log p(text | image) - alpha log p(text); for `text_given_image` only.
         length_normalise: divide scores by the number of tokens; for `text_given_image` only.
         variants: crops, mirror images and noise in which a picture is tokenized again; for an exported model only.
         diffusion: policy and weighting; for `diffusion` only.
+        adapt: adapts the classifier to each picture by a denoiser (Diffusion-TTA); for `contrastive` only.
         shard: `INDEX/COUNT` takes every COUNT-th picture; null takes all, and under a launcher what its RANK and
             WORLD_SIZE say.
         max_skipped_share: share of broken pictures, 0 .. 1, above which the job fails.
         batch_size: sequences in one forward; scores do not depend on it.
         device: `auto` takes the accelerator where there is one.
-        dtype: of the weights.
+        dtype: of the weights; for `contrastive` of those of `adapt.denoiser`, its own are float32.
     """
 
     model: str
@@ -75,6 +77,7 @@ class ClassifyConfig(ReadingConfig):
     length_normalise: bool = False
     variants: VariantsConfig = PLAIN_VARIANTS
     diffusion: DiffusionOptions = DEFAULT_DIFFUSION
+    adapt: AdaptOptions = NO_ADAPTATION
     shard: str | None = None
     max_skipped_share: float = 0.05
     batch_size: int = 64
@@ -93,19 +96,25 @@ class ClassifyConfig(ReadingConfig):
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether the classifier is adapted to each picture."""
+        return self.adapt.denoiser is not None
+
     def _check_idle(self) -> None:
         """Complains about options of other methods."""
         if self.method not in METHODS:
             raise ValueError(f"classification method {self.method!r} is unknown; choose {', '.join(METHODS)}")
-        is_ours = self.method in AUTOREGRESSIVE
+        is_ours, denoises = self.method in AUTOREGRESSIVE, self.method == "diffusion" or self.is_adapted
         idle = {
             "memory": (self.memory is not None, is_ours),
             "debias": (bool(self.debias), is_ours),
             "length_normalise": (self.length_normalise, is_ours),
             "variants": (self.variants != PLAIN_VARIANTS, is_ours),
             "diffusion": (self.diffusion != DEFAULT_DIFFUSION, self.method == "diffusion"),
-            "seed": (bool(self.seed), self.method == "diffusion"),
-            "dtype": (self.dtype != "stored", self.method != "contrastive"),
+            "adapt": (self.is_adapted, self.method == "contrastive"),
+            "seed": (bool(self.seed), denoises),
+            "dtype": (self.dtype != "stored", is_ours or denoises),
         }
         for name, (is_given, acts) in idle.items():
             if is_given and not acts:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from PIL.Image import Image as Picture
 
 from mixmodal.classification.datasets import LabelledPicture, NamedClass
+from mixmodal.classification.keyed import digest_of
 from mixmodal.classification.known_sets import read_set
 from mixmodal.data.skipping import SampleError, SkipCounter
 from mixmodal.pipeline.classify_config import ClassifyConfig
@@ -36,11 +37,6 @@ class Chosen(NamedTuple):
         """How many, and a hash of pixels and labels, as plain data."""
         digest = hashlib.sha256(json.dumps([self.digests, self.labels]).encode()).hexdigest()
         return {"num_pictures": len(self.pictures), "pictures_sha256": digest, "are_labelled": self.labels is not None}
-
-
-def digest_of(picture: Picture) -> str:
-    """SHA-256 of a picture's pixels and size, hexadecimal."""
-    return hashlib.sha256(f"{picture.mode} {picture.size} ".encode() + picture.tobytes()).hexdigest()
 
 
 def choose_pictures(config: ClassifyConfig, classes: Sequence[NamedClass]) -> Chosen | None:
