@@ -1,12 +1,12 @@
 """Which captions with the same words are told apart: a generative model against a contrastive one, and a blind reader.
 
-    python benchmarks/swap_test.py [--runs runs/swaps] [--scale 1.0] [--lines 400] [--seed 0] [--dry]
+    python benchmarks/swap_test.py [--runs runs/swaps] [--scale 1.0] [--lines 400] [--seed 0] [--arm NAME ...] [--dry]
 
 Draws pictures of two coloured shapes (`mixmodal.data.relations`), trains on one part of the combinations, and asks of
 the others which of two captions is true of a picture, where things, or their colours, have changed places. The models
 are trained on the same pictures, by the recipe of the quickstart with the changes below: an image tokenizer with a
-transformer, a denoiser, and a CLIP. What is trained already in `--runs` is not trained again. `--scale` multiplies all
-steps.
+transformer, a denoiser, and a CLIP. What is trained already in `--runs` is not trained again, nor what no `--arm` asks
+for. `--scale` multiplies all steps.
 
 Intervals are Wilson's at 95 %: of accuracies they take the two pictures of a line as independent, which they nearly
 are; those of `text`, `image` and `group` are of lines.
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,8 +71,6 @@ DENOISER_CHANGES = {
     "optimizer": {"lr": 2.0e-3},
     "trainer": {"max_steps": 8000},
 }
-NUM_TIMES = 24
-"""At which the denoiser scores every pair: all of them, with no class let go."""
 COMMANDS = {
     "image_tokenizer": "train-image-tokenizer",
     "pretrain": "pretrain",
@@ -80,6 +78,17 @@ COMMANDS = {
     "diffusion": "train-diffusion",
 }
 Arm = tuple[ScorePairs, ScorePictures | None]
+TRANSFORMER = ("text tokenizer", "image tokenizer", "tokens", "transformer")
+NEEDS: dict[str, tuple[str, ...]] = {
+    "log p(image given text)": TRANSFORMER,
+    "log p(image given text), pictures less log p(image)": TRANSFORMER,
+    "log p(text given image)": TRANSFORMER,
+    "log p(text given image) - log p(text)": TRANSFORMER,
+    "diffusion": ("text tokenizer", "denoiser"),
+    "CLIP": ("text tokenizer", "encoder"),
+    "log p(text), blind": TRANSFORMER,
+}
+"""Each kind of score, and what is trained for it."""
 Write = Callable[..., Any]
 
 
@@ -146,7 +155,8 @@ def load(options: argparse.Namespace, name: str) -> Any:
 
 
 def train(options: argparse.Namespace) -> dict[str, float]:
-    """Trains what is missing, each network in a process of its own; seconds of each stage."""
+    """Trains what the arms need and is missing, each network in a process of its own; seconds of each stage."""
+    needed = {stage for name in options.arm for stage in NEEDS[name]}
     seconds: dict[str, float] = {}
     stages: dict[str, tuple[Path, Callable[[], None]]] = {
         "text tokenizer": (
@@ -163,7 +173,7 @@ def train(options: argparse.Namespace) -> dict[str, float]:
         "denoiser": (trained(options, "diffusion"), lambda: train_network(options, "diffusion")),
     }
     for name, (result, complete) in stages.items():
-        if result.exists():
+        if name not in needed or result.exists():
             continue
         started = time.monotonic()
         complete()
@@ -182,38 +192,48 @@ def train_network(options: argparse.Namespace, name: str) -> None:
         raise ValueError(f"{name} stopped before its end; run this again and it goes on")
 
 
-def arms(options: argparse.Namespace) -> dict[str, Arm]:
-    """Every kind of score."""
-    model = MixedModal.from_pretrained(options.runs / "pretrain" / "export", "cpu")
-    scorer, codec = SequenceScorer(model.model, model.format), model.codec
-    alone = by_image_alone(scorer, codec)
+def build_arms(options: argparse.Namespace) -> Iterator[tuple[str, Arm]]:
+    """The arms that are asked for."""
+    wanted = set(options.arm)
+    if autoregressive := wanted & {name for name, needs in NEEDS.items() if needs == TRANSFORMER}:
+        model = MixedModal.from_pretrained(options.runs / "pretrain" / "export", "cpu")
+        scorer, codec = SequenceScorer(model.model, model.format), model.codec
+        forward = by_likelihood(scorer, codec, "image_given_text")
+        found: dict[str, Arm] = {
+            "log p(image given text)": (forward, None),
+            "log p(image given text), pictures less log p(image)": (forward, by_image_alone(scorer, codec)),
+            "log p(text given image)": (by_likelihood(scorer, codec, "text_given_image"), None),
+            "log p(text given image) - log p(text)": (
+                by_likelihood(scorer, codec, "text_given_image", debias=1.0),
+                None,
+            ),
+            "log p(text), blind": (by_text_alone(scorer), None),
+        }
+        yield from ((name, arm) for name, arm in found.items() if name in autoregressive)
+    if "diffusion" in wanted:
+        yield "diffusion", (build_denoising(options), None)
+    if "CLIP" in wanted:
+        yield "CLIP", (by_encoder(load_encoder(options.runs / "encoder" / "export")), None)
+
+
+def build_denoising(options: argparse.Namespace) -> ScorePairs:
+    """Of the trained denoiser."""
     adapter = load_model(options.runs / "diffusion" / "export").adapter
-    units = Full(num_times=NUM_TIMES).build_units(seed=options.seed)
+    units = Full(num_times=options.times).build_units(seed=options.seed)
 
     def denoise(pictures: Sequence[Picture], captions: Sequence[str]) -> DiffusionScorer:
         found = DiffusionScorer(adapter, captions)
         found.set_pictures(pictures)
         return found
 
-    return {
-        "log p(image given text)": (by_likelihood(scorer, codec, "image_given_text"), None),
-        "log p(image given text), pictures less log p(image)": (
-            by_likelihood(scorer, codec, "image_given_text"),
-            alone,
-        ),
-        "log p(text given image)": (by_likelihood(scorer, codec, "text_given_image"), None),
-        "log p(text given image) - log p(text)": (by_likelihood(scorer, codec, "text_given_image", debias=1.0), None),
-        "diffusion": (by_costs(denoise, units), None),
-        "CLIP": (by_encoder(load_encoder(options.runs / "encoder" / "export")), None),
-        "log p(text), blind": (by_text_alone(scorer), None),
-    }
+    return by_costs(denoise, units)
 
 
 def report(options: argparse.Namespace, seconds: dict[str, float], write: Write) -> None:
     """Scores the task by every arm and writes down what came out."""
     task = read_compositions(options.runs / "data" / TASK_NAME)
     settings = {"scale": options.scale, "seed": options.seed, "train_seconds": seconds}
-    for name, (score, score_pictures) in arms(options).items():
+    for name, (score, score_pictures) in build_arms(options):
         started = time.monotonic()
         found = evaluate_compositions(task, score, score_pictures)
         took = time.monotonic() - started
@@ -240,8 +260,11 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="of all steps")
     parser.add_argument("--lines", type=int, default=400, help="of the task")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--arm", action="append", choices=NEEDS, help="all by default; may be given several times")
+    parser.add_argument("--times", type=int, default=24, help="at which the denoiser scores every pair")
     parser.add_argument("--dry", action="store_true", help="print instead of recording")
     options = parser.parse_args()
+    options.arm = options.arm or list(NEEDS)
     prepare(options)
     report(options, train(options), show if options.dry else record)
 
