@@ -88,7 +88,8 @@ def _labelled(sample: Sample, classes: ClassNames) -> tuple[PictureFile, str]:
     if len(sample.pictures) != 1:
         found = f"{len(sample.pictures)} pictures instead of one"
         raise SampleError("no single picture", f"{sample.source}: {found}")
-    label = str(sample.metadata.get("label", " ".join(sample.texts)))
+    told = sample.metadata.get("label")
+    label = " ".join(sample.texts) if told is None else str(told)
     if not label or label not in classes:
         raise SampleError("no class", f"{sample.source}: {label[:80]!r} is none of the classes")
     return sample.pictures[0], label

@@ -41,15 +41,13 @@ def build_matcher(config: MatchConfig) -> Matcher:
     Raises:
         ValueError: naming a model that is not there, or of another kind.
     """
+    blind = None if config.blind is None else by_text_alone(load_ours(config, config.blind)[1])
     if config.method in AUTOREGRESSIVE:
         model, scorer = load_ours(config, config.model)
         pairs = by_likelihood(scorer, model.codec, config.method, debias=config.debias)
         pictures = by_image_alone(scorer, model.codec) if config.method == "image_given_text" else None
-        return Matcher(
-            pairs, pictures, by_text_alone(scorer if config.blind is None else _blind_of(config.blind, config))
-        )
-    pairs = by_denoising(config) if config.method == "diffusion" else by_logits(config)
-    return Matcher(pairs, None, None if config.blind is None else by_text_alone(_blind_of(config.blind, config)))
+        return Matcher(pairs, pictures, blind or by_text_alone(scorer))
+    return Matcher(by_denoising(config) if config.method == "diffusion" else by_logits(config), None, blind)
 
 
 def load_ours(config: MatchConfig, source: str) -> tuple[MixedModal, SequenceScorer]:
@@ -57,10 +55,6 @@ def load_ours(config: MatchConfig, source: str) -> tuple[MixedModal, SequenceSco
     device = local_device(config.device)
     model = MixedModal.from_pretrained(source, device, DTYPES[config.dtype], config.batch_size)
     return model, SequenceScorer(model.model, model.format, config.batch_size)
-
-
-def _blind_of(source: str, config: MatchConfig) -> SequenceScorer:
-    return load_ours(config, source)[1]
 
 
 def by_logits(config: MatchConfig) -> ScorePairs:

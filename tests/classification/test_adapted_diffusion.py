@@ -34,20 +34,6 @@ OPTIONS = {"num_steps": 2, "num_draws": 3, "lr": 1e-2}
 
 
 @pytest.fixture(scope="module")
-def pipeline(load: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Stable Diffusion on disk."""
-    pytest.importorskip("diffusers")
-    path = tmp_path_factory.mktemp("pipeline")
-    load("tiny_diffusion").build("sd_epsilon").save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory, save_tiny_encoder: Callable[..., Path]) -> Path:
-    return save_tiny_encoder("clip", tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture(scope="module")
 def own(tokenizers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random text denoiser in the layout of `train-diffusion`."""
     pytest.importorskip("diffusers")

@@ -1,7 +1,6 @@
 """Diffusion models and CLIP by the classify command: what their scorers find, however pictures are shared."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,6 @@ from mixmodal.tokenization.preprocessing import open_picture
 
 CLASSES = ["a red apple", "green pears", "two"]
 TEMPLATES = ["{}", "a photo of {}"]
-
-
-@pytest.fixture(scope="module")
-def diffusion(load: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Stable Diffusion on disk."""
-    pytest.importorskip("diffusers")
-    path = tmp_path_factory.mktemp("pipeline")
-    load("tiny_diffusion").build("sd_epsilon").save_pretrained(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory: pytest.TempPathFactory, save_tiny_encoder: Callable[..., Path]) -> Path:
-    return save_tiny_encoder("clip", tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture
@@ -65,10 +50,10 @@ def test_contrastive_scores_are_those_of_the_classifier(config: ClassifyConfig, 
     assert summary["data"]["num_pictures"] == len(found) == 5
 
 
-def test_diffusion_scores_are_the_mean_costs_of_all_units(config: ClassifyConfig, diffusion: Path) -> None:
-    options = {"method": "diffusion", "model": str(diffusion), "seed": 3}
+def test_diffusion_scores_are_the_mean_costs_of_all_units(config: ClassifyConfig, pipeline: Path) -> None:
+    options = {"method": "diffusion", "model": str(pipeline), "seed": 3}
     found = run(config, **options, diffusion=DiffusionOptions(policy="full", num_times=6, loss="l1"))
-    scorer = DiffusionScorer(load_model(diffusion).adapter, CLASSES, TEMPLATES, DiffusionConfig(loss="l1", seed=3))
+    scorer = DiffusionScorer(load_model(pipeline).adapter, CLASSES, TEMPLATES, DiffusionConfig(loss="l1", seed=3))
     units = Full(num_times=6).build_units(seed=3, num_templates=2)
     for key, line in found.items():
         scorer.set_pictures([open_picture(config.data / key, key)])
@@ -78,10 +63,10 @@ def test_diffusion_scores_are_the_mean_costs_of_all_units(config: ClassifyConfig
         assert line["evaluations"] == [6, 6, 6]
 
 
-def test_shards_and_batches_of_diffusion_find_the_same(config: ClassifyConfig, diffusion: Path, tmp_path: Path) -> None:
+def test_shards_and_batches_of_diffusion_find_the_same(config: ClassifyConfig, pipeline: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "method": "diffusion",
-        "model": str(diffusion),
+        "model": str(pipeline),
         "diffusion": DiffusionOptions(min_times=2, max_times=5, p_value=0.3),
     }
     whole = run(config, **options)
