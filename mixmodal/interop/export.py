@@ -1,6 +1,6 @@
 """The folder of an exported model: everything that sampling and classification need, without pickle.
 
-config.json  model.safetensors  text_tokenizer.model  image_tokenizer/  README.md
+config.json  model.safetensors (or shards and their index)  text_tokenizer.model  image_tokenizer/  README.md
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,18 +22,19 @@ from mixmodal.files import write_whole
 from mixmodal.hub import find_folder
 from mixmodal.models.transformer import Transformer, TransformerConfig, load_weights, save_weights
 from mixmodal.vocabulary import Vocabulary
+from mixmodal.weights import INDEX, SAFETENSORS
 
 if TYPE_CHECKING:
     from mixmodal.tokenization.codec import Codec
 
 CONFIG, WEIGHTS, TEXT_TOKENIZER, IMAGE_TOKENIZER, CARD = (
     "config.json",
-    "model.safetensors",
+    SAFETENSORS,
     "text_tokenizer.model",
     "image_tokenizer",
     "README.md",
 )
-EXPORT_FILES = [CONFIG, "model*.safetensors", TEXT_TOKENIZER, f"{IMAGE_TOKENIZER}/*", CARD]
+EXPORT_FILES = [CONFIG, "model*.safetensors", INDEX, TEXT_TOKENIZER, f"{IMAGE_TOKENIZER}/*", CARD]
 CARD_SECTIONS = {
     "data": "Training data",
     "attribution": "Attribution",
@@ -84,18 +86,9 @@ def save_export(
         ExportError: for a tokenizer that is not there or a card with unknown fields.
         OSError: where the disk is full; an older export is untouched then.
     """
-    folder = Path(folder).absolute()
-    config = {
-        "format_version": 1,
-        "model": asdict(model.config),
-        "vocabulary": format.vocabulary.to_dict(),
-        "sequence_format": {"name": format.name, "grids": {name: list(grid) for name, grid in format.grids.items()}},
-    }
+    config = describe_model(model.config, format)
     text = write_card(card, config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        staging.mkdir()
+    with staged(folder) as staging:
         write_whole(staging / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         write_whole(staging / CARD, text.encode())
         shutil.copyfile(_existing(Path(text_tokenizer), "text tokenizer"), staging / TEXT_TOKENIZER)
@@ -104,6 +97,27 @@ def save_export(
             source = _existing(Path(image_tokenizer) / name, "image tokenizer")
             shutil.copyfile(source, staging / IMAGE_TOKENIZER / name)
         save_weights(model, staging / WEIGHTS)
+
+
+def describe_model(model: TransformerConfig, format: SequenceFormat | None = None) -> dict[str, Any]:
+    """The content of `config.json`; without a format that of a bare network."""
+    config: dict[str, Any] = {"format_version": 1, "model": asdict(model)}
+    if format is not None:
+        config["vocabulary"] = format.vocabulary.to_dict()
+        grids = {name: list(grid) for name, grid in format.grids.items()}
+        config["sequence_format"] = {"name": format.name, "grids": grids}
+    return config
+
+
+@contextmanager
+def staged(folder: Path | str) -> Iterator[Path]:
+    """A new folder beside `folder` to be filled; it takes its place where nothing is raised, and vanishes else."""
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        staging.mkdir()
+        yield staging
         replace_folder(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -166,7 +180,7 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu", dtype: t
 def load_transformer(
     folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Transformer:
-    """The bare network, `(B, T)` tokens to `(B, T, V)` logits; needs `config.json` and `model.safetensors` only.
+    """The bare network, `(B, T)` tokens to `(B, T, V)` logits; needs `config.json` and `model*.safetensors` only.
 
     Raises:
         ExportError: naming folder and file, for what is missing, broken or of other shapes.
@@ -178,16 +192,17 @@ def load_transformer(
         unknown = sorted(set(options or {}) - known)
         raise ExportError(f"{folder / CONFIG}: section 'model' has unknown keys {unknown}; known are {sorted(known)}")
     try:
-        model = Transformer(TransformerConfig(**options))
+        with torch.device("meta"):  # the weights are read in their own type, and none drawn
+            model = Transformer(TransformerConfig(**options))
     except (TypeError, ValueError) as error:
         raise ExportError(f"{folder / CONFIG}: section 'model' can not be used: {error}") from error
-    if not (folder / WEIGHTS).is_file():
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
         raise ExportError(f"{folder} is not an exported model: {WEIGHTS} is missing")
     try:
-        load_weights(model, folder / WEIGHTS)
+        load_weights(model, folder, device, dtype)
     except ValueError as error:
         raise ExportError(str(error)) from error
-    return model.to(device=device, dtype=dtype).eval()
+    return model.eval()
 
 
 def find_export(source: Path | str) -> Path:
