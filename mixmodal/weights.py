@@ -116,7 +116,9 @@ def read_index(path: Path) -> LazyFiles:
         raise ValueError(f"{path} is not the index of a sharded checkpoint: {error}") from error
     for file in sorted(set(files.values())):
         if Path(file).name != file or not file.endswith((".safetensors", ".bin")):
-            raise ValueError(f"{path}: shard {file!r} is not the name of a .safetensors or .bin file in the same folder")
+            raise ValueError(
+                f"{path}: shard {file!r} is not the name of a .safetensors or .bin file in the same folder"
+            )
         if not (path.parent / file).is_file():
             raise ValueError(f"{path}: shard {file} is missing; download it, too")
     return LazyFiles({name: path.parent / file for name, file in files.items()})
