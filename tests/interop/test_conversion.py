@@ -77,7 +77,7 @@ def test_logits_are_those_of_transformers(name: str, swin: bool, tmp_path: Path)
         wanted, logits = theirs(tokens).logits, network(tokens)
     wanted[..., 4] = logits[..., 4]  # they hide the codes of pictures
     assert wanted.std() > 0.5
-    assert (wanted - logits).abs().max() < 1e-5  # worst seen: 4.1e-6
+    assert (wanted - logits).abs().max() < 1e-5  # worst seen over five seeds: 6.7e-6
 
 
 @pytest.mark.parametrize("layout", ["transformers", "transformers-4.43", "anole", "meta"])
