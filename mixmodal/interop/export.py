@@ -19,7 +19,8 @@ import torch
 
 from mixmodal.document import SequenceFormat, build_format
 from mixmodal.files import write_whole
-from mixmodal.hub import find_folder
+from mixmodal.hub import HubOptions, find_folder
+from mixmodal.interop.card import with_front_matter
 from mixmodal.models.transformer import Transformer, TransformerConfig, load_weights, save_weights
 from mixmodal.vocabulary import Vocabulary
 from mixmodal.weights import INDEX, SAFETENSORS
@@ -70,7 +71,7 @@ def save_export(
     format: SequenceFormat,
     text_tokenizer: Path | str,
     image_tokenizer: Path | str,
-    card: Mapping[str, Any],
+    card: Mapping[str, Any] | str,
 ) -> None:
     """Writes the folder beside its place and then renames it: what stood there stays in force until all is written.
 
@@ -80,14 +81,14 @@ def save_export(
         text_tokenizer: file of the sentencepiece model.
         image_tokenizer: folder with the image tokenizer's `config.json` and `model.safetensors`.
         card: `data`, `attribution`, `figures` and `limits` of the model card: text, a list, or a mapping of names to
-            values; `title` is optional.
+            values; `title` is optional. Or a whole card in Markdown, which gets what its front matter lacks.
 
     Raises:
-        ExportError: for a tokenizer that is not there or a card with unknown fields.
+        ExportError: for a tokenizer that is not there, or a card with unknown fields or a broken front matter.
         OSError: where the disk is full; an older export is untouched then.
     """
     config = describe_model(model.config, format)
-    text = write_card(card, config)
+    text = finish_card(card, config)
     with staged(folder) as staging:
         write_whole(staging / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         write_whole(staging / CARD, text.encode())
@@ -205,14 +206,22 @@ def load_transformer(
     return model.eval()
 
 
-def find_export(source: Path | str) -> Path:
-    """A local folder as it is; else the snapshot of a hub id.
+def is_export(folder: Path) -> bool:
+    """Whether a folder has the config of an exported model."""
+    try:
+        return bool(_read_config(folder))
+    except ExportError:
+        return False
+
+
+def find_export(source: Path | str, options: HubOptions | None = None) -> Path:
+    """A local folder as it is; else the snapshot of a hub id, fetched with `options`.
 
     Raises:
-        ExportError: where there is neither.
+        ExportError: where there is neither, or an option can not act.
     """
     try:
-        return find_folder(source, EXPORT_FILES, "an exported model")
+        return find_folder(source, EXPORT_FILES, "an exported model", options)
     except ValueError as error:
         raise ExportError(str(error)) from error
 
@@ -223,7 +232,7 @@ def write_card(card: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     if unknown:
         raise ExportError(f"model card: unknown fields {unknown}; known are title, {', '.join(CARD_SECTIONS)}")
     vocabulary, spelled = config["vocabulary"], config["sequence_format"]
-    lines = ["---", "library_name: mixmodal", "---", "", f"# {card.get('title', 'A mixmodal model')}", ""]
+    lines = [f"# {card.get('title', 'A mixmodal model')}", ""]
     lines += [
         "One decoder-only transformer over text pieces and image codes. Load it with",
         '`mixmodal.MixedModal.from_pretrained("this folder")`.',
@@ -234,7 +243,17 @@ def write_card(card: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     ]
     for key, heading in CARD_SECTIONS.items():
         lines += ["", f"## {heading}", "", *_card_lines(card.get(key))]
-    return "\n".join(lines) + "\n"
+    return with_front_matter("\n".join(lines) + "\n")
+
+
+def finish_card(card: Mapping[str, Any] | str, config: Mapping[str, Any]) -> str:
+    """`write_card`, or a card that is written already with what its front matter lacks."""
+    if not isinstance(card, str):
+        return write_card(card, config)
+    try:
+        return with_front_matter(card)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
 
 
 def _card_lines(value: Any) -> list[str]:
