@@ -178,6 +178,27 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu", dtype: t
     return Export(model=model, codec=codec, vocabulary=vocabulary, format=codec.format)
 
 
+def read_model(folder: Path) -> tuple[TransformerConfig, dict[str, Any]]:
+    """The network's config in an exported folder, and all that its `config.json` says.
+
+    Raises:
+        ExportError: naming folder, file and key.
+    """
+    data = _read_config(folder)
+    options = data.get("model")
+    known = {field.name for field in fields(TransformerConfig)}
+    if not isinstance(options, dict) or set(options) - known:
+        unknown = sorted(set(options or {}) - known)
+        raise ExportError(f"{folder / CONFIG}: section 'model' has unknown keys {unknown}; known are {sorted(known)}")
+    try:
+        config = TransformerConfig(**options)
+        if config.vocab_size < 1:
+            raise ValueError(f"vocab_size is {config.vocab_size}")
+        return config, data
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"{folder / CONFIG}: section 'model' can not be used: {error}") from error
+
+
 def load_transformer(
     folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Transformer:
@@ -187,16 +208,9 @@ def load_transformer(
         ExportError: naming folder and file, for what is missing, broken or of other shapes.
     """
     folder = Path(folder)
-    options = _read_config(folder).get("model")
-    known = {field.name for field in fields(TransformerConfig)}
-    if not isinstance(options, dict) or set(options) - known:
-        unknown = sorted(set(options or {}) - known)
-        raise ExportError(f"{folder / CONFIG}: section 'model' has unknown keys {unknown}; known are {sorted(known)}")
-    try:
-        with torch.device("meta"):  # the weights are read in their own type, and none drawn
-            model = Transformer(TransformerConfig(**options))
-    except (TypeError, ValueError) as error:
-        raise ExportError(f"{folder / CONFIG}: section 'model' can not be used: {error}") from error
+    config, _ = read_model(folder)
+    with torch.device("meta"):  # the weights are read in their own type, and none drawn
+        model = Transformer(config)
     if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
         raise ExportError(f"{folder} is not an exported model: {WEIGHTS} is missing")
     try:

@@ -124,8 +124,8 @@ class ImageTokenizer(nn.Module):
     def _decoder(self) -> Decoder:
         if self.decoder is None:
             raise ValueError(
-                "this image tokenizer has no decoder, since the checkpoint that it was imported from had none: it reads "
-                "pictures and draws none. Import again with --image_tokenizer vqgan.ckpt, which Meta's download holds"
+                "this image tokenizer has no decoder, since the checkpoint that it was imported from had none: it "
+                "reads pictures and draws none. Import again with --image_tokenizer vqgan.ckpt of Meta's download"
             )
         return self.decoder
 
@@ -200,6 +200,12 @@ class ImageTokenizer(nn.Module):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             digest.update(hashlib.sha256((Path(directory) / name).read_bytes()).digest())
         return digest.hexdigest()
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder holds the files of an image tokenizer that `save` wrote."""
+    config = folder / CONFIG_NAME
+    return config.is_file() and b'"image_tokenizer"' in config.read_bytes() and (folder / WEIGHTS_NAME).is_file()
 
 
 def check_folder(folder: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ class Settings:
         num_shards: shards that the model was trained in, each with QK-norm sets of its own; 0 where nothing says it.
         sizes: what the file says of `vocab_size`, `dim`, `num_layers`, `num_heads`, `num_kv_heads`, `head_dim` and
             `ffn_dim`, which the weights must bear out.
+        special: ids of the tokens `bos` and `eos` of a text model.
     """
 
     path: Path | None = None
@@ -38,6 +39,7 @@ class Settings:
     max_seq_len: int = 4096
     num_shards: int = 0
     sizes: Mapping[str, int]
+    special: Mapping[str, int] = field(default_factory=dict)
 
     def check(self, model: TransformerConfig) -> None:
         """Whether the weights have the sizes that the file names.
@@ -151,6 +153,9 @@ def _from_transformers(path: Path, data: dict[str, Any]) -> Settings:
         max_seq_len=_value(path, data, "max_position_embeddings", int, MAX_POSITIONS[kind]),
         num_shards=_value(path, data, "model_parallel_size", int, 0),
         sizes=_sizes(path, data, keys),
+        special={
+            name: data[f"{name}_token_id"] for name in ("bos", "eos") if isinstance(data.get(f"{name}_token_id"), int)
+        },
     )
 
 
