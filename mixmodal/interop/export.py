@@ -173,22 +173,56 @@ def load_transformer(
         ExportError: naming folder and file, for what is missing, broken or of other shapes.
     """
     folder = Path(folder)
+    model = Transformer(read_transformer_config(folder))
+    fill_transformer(model, folder)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def read_transformer_config(folder: Path) -> TransformerConfig:
+    """The shape of the network in `folder`.
+
+    Raises:
+        ExportError: naming folder and file, for what is missing or broken.
+    """
     options = _read_config(folder).get("model")
     known = {field.name for field in fields(TransformerConfig)}
     if not isinstance(options, dict) or set(options) - known:
         unknown = sorted(set(options or {}) - known)
         raise ExportError(f"{folder / CONFIG}: section 'model' has unknown keys {unknown}; known are {sorted(known)}")
     try:
-        model = Transformer(TransformerConfig(**options))
+        config = TransformerConfig(**options)
     except (TypeError, ValueError) as error:
         raise ExportError(f"{folder / CONFIG}: section 'model' can not be used: {error}") from error
+    if config.vocab_size < 1:
+        raise ExportError(f"{folder / CONFIG}: section 'model' can not be used: vocab_size is {config.vocab_size}")
+    return config
+
+
+def read_vocabulary(folder: Path) -> Vocabulary | None:
+    """The vocabulary that a folder names; None for a bare network.
+
+    Raises:
+        ExportError: naming folder and file, where it is broken.
+    """
+    named = _read_config(folder).get("vocabulary")
+    try:
+        return None if named is None else Vocabulary.from_dict(named)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"{folder / CONFIG}: section 'vocabulary' can not be used: {error}") from error
+
+
+def fill_transformer(model: Transformer, folder: Path) -> None:
+    """Puts the weights of `folder` into a network of its shape, in the network's own type.
+
+    Raises:
+        ExportError: naming folder and file, for what is missing, broken or of other shapes.
+    """
     if not (folder / WEIGHTS).is_file():
         raise ExportError(f"{folder} is not an exported model: {WEIGHTS} is missing")
     try:
         load_weights(model, folder / WEIGHTS)
     except ValueError as error:
         raise ExportError(str(error)) from error
-    return model.to(device=device, dtype=dtype).eval()
 
 
 def is_export(folder: Path) -> bool:
