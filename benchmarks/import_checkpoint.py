@@ -2,9 +2,9 @@
 
     python benchmarks/import_checkpoint.py [--shape chameleon_7b] [--layout transformers] [--num_shards 4] [--dir DIR]
 
-`mixmodal import` runs as a process of its own, and then `mixmodal export` back and `mixmodal.load_transformer`. Memory
-is the peak of what is resident, pages of mapped files among it. The disk needs room for the checkpoint three times; what
-was written is removed.
+`mixmodal import` runs as a process of its own, and then `mixmodal export` back, and `mixmodal.load_transformer`. Memory
+is the peak of what is resident, pages of mapped files among it. The disk needs room for the checkpoint three times;
+what was written is removed.
 """
 
 from __future__ import annotations

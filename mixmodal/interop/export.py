@@ -178,27 +178,6 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu", dtype: t
     return Export(model=model, codec=codec, vocabulary=vocabulary, format=codec.format)
 
 
-def read_model(folder: Path) -> tuple[TransformerConfig, dict[str, Any]]:
-    """The network's config in an exported folder, and all that its `config.json` says.
-
-    Raises:
-        ExportError: naming folder, file and key.
-    """
-    data = _read_config(folder)
-    options = data.get("model")
-    known = {field.name for field in fields(TransformerConfig)}
-    if not isinstance(options, dict) or set(options) - known:
-        unknown = sorted(set(options or {}) - known)
-        raise ExportError(f"{folder / CONFIG}: section 'model' has unknown keys {unknown}; known are {sorted(known)}")
-    try:
-        config = TransformerConfig(**options)
-        if config.vocab_size < 1:
-            raise ValueError(f"vocab_size is {config.vocab_size}")
-        return config, data
-    except (TypeError, ValueError) as error:
-        raise ExportError(f"{folder / CONFIG}: section 'model' can not be used: {error}") from error
-
-
 def load_transformer(
     folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Transformer:
@@ -208,16 +187,63 @@ def load_transformer(
         ExportError: naming folder and file, for what is missing, broken or of other shapes.
     """
     folder = Path(folder)
-    config, _ = read_model(folder)
     with torch.device("meta"):  # the weights are read in their own type, and none drawn
-        model = Transformer(config)
+        model = Transformer(read_transformer_config(folder))
+    fill_transformer(model, folder, device, dtype)
+    return model.eval()
+
+
+def read_transformer_config(folder: Path) -> TransformerConfig:
+    """The shape of the network in `folder`.
+
+    Raises:
+        ExportError: naming folder and file, for what is missing or broken.
+    """
+    options = _read_config(folder).get("model")
+    known = {field.name for field in fields(TransformerConfig)}
+    if not isinstance(options, dict) or set(options) - known:
+        unknown = sorted(set(options or {}) - known)
+        raise ExportError(f"{folder / CONFIG}: section 'model' has unknown keys {unknown}; known are {sorted(known)}")
+    try:
+        config = TransformerConfig(**options)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"{folder / CONFIG}: section 'model' can not be used: {error}") from error
+    if config.vocab_size < 1:
+        raise ExportError(f"{folder / CONFIG}: section 'model' can not be used: vocab_size is {config.vocab_size}")
+    return config
+
+
+def read_vocabulary(folder: Path) -> Vocabulary | None:
+    """The vocabulary that a folder names; None for a bare network.
+
+    Raises:
+        ExportError: naming folder and file, where it is broken.
+    """
+    named = _read_config(folder).get("vocabulary")
+    try:
+        return None if named is None else Vocabulary.from_dict(named)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"{folder / CONFIG}: section 'vocabulary' can not be used: {error}") from error
+
+
+def fill_transformer(
+    model: Transformer, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> None:
+    """Puts the weights of `folder` into a network of its shape, which may be on the meta device.
+
+    Args:
+        device: where they go.
+        dtype: of them; None keeps the stored one.
+
+    Raises:
+        ExportError: naming folder and file, for what is missing, broken or of other shapes.
+    """
     if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
         raise ExportError(f"{folder} is not an exported model: {WEIGHTS} is missing")
     try:
         load_weights(model, folder, device, dtype)
     except ValueError as error:
         raise ExportError(str(error)) from error
-    return model.eval()
 
 
 def is_export(folder: Path) -> bool:

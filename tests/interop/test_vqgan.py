@@ -217,7 +217,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path: Path, capsys: pytest
 
 def test_a_checkpoint_without_decoder_is_refused_by_what_is_missing() -> None:
     with pytest.raises(ValueError, match=r"picture decoder is missing.*vqgan\.ckpt"):
-        build_vqgan(foreign.foreign.draw_state("taming", with_decoder=False), 16)
+        build_vqgan(foreign.draw_state("taming", with_decoder=False), 16)
 
 
 def test_another_architecture_is_named_by_missing_and_unexpected_weights() -> None:

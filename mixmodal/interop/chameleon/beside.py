@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from mixmodal.files import read_object
 from mixmodal.interop.chameleon.checkpoint import Checkpoint
 from mixmodal.interop.chameleon.layouts import META
-from mixmodal.interop.chameleon.settings import CONFIG, read_json
+from mixmodal.interop.chameleon.settings import CONFIG
 from mixmodal.tokenization.preprocessing import Preprocess
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def read_image_size(checkpoint: Checkpoint, weights: Path) -> int:
             raise ValueError(f"{beside} does not say model.params.ddconfig.resolution; give --image_size") from error
     elif (checkpoint.folder / CONFIG).is_file():
         beside = checkpoint.folder / CONFIG
-        size = (read_json(beside).get("vq_config") or {}).get("resolution", DEFAULT_RESOLUTION)
+        size = (read_object(beside).get("vq_config") or {}).get("resolution", DEFAULT_RESOLUTION)
     else:
         raise ValueError(f"{beside} is missing, and no weights show the size of pictures; give --image_size")
     if not isinstance(size, int) or size < 1:

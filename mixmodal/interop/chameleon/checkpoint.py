@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mixmodal.files import read_object
 from mixmodal.interop.chameleon.layouts import LAYOUTS, Layout, LayoutName, check_layout, find_layout, is_transformer
-from mixmodal.interop.chameleon.settings import CONFIG, Placement, Settings, read_json, read_settings
+from mixmodal.interop.chameleon.settings import CONFIG, Placement, Settings, read_settings
 from mixmodal.weights import LazyFiles, find_file, read_weights
 
 SHARD = re.compile(r"consolidated(\.\d+)?\.pth")
@@ -126,7 +127,7 @@ def _numbered(folder: Path) -> list[Path]:
 def _stated_shards(folder: Path) -> int:
     """`model_parallel_size` of a config of transformers; 0 where nothing says it."""
     path = folder / CONFIG
-    stated = read_json(path).get("model_parallel_size") if path.is_file() else None
+    stated = read_object(path).get("model_parallel_size") if path.is_file() else None
     return stated if isinstance(stated, int) else 0
 
 

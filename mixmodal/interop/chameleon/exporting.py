@@ -14,7 +14,14 @@ from torch import Tensor
 from mixmodal.interop.chameleon.conversion import count_sets, cut_shard, divisors, export_tensors
 from mixmodal.interop.chameleon.layouts import LAYOUTS, LLAMA, META, TRANSFORMERS, Layout, LayoutName
 from mixmodal.interop.chameleon.pictures import describe_vqgan, find_obstacle, in_yaml, to_vqgan
-from mixmodal.interop.export import CONFIG, IMAGE_TOKENIZER, find_text_tokenizer, read_model, staged
+from mixmodal.interop.export import (
+    CONFIG,
+    IMAGE_TOKENIZER,
+    find_text_tokenizer,
+    read_transformer_config,
+    read_vocabulary,
+    staged,
+)
 from mixmodal.models.transformer import TransformerConfig
 from mixmodal.tokenization.image import ImageTokenizer, is_saved
 from mixmodal.vocabulary import Vocabulary
@@ -72,7 +79,7 @@ def gather_export(folder: Path, name: LayoutName | None, num_shards: int = 0) ->
     Raises:
         ValueError: naming folder and key, for a network that the layout can not hold.
     """
-    config, data = read_model(folder)
+    config = read_transformer_config(folder)
     layout = LAYOUTS[name] if name else (TRANSFORMERS if config.qk_norm else LLAMA)
     check_network(folder, config, layout)
     weights = read_weights(folder)
@@ -82,7 +89,7 @@ def gather_export(folder: Path, name: LayoutName | None, num_shards: int = 0) ->
             f"num_shards is {num_shards}: layout {layout.name} "
             + (f"can have {', '.join(map(str, divisors(heads)))}" if layout.norms == "shard" else "has none")
         )
-    vocabulary = Vocabulary.from_dict(data["vocabulary"]) if "vocabulary" in data else None
+    vocabulary = read_vocabulary(folder)
     if vocabulary is None and layout is TRANSFORMERS:
         raise ValueError(
             f"{folder / CONFIG} has no vocabulary, and transformers' Chameleon needs to know which ids are codes; "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from mixmodal.files import read_object
 from mixmodal.interop.chameleon.layouts import META, Layout
 from mixmodal.models.transformer import TransformerConfig
 
@@ -64,7 +64,7 @@ def read_settings(folder: Path, layout: Layout, norm_placement: Placement | None
     """
     path = folder / (PARAMS if layout is META else CONFIG)
     if path.is_file():
-        data = read_json(path)
+        data = read_object(path)
         found = _from_meta(path, data) if layout is META else _from_transformers(path, data)
     elif norm_placement is None and layout.norms != "none":
         raise ValueError(
@@ -86,24 +86,9 @@ def read_settings(folder: Path, layout: Layout, norm_placement: Placement | None
     return found
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An object in a JSON file.
-
-    Raises:
-        ValueError: naming the file.
-    """
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds no object")
-    return data
-
-
 def _from_meta(path: Path, data: dict[str, Any]) -> Settings:
     beside = path.with_name(CONSOLIDATE_PARAMS)
-    shards = {**data, **(read_json(beside) if beside.is_file() else {})}.get("model_parallel_size", 0)
+    shards = {**data, **(read_object(beside) if beside.is_file() else {})}.get("model_parallel_size", 0)
     model = data.get("model", data)
     if not isinstance(model, dict):
         raise ValueError(f"{path}: the key model holds no object")
