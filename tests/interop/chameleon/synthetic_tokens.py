@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 Kind = Literal["byte_level", "metaspace"]
 
-WORDS = "a red green blue apple pear house the of and in on picture style flat drawing generate an image".split()
+WORDS = ("a", "an", "red", "green", "apple", "pear", "house", "the", "of", "and", "picture", "style", "image")
 FIRST_RESERVED = 8706
 """Number in the name of the first reserved token, as in the true file: it is Chameleon's end of turn."""
 
