@@ -94,12 +94,7 @@ class TextTokenizer:
         Raises:
             ValueError: for a lone surrogate, which UTF-8 can not hold.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"text has a lone surrogate at character {error.start}, which UTF-8 can not hold"
-            ) from error
+        check_surrogates(text)
         first, *rest = text.split(SPACE_MARK)
         pieces = self._processor.EncodeAsIds(first)
         for stretch in rest:
@@ -116,6 +111,17 @@ class TextTokenizer:
         if pieces and (min(pieces) < 0 or max(pieces) >= self.num_pieces):
             raise ValueError(f"text pieces must lie in 0 .. {self.num_pieces - 1}")
         return self._processor.DecodeIds(pieces)
+
+
+def check_surrogates(text: str) -> None:
+    """
+    Raises:
+        ValueError: for a lone surrogate, which UTF-8 can not hold.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text has a lone surrogate at character {error.start}, which UTF-8 can not hold") from error
 
 
 def train_text_tokenizer(
