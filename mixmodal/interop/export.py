@@ -36,6 +36,8 @@ CONFIG, WEIGHTS, TEXT_TOKENIZER, IMAGE_TOKENIZER, CARD = (
     "README.md",
 )
 EXPORT_FILES = [CONFIG, "model*.safetensors", INDEX, TEXT_TOKENIZER, f"{IMAGE_TOKENIZER}/*", CARD]
+TEXT_TOKENIZERS = {".model": TEXT_TOKENIZER, ".json": "text_tokenizer.json"}
+"""Names of text tokenizers by the suffix of their files: sentencepiece models of ours, and foreign ones."""
 CARD_SECTIONS = {
     "data": "Training data",
     "attribution": "Attribution",
@@ -213,6 +215,11 @@ def read_transformer_config(folder: Path) -> TransformerConfig:
     return config
 
 
+def find_text_tokenizer(folder: Path) -> Path | None:
+    """The file of the text tokenizer in `folder`; None where there is none."""
+    return next((folder / name for name in TEXT_TOKENIZERS.values() if (folder / name).is_file()), None)
+
+
 def read_vocabulary(folder: Path) -> Vocabulary | None:
     """The vocabulary that a folder names; None for a bare network.
 
@@ -271,16 +278,19 @@ def write_card(card: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     unknown = sorted(set(card) - {"title", *CARD_SECTIONS})
     if unknown:
         raise ExportError(f"model card: unknown fields {unknown}; known are title, {', '.join(CARD_SECTIONS)}")
-    vocabulary, spelled = config["vocabulary"], config["sequence_format"]
+    vocabulary, spelled = config.get("vocabulary"), config.get("sequence_format")
     lines = [f"# {card.get('title', 'A mixmodal model')}", ""]
-    lines += [
-        "One decoder-only transformer over text pieces and image codes. Load it with",
-        '`mixmodal.MixedModal.from_pretrained("this folder")`.',
-        "",
-        f"- sequence format: {spelled['name']}, code grids {spelled['grids']}",
-        f"- vocabulary: {vocabulary['num_text_pieces']} text pieces, codebooks {vocabulary['codebook_sizes']}",
-        f"- network: {', '.join(f'{name} {value}' for name, value in config['model'].items())}",
-    ]
+    if vocabulary and spelled:
+        lines += [
+            "One decoder-only transformer over text pieces and image codes. Load it with",
+            '`mixmodal.MixedModal.from_pretrained("this folder")`.',
+            "",
+            f"- sequence format: {spelled['name']}, code grids {spelled['grids']}",
+            f"- vocabulary: {vocabulary['num_text_pieces']} text pieces, codebooks {vocabulary['codebook_sizes']}",
+        ]
+    else:
+        lines += ["A decoder-only transformer without its tokenizers. Load it with", "`mixmodal.load_transformer`.", ""]
+    lines.append(f"- network: {', '.join(f'{name} {value}' for name, value in config['model'].items())}")
     for key, heading in CARD_SECTIONS.items():
         lines += ["", f"## {heading}", "", *_card_lines(card.get(key))]
     return with_front_matter("\n".join(lines) + "\n")
