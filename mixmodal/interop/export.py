@@ -1,6 +1,6 @@
 """The folder of an exported model: everything that sampling and classification need, without pickle.
 
-config.json  model.safetensors  text_tokenizer.model  image_tokenizer/  README.md
+config.json  model.safetensors  text_tokenizer.model (or .json)  image_tokenizer/  README.md
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ CONFIG, WEIGHTS, TEXT_TOKENIZER, IMAGE_TOKENIZER, CARD = (
     "image_tokenizer",
     "README.md",
 )
-EXPORT_FILES = [CONFIG, "model*.safetensors", TEXT_TOKENIZER, f"{IMAGE_TOKENIZER}/*", CARD]
+TEXT_TOKENIZERS = {".model": TEXT_TOKENIZER, ".json": "text_tokenizer.json"}
+"""Name of a text tokenizer in the folder by the suffix of its file."""
+EXPORT_FILES = [CONFIG, "model*.safetensors", *TEXT_TOKENIZERS.values(), f"{IMAGE_TOKENIZER}/*", CARD]
 CARD_SECTIONS = {
     "data": "Training data",
     "attribution": "Attribution",
@@ -75,7 +77,7 @@ def save_export(
     Args:
         folder: where the export goes; an export that stands there is replaced.
         format: names the vocabulary and the grids.
-        text_tokenizer: file of the sentencepiece model.
+        text_tokenizer: file of the sentencepiece model, or a `tokenizers` JSON file.
         image_tokenizer: folder with the image tokenizer's `config.json` and `model.safetensors`.
         card: `data`, `attribution`, `figures` and `limits` of the model card: text, a list, or a mapping of names to
             values; `title` is optional.
@@ -91,14 +93,15 @@ def save_export(
         "vocabulary": format.vocabulary.to_dict(),
         "sequence_format": {"name": format.name, "grids": {name: list(grid) for name, grid in format.grids.items()}},
     }
-    text = write_card(card, config)
+    text, text_tokenizer = write_card(card, config), Path(text_tokenizer)
+    text_name = TEXT_TOKENIZERS.get(text_tokenizer.suffix, TEXT_TOKENIZER)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
     try:
         staging.mkdir()
         write_whole(staging / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         write_whole(staging / CARD, text.encode())
-        shutil.copyfile(_existing(Path(text_tokenizer), "text tokenizer"), staging / TEXT_TOKENIZER)
+        shutil.copyfile(_existing(text_tokenizer, "text tokenizer"), staging / text_name)
         (staging / IMAGE_TOKENIZER).mkdir()
         for name in (CONFIG, WEIGHTS):  # named files only: nothing else of that folder may slip in
             source = _existing(Path(image_tokenizer) / name, "image tokenizer")
@@ -137,17 +140,18 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu", dtype: t
     # here: the bare network needs no tokenizer
     from mixmodal.tokenization.codec import Codec
     from mixmodal.tokenization.image import ImageTokenizer
-    from mixmodal.tokenization.text import TextTokenizer
+    from mixmodal.tokenization.text_files import load_text_tokenizer
 
     folder = Path(folder)
     config = _read_config(folder)
-    for name in (TEXT_TOKENIZER, IMAGE_TOKENIZER):
+    text_path = find_text_tokenizer(folder)
+    for name in (text_path.name, IMAGE_TOKENIZER):
         if not (folder / name).exists():
             raise ExportError(f"{folder} is not a whole exported model: {name} is missing")
     model = load_transformer(folder, device, dtype)
     try:
         vocabulary = Vocabulary.from_dict(config["vocabulary"])
-        text_tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER)
+        text_tokenizer = load_text_tokenizer(text_path, vocabulary.config.num_text_pieces)
         spelled = config["sequence_format"]
         format = build_format(spelled["name"], vocabulary, spelled["grids"], text_tokenizer)
         image_tokenizer = ImageTokenizer.load(folder / IMAGE_TOKENIZER).to(device).eval()
@@ -188,6 +192,12 @@ def load_transformer(
     except ValueError as error:
         raise ExportError(str(error)) from error
     return model.to(device=device, dtype=dtype).eval()
+
+
+def find_text_tokenizer(folder: Path) -> Path:
+    """The text tokenizer's file of an exported folder; where there is none, the name that it commonly has."""
+    found = [folder / name for name in TEXT_TOKENIZERS.values() if (folder / name).is_file()]
+    return found[0] if found else folder / TEXT_TOKENIZER
 
 
 def find_export(source: Path | str) -> Path:
