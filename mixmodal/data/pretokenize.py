@@ -28,8 +28,8 @@ from mixmodal.data.token_shards import (
 )
 from mixmodal.document import Document, FormatName, Image, Part, SequenceFormat, Text, build_format
 from mixmodal.tokenization.preprocessing import PictureError, Preprocess, resize_and_crop, to_tensor
-from mixmodal.tokenization.text import TextTokenizer
-from mixmodal.vocabulary import Vocabulary, VocabularyConfig
+from mixmodal.tokenization.text_files import PieceTokenizer, load_text_tokenizer, size_vocabulary
+from mixmodal.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -53,10 +53,10 @@ class TokensConfig:
     """What samples are made tokens with.
 
     Args:
-        text_tokenizer: a model file of `mixmodal train-text-tokenizer`.
+        text_tokenizer: a model file of `mixmodal train-text-tokenizer`, or a `tokenizers` JSON file.
         image_tokenizer: a folder of `mixmodal train-image-tokenizer`.
         sequence_format: how documents are spelled.
-        num_sentinels: mask tokens of the vocabulary.
+        num_sentinels: mask tokens of the vocabulary; a JSON file with image codes says how many it has.
         num_variants: documents a sample gives; the first has its pictures as they are, the others changed ones.
         augment: how the further variants are changed.
         change_alike: whether a variant is one and the same change of all pictures; otherwise each has its own. With it,
@@ -115,7 +115,7 @@ def pretokenize(config: PretokenizeConfig, progress: Progress | None = None) -> 
     """
     from mixmodal.tokenization.image import ImageTokenizer
 
-    text_tokenizer = TextTokenizer.load(config.text_tokenizer)
+    text_tokenizer = load_text_tokenizer(config.text_tokenizer)
     image_tokenizer = ImageTokenizer.load(config.image_tokenizer).to(config.device)
     sha256 = ImageTokenizer.sha256(config.image_tokenizer)
     size, preprocess = image_tokenizer.config.image_size, image_tokenizer.config.preprocess
@@ -137,7 +137,7 @@ class Pretokenizer:
     def __init__(
         self,
         config: PretokenizeConfig,
-        text_tokenizer: TextTokenizer,
+        text_tokenizer: PieceTokenizer,
         image_tokenizer: ImageEncoder,
         image_size: int,
         image_tokenizer_sha256: str,
@@ -147,11 +147,7 @@ class Pretokenizer:
         self.image_size = image_size
         self.preprocess: Preprocess = preprocess
         sizes = {Image.modality: image_tokenizer.codebook_size}
-        vocabulary = Vocabulary(
-            VocabularyConfig(
-                codebook_sizes=sizes, num_text_pieces=text_tokenizer.num_pieces, num_sentinels=config.num_sentinels
-            )
-        )
+        vocabulary = Vocabulary(size_vocabulary(text_tokenizer, sizes, config.num_sentinels))
         grids = {Image.modality: image_tokenizer.grid}
         self.spelling: SequenceFormat = build_format(config.sequence_format, vocabulary, grids, text_tokenizer)
         self.tokenizers = {

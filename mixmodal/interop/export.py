@@ -1,6 +1,6 @@
 """The folder of an exported model: everything that sampling and classification need, without pickle.
 
-config.json  model.safetensors (or shards and their index)  text_tokenizer.model  image_tokenizer/  README.md
+config.json  model.safetensors (or shards)  text_tokenizer.model (or .json)  image_tokenizer/  README.md
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ CONFIG, WEIGHTS, TEXT_TOKENIZER, IMAGE_TOKENIZER, CARD = (
     "image_tokenizer",
     "README.md",
 )
-EXPORT_FILES = [CONFIG, "model*.safetensors", INDEX, TEXT_TOKENIZER, f"{IMAGE_TOKENIZER}/*", CARD]
 TEXT_TOKENIZERS = {".model": TEXT_TOKENIZER, ".json": "text_tokenizer.json"}
-"""Names of text tokenizers by the suffix of their files: sentencepiece models of ours, and foreign ones."""
+"""Name of a text tokenizer in the folder by the suffix of its file."""
+EXPORT_FILES = [CONFIG, "model*.safetensors", INDEX, *TEXT_TOKENIZERS.values(), f"{IMAGE_TOKENIZER}/*", CARD]
 CARD_SECTIONS = {
     "data": "Training data",
     "attribution": "Attribution",
@@ -80,7 +80,7 @@ def save_export(
     Args:
         folder: where the export goes; an export that stands there is replaced.
         format: names the vocabulary and the grids.
-        text_tokenizer: file of the sentencepiece model.
+        text_tokenizer: file of the sentencepiece model, or a `tokenizers` JSON file.
         image_tokenizer: folder with the image tokenizer's `config.json` and `model.safetensors`.
         card: `data`, `attribution`, `figures` and `limits` of the model card: text, a list, or a mapping of names to
             values; `title` is optional. Or a whole card in Markdown, which gets what its front matter lacks.
@@ -90,11 +90,12 @@ def save_export(
         OSError: where the disk is full; an older export is untouched then.
     """
     config = describe_model(model.config, format)
-    text = finish_card(card, config)
+    text, text_tokenizer = finish_card(card, config), Path(text_tokenizer)
+    text_name = TEXT_TOKENIZERS.get(text_tokenizer.suffix, TEXT_TOKENIZER)
     with staged(folder) as staging:
         write_whole(staging / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         write_whole(staging / CARD, text.encode())
-        shutil.copyfile(_existing(Path(text_tokenizer), "text tokenizer"), staging / TEXT_TOKENIZER)
+        shutil.copyfile(_existing(text_tokenizer, "text tokenizer"), staging / text_name)
         (staging / IMAGE_TOKENIZER).mkdir()
         for name in (CONFIG, WEIGHTS):  # named files only: nothing else of that folder may slip in
             source = _existing(Path(image_tokenizer) / name, "image tokenizer")
@@ -154,17 +155,18 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu", dtype: t
     # here: the bare network needs no tokenizer
     from mixmodal.tokenization.codec import Codec
     from mixmodal.tokenization.image import ImageTokenizer
-    from mixmodal.tokenization.text import TextTokenizer
+    from mixmodal.tokenization.text_files import load_text_tokenizer
 
     folder = Path(folder)
     config = _read_config(folder)
-    for name in (TEXT_TOKENIZER, IMAGE_TOKENIZER):
+    text_path = find_text_tokenizer(folder)
+    for name in (text_path.name, IMAGE_TOKENIZER):
         if not (folder / name).exists():
             raise ExportError(f"{folder} is not a whole exported model: {name} is missing")
     model = load_transformer(folder, device, dtype)
     try:
         vocabulary = Vocabulary.from_dict(config["vocabulary"])
-        text_tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER)
+        text_tokenizer = load_text_tokenizer(text_path, vocabulary.config.num_text_pieces)
         spelled = config["sequence_format"]
         format = build_format(spelled["name"], vocabulary, spelled["grids"], text_tokenizer)
         image_tokenizer = ImageTokenizer.load(folder / IMAGE_TOKENIZER).to(device).eval()
@@ -215,9 +217,10 @@ def read_transformer_config(folder: Path) -> TransformerConfig:
     return config
 
 
-def find_text_tokenizer(folder: Path) -> Path | None:
-    """The file of the text tokenizer in `folder`; None where there is none."""
-    return next((folder / name for name in TEXT_TOKENIZERS.values() if (folder / name).is_file()), None)
+def find_text_tokenizer(folder: Path) -> Path:
+    """The text tokenizer's file of an exported folder; where there is none, the name that it commonly has."""
+    found = [folder / name for name in TEXT_TOKENIZERS.values() if (folder / name).is_file()]
+    return found[0] if found else folder / TEXT_TOKENIZER
 
 
 def read_vocabulary(folder: Path) -> Vocabulary | None:

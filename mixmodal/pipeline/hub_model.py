@@ -11,8 +11,9 @@ from mixmodal.interop.export import (
     CARD,
     EXPORT_FILES,
     IMAGE_TOKENIZER,
-    TEXT_TOKENIZER,
+    TEXT_TOKENIZERS,
     ExportError,
+    find_text_tokenizer,
     is_export,
     save_export,
 )
@@ -61,7 +62,7 @@ class HubModel(Mixin):
             source = self.folder or save_tokenizers(self.codec, Path(made))
             card = source / CARD
             text = card.read_text(encoding="utf-8") if card.is_file() else {}
-            save_export(folder, self.model, self.format, source / TEXT_TOKENIZER, source / IMAGE_TOKENIZER, text)
+            save_export(folder, self.model, self.format, find_text_tokenizer(source), source / IMAGE_TOKENIZER, text)
 
     def push_to_hub(
         self,
@@ -121,6 +122,6 @@ def check_replaceable(folder: Path) -> None:
 
 def save_tokenizers(codec: Codec, folder: Path) -> Path:
     """Writes the tokenizers of a codec that was not loaded from a folder; the folder."""
-    codec.text_tokenizer.save(folder / TEXT_TOKENIZER)
+    codec.text_tokenizer.save(folder / TEXT_TOKENIZERS[codec.text_tokenizer.suffix])
     codec.image_tokenizer.save(folder / IMAGE_TOKENIZER)
     return folder

@@ -15,7 +15,7 @@ from mixmodal.tokenization.preprocessing import open_picture, resize_and_crop, t
 
 if TYPE_CHECKING:
     from mixmodal.tokenization.image import ImageTokenizer
-    from mixmodal.tokenization.text import TextTokenizer
+    from mixmodal.tokenization.text_files import PieceTokenizer
 
 Content = str | Picture | Part
 """What a user may put into a document."""
@@ -35,7 +35,7 @@ class Codec:
 
     def __init__(
         self,
-        text_tokenizer: TextTokenizer,
+        text_tokenizer: PieceTokenizer,
         image_tokenizer: ImageTokenizer,
         format: SequenceFormat,
         batch_size: int = 64,

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mixmodal.files import write_whole
 from mixmodal.tokenization.control_tokens import find_control_tokens, read_tokenizer_file, without_control_tokens
@@ -42,6 +42,8 @@ class JsonTextTokenizer:
         ValueError: naming file and token, for a file of another kind or with control tokens in no order.
         ImportError: where the library `tokenizers` is not installed.
     """
+
+    suffix: ClassVar[str] = ".json"
 
     def __init__(self, path: Path | str, vocab_size: int | None = None) -> None:
         try:

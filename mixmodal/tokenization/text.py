@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import sentencepiece
 
@@ -38,6 +39,8 @@ class TextTokenizer:
         ValueError: where the bytes are no model, or one that changes text (no byte fallback, a normalisation rule,
             a dummy prefix, control tokens).
     """
+
+    suffix: ClassVar[str] = ".model"
 
     def __init__(self, model: bytes, name: str = "the text tokenizer") -> None:
         self._model = model

@@ -10,13 +10,13 @@ import torch
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.interop.export import (
     IMAGE_TOKENIZER,
-    TEXT_TOKENIZER,
     fill_transformer,
+    find_text_tokenizer,
     read_transformer_config,
     read_vocabulary,
 )
 from mixmodal.models.transformer import Transformer, TransformerConfig
-from mixmodal.tokenization.text import TextTokenizer
+from mixmodal.tokenization.text_files import load_text_tokenizer
 
 KEPT = ("dropout",)
 """What is not of the shape: training's own choice, whatever the base model was trained with."""
@@ -79,9 +79,9 @@ class BaseModel:
                 f"init_from {self.folder} has {self.config.vocab_size} rows, but the vocabulary of "
                 f"{shards.manifest_path} {vocabulary.size} ids; give a folder with rows for all of them"
             )
-        text, image = self.folder / TEXT_TOKENIZER, self.folder / IMAGE_TOKENIZER
+        text, image = find_text_tokenizer(self.folder), self.folder / IMAGE_TOKENIZER
         if text.is_file():
-            shards.check(text_tokenizer_sha256=TextTokenizer.load(text).sha256)
+            shards.check(text_tokenizer_sha256=load_text_tokenizer(text).sha256)
         if image.is_dir():
             from mixmodal.tokenization.image import ImageTokenizer
 

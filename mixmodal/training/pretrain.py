@@ -28,7 +28,7 @@ from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.objectives.loss import Sums, TokenLosses, target_weights
 from mixmodal.objectives.modality_weights import check_modality_weights, weigh_modalities
 from mixmodal.objectives.output_loss import OutputLoss
-from mixmodal.tokenization.text import TextTokenizer
+from mixmodal.tokenization.text_files import load_text_tokenizer
 from mixmodal.training.attention_logits import attention_logit_max
 from mixmodal.training.base_model import BaseModel, build_shape
 from mixmodal.training.config import TrainerConfig
@@ -165,7 +165,7 @@ class PretrainTask(Task):
         from mixmodal.tokenization.image import ImageTokenizer
 
         self.shards.check(
-            text_tokenizer_sha256=TextTokenizer.load(text).sha256, image_tokenizer_sha256=ImageTokenizer.sha256(image)
+            text_tokenizer_sha256=load_text_tokenizer(text).sha256, image_tokenizer_sha256=ImageTokenizer.sha256(image)
         )
 
     def _build_sheet(self) -> SampleSheet:
@@ -184,9 +184,8 @@ class PretrainTask(Task):
             return None
         table = torch.zeros(self.vocabulary.size)
         pieces = self.vocabulary.ids("text")
-        table[pieces.start : pieces.stop] = torch.tensor(
-            TextTokenizer.load(self.config.text_tokenizer).piece_bytes, dtype=table.dtype
-        )
+        tokenizer = load_text_tokenizer(self.config.text_tokenizer, len(pieces))
+        table[pieces.start : pieces.stop] = torch.tensor(tokenizer.piece_bytes, dtype=table.dtype)
         return table
 
     def build_model(self) -> nn.Module:

@@ -105,7 +105,8 @@ def gather_export(folder: Path, name: LayoutName | None, num_shards: int = 0) ->
     else:
         missing.append(f"the image tokenizer: there is none in {folder}")
     text = find_text_tokenizer(folder)
-    if text is None:
+    if not text.is_file():
+        text = None
         missing.append(f"the text tokenizer: there is none in {folder}")
     return Exported(
         folder=folder,
