@@ -105,9 +105,12 @@ def main(options: argparse.Namespace) -> None:
     layout = LAYOUTS[options.layout]
     num_shards = options.num_shards if layout.norms == "shard" else 1
     settings = {"layout": options.layout, "num_shards": num_shards, "dtype": str(DTYPE).removeprefix("torch.")}
+    if options.write is not None:
+        write_checkpoint(options.write, layout, config, num_shards)
+        return
     with tempfile.TemporaryDirectory(dir=options.dir) as name:
         source, ours, back = (Path(name) / part for part in ("source", "ours", "back"))
-        write_checkpoint(source, layout, config, num_shards)
+        measure([*sys.argv, "--write", str(source)])  # a process keeps the peak of the one that it was forked from
         files = [path.stat().st_size for path in source.iterdir()]
         load = f"import mixmodal; mixmodal.load_transformer({str(ours)!r})"
         commands = {
@@ -130,5 +133,6 @@ if __name__ == "__main__":
     parser.add_argument("--layout", choices=[*LAYOUTS], default="transformers")
     parser.add_argument("--num_shards", type=int, default=4, help="of Meta's layout and that of transformers 4.43")
     parser.add_argument("--dir", type=Path, help="where there is room")
+    parser.add_argument("--write", type=Path, help="only writes the checkpoint there")
     parser.add_argument("--steps", nargs="+", default=["import", "load_transformer"])
     main(parser.parse_args())

@@ -47,17 +47,26 @@ class LazyFiles(Mapping[str, Tensor]):
         self._read = 0
 
     def __getitem__(self, name: str) -> Tensor:
-        path = self._files[name]
         if self._read > READ_BYTES:
             self._open, self._read = {path: found for path, found in self._open.items() if not can_map(path)}, 0
+        found = self._file(name)
+        tensor = found[name] if isinstance(found, dict) else found.get_tensor(name)
+        self._read += tensor.nbytes
+        return tensor.clone() if can_map(self._files[name]) else tensor  # it would keep the whole file mapped
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, of which nothing else is read."""
+        found = self._file(name)
+        return tuple(found[name].shape if isinstance(found, dict) else found.get_slice(name).get_shape())
+
+    def _file(self, name: str) -> Any:
+        path = self._files[name]
         if path not in self._open:
             self._open[path] = open_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
         found = self._open[path]
         if name not in found.keys():  # noqa: SIM118 - an open safetensors file is no mapping
             raise ValueError(f"{path} has no tensor {name}, though the index of the checkpoint says so")
-        tensor = found[name] if isinstance(found, dict) else found.get_tensor(name)
-        self._read += tensor.nbytes
-        return tensor
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

@@ -351,10 +351,8 @@ def load_weights(
         raise ValueError(f"{where}: tensor {name} is {'unknown to the model' if name in found else 'missing'}")
     state = {}
     for name, own in wanted.items():
-        tensor = found[name]
-        if tensor.shape != own.shape:
-            raise ValueError(
-                f"{found.path(name)}: tensor {name} has shape {tuple(tensor.shape)}, not {tuple(own.shape)}"
-            )
-        state[name] = tensor.to(device=device, dtype=dtype, copy=True)  # a mapped file may go
+        shape = found.shape(name)
+        if shape != tuple(own.shape):
+            raise ValueError(f"{found.path(name)}: tensor {name} has shape {shape}, not {tuple(own.shape)}")
+        state[name] = found[name].to(device=device, dtype=dtype)
     model.load_state_dict(state, assign=True)

@@ -82,7 +82,7 @@ def open_checkpoint(
         return None
     folder = files[0].parent
     try:
-        first = {name: tuple(shards[0][name].shape) for name in shards[0]}
+        first = {name: shards[0].shape(name) for name in shards[0]}
         found = find_layout(first, _stated_shards(folder))
         if layout is not None:
             check_layout(LAYOUTS[layout], found, first)
@@ -155,10 +155,10 @@ def merged_shapes(layout: Layout, shards: tuple[LazyFiles, ...]) -> dict[str, tu
     """
     shapes = {}
     for name in shards[0]:
-        shape = tuple(shards[0][name].shape)
+        shape = shards[0].shape(name)
         for shard in shards[1:]:
-            if tuple(shard[name].shape) != shape:
-                raise ValueError(f"{shard.path(name)}: {name} has shape {tuple(shard[name].shape)}, not {shape}")
+            if shard.shape(name) != shape:
+                raise ValueError(f"{shard.path(name)}: {name} has shape {shard.shape(name)}, not {shape}")
         dimension = layout.cut(name)
         if is_norm_of_heads(name) and layout.norms == "shard" and len(shape) == 1:
             shape = (len(shards), *shape)

@@ -89,6 +89,14 @@ def gather_export(folder: Path, name: LayoutName | None, num_shards: int = 0) ->
             f"num_shards is {num_shards}: layout {layout.name} "
             + (f"can have {', '.join(map(str, divisors(heads)))}" if layout.norms == "shard" else "has none")
         )
+    num_sets = num_shards or count_sets(config, weights.__getitem__)
+    if layout is META:
+        for key in ("vocab_size", "dim", "ffn_dim"):
+            if getattr(config, key) % num_sets:
+                raise ValueError(
+                    f"{folder / CONFIG}: model.{key} {getattr(config, key)} can not be cut into {num_sets} shards, one "
+                    "for each set of QK-norms; choose another layout, or --num_shards with --allow_lossy"
+                )
     vocabulary = read_vocabulary(folder)
     if vocabulary is None and layout is TRANSFORMERS:
         raise ValueError(
@@ -113,7 +121,7 @@ def gather_export(folder: Path, name: LayoutName | None, num_shards: int = 0) ->
         config=config,
         weights=weights,
         layout=layout,
-        num_sets=num_shards or count_sets(config, weights.__getitem__),
+        num_sets=num_sets,
         vocabulary=vocabulary,
         text_tokenizer=text,
         image_tokenizer=images,
@@ -174,10 +182,13 @@ def write_transformers(found: Exported, folder: Path, allow_lossy: bool) -> int:
     _write_json(folder / "config.json", describe_transformers(found, dtype))
     ids = {"bos_token_id": Vocabulary.bos, "eos_token_id": Vocabulary.eos, "pad_token_id": Vocabulary.pad}
     _write_json(folder / "generation_config.json", {**ids, "_from_model_config": False})
-    if found.text_tokenizer is not None and found.vocabulary is not None:
+    images = _pictures(found)
+    if found.text_tokenizer is not None and found.vocabulary is not None and images is not None:
         from mixmodal.interop.chameleon.tokens import write_processor
 
-        write_processor(folder, found.vocabulary, found.text_tokenizer, _pictures(found))
+        config = images.config
+        num_codes = images.grid[0] * images.grid[1]
+        write_processor(folder, found.vocabulary, found.text_tokenizer, config.image_size, num_codes, config.preprocess)
     return size
 
 

@@ -22,7 +22,7 @@ from mixmodal.tokenization.control_tokens import (
     without_control_tokens,
 )
 from mixmodal.tokenization.json_text import JsonTextTokenizer
-from mixmodal.tokenization.preprocessing import RESCALE_FACTOR
+from mixmodal.tokenization.preprocessing import RESCALE_FACTOR, Preprocess
 from mixmodal.tokenization.text import SPACE_MARK
 from mixmodal.tokenization.text_files import load_text_tokenizer
 from mixmodal.vocabulary import Vocabulary
@@ -63,7 +63,12 @@ def vocabulary_map(vocabulary: Vocabulary) -> dict[str, int]:
 
 
 def write_processor(
-    folder: Path | str, vocabulary: Vocabulary, text_tokenizer_path: Path | str, image_size: int, num_codes: int
+    folder: Path | str,
+    vocabulary: Vocabulary,
+    text_tokenizer_path: Path | str,
+    image_size: int,
+    num_codes: int,
+    preprocess: Preprocess = "transformers",
 ) -> None:
     """Writes the files from which transformers makes a `ChameleonProcessor` and its tokenizer.
 
@@ -74,8 +79,8 @@ def write_processor(
     What differs from our own: control tokens' names in a text become control tokens there (image codes' names stay
     text); bytes that are no UTF-8 decode to other numbers of U+FFFD; where one piece can be made in two ways from
     parts that overlap, sentencepiece takes the left one, and merges take the one that stands first.
-    Pictures are brought to [-1, 0.989] as transformers does for Chameleon: images and codes are ours where the image
-    tokenizer's `preprocess` is `transformers`.
+    Pictures are brought to [-1, 1], or for `preprocess: transformers` to its [-1, 0.989], as ours are. Its own resizing
+    and cropping differ from those of `meta` by a pixel for odd sizes.
 
     Args:
         folder: created where needed; files of the same names are replaced.
@@ -83,9 +88,34 @@ def write_processor(
         text_tokenizer_path: of the model, `.model` or `.json`.
         image_size: height and width of a picture, pixels.
         num_codes: codes of a picture.
+        preprocess: of the image tokenizer.
 
     Raises:
         ValueError: where tokenizer and vocabulary do not belong together; see `token_names`.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    turn = token_names(vocabulary)[vocabulary.end_of_turn]
+    files: dict[str, dict[str, Any]] = {
+        "tokenizer_config.json": tokenizer_config(turn),
+        "special_tokens_map.json": special_tokens(turn),
+        "preprocessor_config.json": preprocessor_config(image_size, preprocess),
+        "processor_config.json": {
+            "processor_class": "ChameleonProcessor",
+            "image_seq_length": num_codes,
+            "image_token": IMAGE_PLACEHOLDER,
+        },
+    }
+    write_tokenizer_json(folder / "tokenizer.json", vocabulary, text_tokenizer_path)
+    for name, file in files.items():
+        write_whole(folder / name, (json.dumps(file, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_tokenizer_json(path: Path, vocabulary: Vocabulary, text_tokenizer_path: Path | str) -> None:
+    """Writes `tokenizer.json` alone, which Meta's download calls `text_tokenizer.json`; see `write_processor`.
+
+    Raises:
+        ValueError: where tokenizer and vocabulary do not belong together.
     """
     names = token_names(vocabulary)
     pieces = vocabulary.ids("text")
@@ -107,22 +137,9 @@ def write_processor(
     names += further_names(vocabulary)
     if len(set(names)) != vocabulary.size:
         raise ValueError(f"{text_tokenizer_path}: two pieces are spelled alike, which a JSON file can not hold")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     control = [index for index in range(pieces.start) if index not in vocabulary.ids("image")]
-    files: dict[str, dict[str, Any]] = {
-        "tokenizer.json": finish_json(content, names, control),
-        "tokenizer_config.json": tokenizer_config(names[vocabulary.end_of_turn]),
-        "special_tokens_map.json": special_tokens(names[vocabulary.end_of_turn]),
-        "preprocessor_config.json": preprocessor_config(image_size),
-        "processor_config.json": {
-            "processor_class": "ChameleonProcessor",
-            "image_seq_length": num_codes,
-            "image_token": IMAGE_PLACEHOLDER,
-        },
-    }
-    for name, file in files.items():
-        write_whole(folder / name, (json.dumps(file, indent=2, ensure_ascii=False) + "\n").encode())
+    file = finish_json(content, names, control)
+    write_whole(path, (json.dumps(file, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_sentencepiece(path: Path) -> tuple[dict[str, Any], list[str]]:
@@ -226,8 +243,8 @@ def tokenizer_config(end_of_turn: str) -> dict[str, Any]:
     }
 
 
-def preprocessor_config(image_size: int) -> dict[str, Any]:
-    """Of the image processor: short side to `image_size`, cropped in the middle, `value * 0.0078 - 1`."""
+def preprocessor_config(image_size: int, preprocess: Preprocess) -> dict[str, Any]:
+    """Of the image processor: short side to `image_size`, cropped in the middle, scaled, less 1."""
     return {
         "image_processor_type": "ChameleonImageProcessor",
         "processor_class": "ChameleonProcessor",
@@ -238,7 +255,7 @@ def preprocessor_config(image_size: int) -> dict[str, Any]:
         "do_center_crop": True,
         "crop_size": {"height": image_size, "width": image_size},
         "do_rescale": True,
-        "rescale_factor": RESCALE_FACTOR,
+        "rescale_factor": RESCALE_FACTOR if preprocess == "transformers" else 2 / 255,
         "do_normalize": True,
         "image_mean": [1.0, 1.0, 1.0],
         "image_std": [1.0, 1.0, 1.0],
