@@ -91,11 +91,16 @@ class HubModel(Mixin):
         """
         if not hasattr(Mixin, "push_to_hub"):
             raise ValueError(f"to push a model to {repo_id}, install huggingface_hub: pip install huggingface_hub")
+        from huggingface_hub.errors import HfHubHTTPError
+
+        # a network that is down gives an error of the HTTP library, of which that of huggingface_hub is a kind
+        kinds = [kind for kind in HfHubHTTPError.__bases__ if issubclass(kind, Exception)]
+        problems: tuple[type[Exception], ...] = (OSError, *kinds)
         options: dict[str, Any] = {"private": private, "token": token, "branch": branch, "create_pr": create_pr}
         options |= {"commit_message": commit_message, "delete_patterns": delete_patterns}
         try:
             return super().push_to_hub(repo_id, **options)
-        except OSError as error:  # those of huggingface_hub are of this kind
+        except problems as error:
             raise ValueError(f"the model can not be pushed to {repo_id}: {reason_of(error)}") from error
 
 

@@ -44,7 +44,7 @@ class PlanConfig:
     """Predicts the memory of a training on each GPU, without data, weights or a GPU.
 
     `--config FILE` is the config of the training, that of train-image-tokenizer or pretrain, and options with a dot
-    change its keys: `--trainer.micro_batch_size 8`. So does `--deepspeed FILE`.
+    change its keys: `--trainer.micro_batch_size 8`. So do `--deepspeed FILE` and `--init_from DIR`.
 
     Args:
         training: what `--config` gives.
@@ -87,7 +87,8 @@ class PlanConfig:
         while waiting:
             argument = waiting.pop(0)
             name, has_value, value = argument.partition("=")
-            if name not in ("--config", "--deepspeed") and not (name.startswith("--") and "." in name):
+            ours = name.replace("-", "_") not in ("__config", "__deepspeed", "__init_from")
+            if ours and not (name.startswith("--") and "." in name):
                 rest.append(argument)
                 continue
             if not has_value and waiting and not waiting[0].startswith("--"):

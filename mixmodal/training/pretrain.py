@@ -36,6 +36,7 @@ from mixmodal.training.metrics import MetricSums, Peak
 from mixmodal.training.operations import Operations, count_operations
 from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.task import Task, to_device
+from mixmodal.training.trainable import TrainableConfig, restrict
 from mixmodal.training.trainer import FitResult, Trainer
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class PretrainConfig:
         model: shape of the network; with `init_from` left out but for `dropout`, or the same as there.
         init_from: folder of an exported or imported model, from whose weights, stored in any type, training starts.
             Token shards must have its vocabulary. A run that goes on takes those of its checkpoint.
+        trainable: which parameters are trained, and which rows of embedding and output; all by default.
         data: token shards and how documents are varied and packed.
         objective: masks.
         optimizer: AdamW and its schedule.
@@ -72,6 +74,7 @@ class PretrainConfig:
 
     model: TransformerConfig = field(default_factory=TransformerConfig)
     init_from: Path | None = None
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)
     data: DataConfig
     objective: CausalMaskedConfig = field(default_factory=CausalMaskedConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -191,7 +194,12 @@ class PretrainTask(Task):
     def build_model(self) -> nn.Module:
         model = self.base.build(self.model_config) if self.base else Transformer(self.model_config)
         model.attention_kind = self.config.attention
+        self.restrict(model)
         return model
+
+    def restrict(self, model: nn.Module) -> None:
+        """Freezes what is not trained."""
+        restrict(model, self.config.trainable, self.vocabulary)
 
     def recomputed(self, model: nn.Module) -> Iterable[nn.Module]:
         assert isinstance(model, Transformer)

@@ -70,6 +70,8 @@ class Rehearsal:
         if fake:
             with self._tensors:
                 drop_data([*self.networks.values(), *self.frozen])
+            if isinstance(self.task, PretrainTask):  # hooks of parameters went with their data
+                self.task.restrict(self.networks[MODEL])
         for network in self.networks.values():
             for parameter in network.parameters():
                 if parameter.requires_grad and keeps_gradients:

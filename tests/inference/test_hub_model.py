@@ -1,6 +1,7 @@
 """A model goes to a folder and to the hub, and comes back as it was; nothing here leaves the machine."""
 
 import importlib.util
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelHubMixin
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from mixmodal import MixedModal
 from mixmodal.interop.card import split_front_matter, with_front_matter
@@ -172,15 +174,25 @@ def test_push_to_hub_uploads_the_exported_folder(
     assert same(MixedModal.from_pretrained(tmp_path / "hub", device="cpu"), model)
 
 
-def test_a_refusal_of_the_hub_is_one_message(model: MixedModal, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        LocalTokenNotFoundError("Token is required,\n but none found"),
+        HfHubHTTPError.__bases__[0]("[Errno 111] Connection\n refused"),
+    ],
+)
+def test_a_refusal_of_the_hub_is_one_message(
+    model: MixedModal, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     class Hub:
         def __init__(self, token: str | None = None) -> None: ...
 
         def create_repo(self, **options: Any) -> str:
-            raise huggingface_hub.errors.LocalTokenNotFoundError("Token is required,\n but none found")
+            raise error
 
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
-    with pytest.raises(ValueError, match="can not be pushed to someone/pears: Token is required, but none found"):
+    said = re.escape(" ".join(str(error).split()))
+    with pytest.raises(ValueError, match=f"can not be pushed to someone/pears: {said}"):
         model.push_to_hub("someone/pears")
 
 

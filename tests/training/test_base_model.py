@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from shapes import tiny_config, write_shapes
 from test_launcher import pretrain_on_ranks
 
+from mixmodal.config import parse
 from mixmodal.data.packing import Batch
 from mixmodal.interop.export import ExportError, load_transformer
 from mixmodal.models.transformer import TransformerConfig
@@ -202,3 +203,12 @@ def test_the_plan_takes_the_shape_of_the_base_model(base: Path, root: Path, tmp_
     assert isinstance(training, PretrainConfig)
     found = build_plan(training, PlanConfig(training=file))
     assert found.parameters == sum(p.numel() for p in load_transformer(root / "run/export").parameters())
+
+
+@pytest.mark.parametrize("option", ["--init_from", "--init-from"])
+def test_the_plan_takes_the_folder_as_an_option(option: str, base: Path) -> None:
+    found = parse(PlanConfig, ["--config", "configs/train/anole.yaml", option, str(base), "--gpus", "8"])
+    assert found.gpus == 8
+    training = load_training(ROOT / found.training, found.overrides)
+    assert isinstance(training, PretrainConfig)
+    assert training.init_from == base
