@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +30,7 @@ from mixmodal.objectives.modality_weights import check_modality_weights, weigh_m
 from mixmodal.objectives.output_loss import OutputLoss
 from mixmodal.tokenization.text_files import load_text_tokenizer
 from mixmodal.training.attention_logits import attention_logit_max
+from mixmodal.training.base_model import BaseModel, build_shape
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.metrics import MetricSums, Peak
 from mixmodal.training.operations import Operations, count_operations
@@ -46,7 +47,9 @@ class PretrainConfig:
     """Pretrains a transformer on token shards.
 
     Args:
-        model: shape of the network.
+        model: shape of the network; with `init_from` left out but for `dropout`, or the same as there.
+        init_from: folder of an exported or imported model, from whose weights, stored in any type, training starts.
+            Token shards must have its vocabulary. A run that goes on takes those of its checkpoint.
         data: token shards and how documents are varied and packed.
         objective: masks.
         optimizer: AdamW and its schedule.
@@ -68,6 +71,7 @@ class PretrainConfig:
     """
 
     model: TransformerConfig = field(default_factory=TransformerConfig)
+    init_from: Path | None = None
     data: DataConfig
     objective: CausalMaskedConfig = field(default_factory=CausalMaskedConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -139,7 +143,10 @@ class PretrainTask(Task):
             self.held_out.check_like(self.shards)
         self._check_tokenizers()
         check_modality_weights(config.modality_weights, self.vocabulary)
-        self.model_config = fit_to_data(config.model, self.vocabulary.size, config.data.seq_len)
+        self.base = BaseModel(config.init_from) if config.init_from else None
+        if self.base:
+            self.base.check(self.shards)
+        self.model_config = build_shape(config.model, self.base, self.vocabulary.size, config.data.seq_len)
         self.objective = CausalMasked(config.objective, self.vocabulary)
         self.figures: dict[str, float | None] = {}
         self.draws_pictures = config.sample_every > 0
@@ -182,7 +189,7 @@ class PretrainTask(Task):
         return table
 
     def build_model(self) -> nn.Module:
-        model = Transformer(self.model_config)
+        model = self.base.build(self.model_config) if self.base else Transformer(self.model_config)
         model.attention_kind = self.config.attention
         return model
 
@@ -336,23 +343,6 @@ class PretrainTask(Task):
         figures = {f"held-out {name}{units[name]}": round(v, 4) for name, v in self.figures.items() if v is not None}
         card = {"title": self.config.trainer.run_dir.name, "data": dict(data), "figures": figures, **self.config.card}
         save_export(folder, model, self.shards.build_format(), text, image, card)
-
-
-def fit_to_data(config: TransformerConfig, vocab_size: int, seq_len: int) -> TransformerConfig:
-    """The model's config with the vocabulary's size filled in.
-
-    Raises:
-        ValueError: for a vocabulary or rows that the model is too small for.
-    """
-    if config.vocab_size == 0:
-        config = replace(config, vocab_size=vocab_size)
-    if config.vocab_size < vocab_size:
-        raise ValueError(
-            f"model.vocab_size is {config.vocab_size}, but the data's vocabulary has {vocab_size} ids; set it to 0"
-        )
-    if config.max_seq_len < seq_len:
-        raise ValueError(f"model.max_seq_len is {config.max_seq_len}, below data.seq_len {seq_len}; raise it")
-    return config
 
 
 @torch.no_grad()
