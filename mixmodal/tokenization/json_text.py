@@ -125,7 +125,7 @@ class JsonTextTokenizer:
         ids = [int(piece) + self.first_piece for piece in pieces]
         if ids and (min(ids) < self.first_piece or max(ids) >= self.control.num_rows):
             raise ValueError(f"text pieces must lie in 0 .. {self.num_pieces - 1}")
-        return self._tokenizer.decode([identity for identity in ids if identity in self._pieces])
+        return self._tokenizer.decode(ids)  # those that are not in its vocabulary give nothing
 
 
 def _steps(step: Any) -> Iterator[dict[str, Any]]:

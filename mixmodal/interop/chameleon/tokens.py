@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,9 @@ def write_processor(
     the same pieces; a JSON file keeps its BPE, normaliser and decoder. The tokenizer puts `<s>` in front.
 
     What differs from our own: control tokens' names in a text become control tokens there (image codes' names stay
-    text); bytes that are no UTF-8 decode to other numbers of U+FFFD; where one piece can be made in two ways from
-    parts that overlap, sentencepiece takes the left one, and merges take the one that stands first.
+    text); bytes that are no UTF-8 decode to other numbers of U+FFFD; and two overlapping stretches that would become
+    one and the same piece from different parts may be merged in another order than sentencepiece's, which no string
+    of 190,000 has shown.
     Pictures are brought to [-1, 1], or for `preprocess: transformers` to its [-1, 0.989], as ours are. Its own resizing
     and cropping differ from those of `meta` by a pixel for odd sizes.
 
@@ -126,7 +128,9 @@ def write_tokenizer_json(path: Path, vocabulary: Vocabulary, text_tokenizer_path
             "tokenizer that the model was trained with"
         )
     if isinstance(tokenizer, JsonTextTokenizer):
-        if tokenizer.control.num_codes and vocabulary_of(tokenizer.control, pieces.stop) != vocabulary.config:
+        image = {"image": vocabulary.config.codebook_sizes["image"]}
+        own = replace(vocabulary.config, codebook_sizes=image)
+        if tokenizer.control.num_codes and vocabulary_of(tokenizer.control, pieces.stop) != own:
             raise ValueError(f"{text_tokenizer_path}: its control tokens are not those of the vocabulary")
         content, texts = read_json(tokenizer, Path(text_tokenizer_path))
     else:
@@ -167,8 +171,7 @@ def read_sentencepiece(path: Path) -> tuple[dict[str, Any], list[str]]:
 def find_merges(scores: Mapping[str, float]) -> Iterator[list[str]]:
     """Pairs of pieces that make a piece, those of the highest score first, as sentencepiece merges.
 
-    Of pairs that make the same piece sentencepiece takes the one that stands on the left. Where such pairs can
-    overlap, the left one is `piece[:n]` and the rest, n a period of the piece: these come first.
+    Pairs that make the same piece have one rank there, the left one first, and here one after the other.
 
     Raises:
         ValueError: for a piece with a character that is no piece: sentencepiece can merge it, and merges can not.
@@ -177,9 +180,9 @@ def find_merges(scores: Mapping[str, float]) -> Iterator[list[str]]:
         for character in piece:
             if character not in scores:
                 raise ValueError(f"the text piece {piece!r} has the character {character!r}, which is no piece")
-        splits = [cut for cut in range(1, len(piece)) if piece[:cut] in scores and piece[cut:] in scores]
-        for cut in sorted(splits, key=lambda cut: (piece[cut:] != piece[:-cut], cut)):
-            yield [piece[:cut], piece[cut:]]
+        for cut in range(1, len(piece)):
+            if piece[:cut] in scores and piece[cut:] in scores:
+                yield [piece[:cut], piece[cut:]]
 
 
 def read_json(tokenizer: JsonTextTokenizer, path: Path) -> tuple[dict[str, Any], list[str | None]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 Kind = Literal["byte_level", "metaspace"]
+KINDS: list[Kind] = ["byte_level", "metaspace"]
 
 WORDS = ("a", "an", "red", "green", "apple", "pear", "house", "the", "of", "and", "picture", "style", "image")
 FIRST_RESERVED = 8706

@@ -7,12 +7,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from synthetic_tokens import Kind, control_names, text_pieces, tokenizer_json, write_tokenizer
+from synthetic_tokens import KINDS, Kind, control_names, text_pieces, tokenizer_json, write_tokenizer
 from tokenizers import Tokenizer
 
 from mixmodal.tokenization.json_text import JsonTextTokenizer
 
-KINDS: list[Kind] = ["byte_level", "metaspace"]
 TYPED = ["</s>", "<s>", "<unk>", "<racm3:break>", "IMGIMGAZ", "<image>", "<reserved08706>", "<sentinel:0>", "<|image|>"]
 TEXTS = [
     "a red apple",
