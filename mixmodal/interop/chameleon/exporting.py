@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from mixmodal.interop.chameleon.conversion import count_sets, cut_shard, divisors, export_tensors
 from mixmodal.interop.chameleon.layouts import LAYOUTS, LLAMA, META, TRANSFORMERS, Layout, LayoutName
 from mixmodal.interop.chameleon.pictures import describe_vqgan, find_obstacle, in_yaml, to_vqgan
+from mixmodal.interop.chameleon.tokens import build_tokenizer_json, vocabulary_map, write_json, write_processor
 from mixmodal.interop.export import (
     CONFIG,
     IMAGE_TOKENIZER,
@@ -179,13 +179,11 @@ def write_transformers(found: Exported, folder: Path, allow_lossy: bool) -> int:
 
     size = write_weights(folder, tensors())
     dtype = str(found.weights["embedding.weight"].dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", describe_transformers(found, dtype))
+    write_json(folder / "config.json", describe_transformers(found, dtype))
     ids = {"bos_token_id": Vocabulary.bos, "eos_token_id": Vocabulary.eos, "pad_token_id": Vocabulary.pad}
-    _write_json(folder / "generation_config.json", {**ids, "_from_model_config": False})
+    write_json(folder / "generation_config.json", {**ids, "_from_model_config": False})
     images = _pictures(found)
     if found.text_tokenizer is not None and found.vocabulary is not None and images is not None:
-        from mixmodal.interop.chameleon.tokens import write_processor
-
         config = images.config
         num_codes = images.grid[0] * images.grid[1]
         write_processor(folder, found.vocabulary, found.text_tokenizer, config.image_size, num_codes, config.preprocess)
@@ -194,8 +192,6 @@ def write_transformers(found: Exported, folder: Path, allow_lossy: bool) -> int:
 
 def describe_transformers(found: Exported, dtype: str) -> dict[str, Any]:
     """The content of transformers' `config.json`, with every key that has a default written out."""
-    from mixmodal.interop.chameleon.tokens import vocabulary_map
-
     config, sizes = found.config, found.config.attention_sizes
     shared = {
         "dtype": dtype,
@@ -282,17 +278,11 @@ def write_meta(found: Exported, folder: Path, allow_lossy: bool) -> int:
         "qk_normalization": True,
         "swin_norm": config.norm_placement == "post_sublayer",
     }
-    _write_json(inner / "params.json", {"model": model})
-    _write_json(inner / "consolidate_params.json", {"model_parallel_size": num_shards})
+    write_json(inner / "params.json", {"model": model})
+    write_json(inner / "consolidate_params.json", {"model_parallel_size": num_shards})
     if found.text_tokenizer is not None and found.vocabulary is not None:
-        from mixmodal.interop.chameleon.tokens import write_tokenizer_json
-
-        write_tokenizer_json(beside / "text_tokenizer.json", found.vocabulary, found.text_tokenizer)
+        write_json(beside / "text_tokenizer.json", build_tokenizer_json(found.vocabulary, found.text_tokenizer))
     if found.image_tokenizer is not None:
         torch.save({"state_dict": to_vqgan(found.image_tokenizer)}, beside / "vqgan.ckpt")
         (beside / "vqgan.yaml").write_text(yaml.safe_dump(in_yaml(found.image_tokenizer)), encoding="utf-8")
     return size
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

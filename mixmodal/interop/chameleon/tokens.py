@@ -95,10 +95,10 @@ def write_processor(
     Raises:
         ValueError: where tokenizer and vocabulary do not belong together; see `token_names`.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer_json(vocabulary, text_tokenizer_path)
     turn = token_names(vocabulary)[vocabulary.end_of_turn]
     files: dict[str, dict[str, Any]] = {
+        "tokenizer.json": tokenizer,
         "tokenizer_config.json": tokenizer_config(turn),
         "special_tokens_map.json": special_tokens(turn),
         "preprocessor_config.json": preprocessor_config(image_size, preprocess),
@@ -108,13 +108,18 @@ def write_processor(
             "image_token": IMAGE_PLACEHOLDER,
         },
     }
-    write_tokenizer_json(folder / "tokenizer.json", vocabulary, text_tokenizer_path)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, file in files.items():
-        write_whole(folder / name, (json.dumps(file, indent=2, ensure_ascii=False) + "\n").encode())
+        write_json(folder / name, file)
 
 
-def write_tokenizer_json(path: Path, vocabulary: Vocabulary, text_tokenizer_path: Path | str) -> None:
-    """Writes `tokenizer.json` alone, which Meta's download calls `text_tokenizer.json`; see `write_processor`.
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def build_tokenizer_json(vocabulary: Vocabulary, text_tokenizer_path: Path | str) -> dict[str, Any]:
+    """The content of `tokenizer.json`, which Meta's download calls `text_tokenizer.json`; see `write_processor`.
 
     Raises:
         ValueError: where tokenizer and vocabulary do not belong together.
@@ -142,8 +147,7 @@ def write_tokenizer_json(path: Path, vocabulary: Vocabulary, text_tokenizer_path
     if len(set(names)) != vocabulary.size:
         raise ValueError(f"{text_tokenizer_path}: two pieces are spelled alike, which a JSON file can not hold")
     control = [index for index in range(pieces.start) if index not in vocabulary.ids("image")]
-    file = finish_json(content, names, control)
-    write_whole(path, (json.dumps(file, indent=2, ensure_ascii=False) + "\n").encode())
+    return finish_json(content, names, control)
 
 
 def read_sentencepiece(path: Path) -> tuple[dict[str, Any], list[str]]:
