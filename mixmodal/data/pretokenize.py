@@ -57,6 +57,8 @@ class TokensConfig:
         image_tokenizer: a folder of `mixmodal train-image-tokenizer`.
         sequence_format: how documents are spelled.
         num_sentinels: mask tokens of the vocabulary; a JSON file with image codes says how many it has.
+        num_text_pieces: of the model's vocabulary, where its embedding has rows that a JSON file has no pieces for, or
+            none for some of its added tokens; by default the pieces of the file.
         num_variants: documents a sample gives; the first has its pictures as they are, the others changed ones.
         augment: how the further variants are changed.
         change_alike: whether a variant is one and the same change of all pictures; otherwise each has its own. With it,
@@ -70,6 +72,7 @@ class TokensConfig:
     image_tokenizer: Path
     sequence_format: FormatName = "cm3leon"
     num_sentinels: int = 512
+    num_text_pieces: int | None = None
     num_variants: int = 1
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     change_alike: bool = False
@@ -115,7 +118,12 @@ def pretokenize(config: PretokenizeConfig, progress: Progress | None = None) -> 
     """
     from mixmodal.tokenization.image import ImageTokenizer
 
-    text_tokenizer = load_text_tokenizer(config.text_tokenizer)
+    text_tokenizer = load_text_tokenizer(config.text_tokenizer, config.num_text_pieces)
+    if config.num_text_pieces not in (None, text_tokenizer.num_pieces):
+        raise ValueError(
+            f"num_text_pieces is {config.num_text_pieces}, but {config.text_tokenizer} is a sentencepiece model, which "
+            f"has {text_tokenizer.num_pieces}; leave it out"
+        )
     image_tokenizer = ImageTokenizer.load(config.image_tokenizer).to(config.device)
     sha256 = ImageTokenizer.sha256(config.image_tokenizer)
     size, preprocess = image_tokenizer.config.image_size, image_tokenizer.config.preprocess

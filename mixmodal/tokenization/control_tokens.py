@@ -109,7 +109,10 @@ def find_control_tokens(content: Mapping[str, Any], path: Path, vocab_size: int 
     added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
     marked = {token["content"] for token in content.get("added_tokens") or [] if token.get("special")}
     codes = sorted((identity, name) for name, identity in own.items() if CODE.fullmatch(name))
-    num_rows = vocab_size or 1 + max([*own.values(), *(() if codes else added.values())], default=-1)
+    if vocab_size is None:
+        num_rows = 1 + max([*own.values(), *(() if codes else added.values())], default=-1)
+    else:
+        num_rows = vocab_size
     ids = {name: identity for name, identity in {**own, **added}.items() if identity < num_rows}
     special = {BOS: ids.get(BOS), PAD: ids.get(PAD), EOS: ids.get(EOS), UNK: ids.get(UNK)}
     if not codes:
@@ -231,4 +234,5 @@ def without_control_tokens(content: Mapping[str, Any], control: ControlTokens) -
     # An unknown token out of the vocabulary: the library then raises where it would drop a character.
     model = {**model, "vocab": vocabulary, "merges": merges, "unk_token": NO_PIECE}
     nothing = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-    return json.dumps({**content, **nothing, "model": model})
+    joined = content.get("decoder") or {"type": "Fuse"}  # the library would join pieces with spaces
+    return json.dumps({**content, **nothing, "decoder": joined, "model": model})

@@ -225,7 +225,7 @@ def finish_json(content: Mapping[str, Any], names: Sequence[str], control: Seque
             "pair": [*first, *second],
             "special_tokens": {BOS: {"id": BOS, "ids": [Vocabulary.bos], "tokens": [BOS]}},
         },
-        "decoder": content.get("decoder"),
+        "decoder": content.get("decoder") or {"type": "Fuse"},
         "model": {**content["model"], "vocab": {name: index for index, name in enumerate(names)}},
     }
 

@@ -158,6 +158,15 @@ def test_a_character_without_a_piece_is_refused_not_dropped(tmp_path: Path) -> N
             tokenizer.encode("a!")
 
 
+def test_a_file_without_a_decoder_joins_its_pieces(tmp_path: Path) -> None:
+    """The library alone would put spaces between them."""
+    letters = {letter: index for index, letter in enumerate(" abc")}
+    (tmp_path / "t.json").write_text(json.dumps({"version": "1.0", "model": {"vocab": letters, "merges": []}}))
+    tokenizer = JsonTextTokenizer(tmp_path / "t.json")
+    assert tokenizer.decode(tokenizer.encode("ab  c")) == "ab  c"
+    assert tokenizer.piece_bytes == [1, 1, 1, 1]
+
+
 def test_lone_surrogates_and_foreign_indices_are_refused(tokenizer: JsonTextTokenizer) -> None:
     with pytest.raises(ValueError, match="lone surrogate at character 1"):
         tokenizer.encode("a\ud800")
