@@ -29,7 +29,8 @@ class JsonTextTokenizer:
 
     - A file that puts a space in front of every text (Llama's) does so for every part of a document, and its decoder
       takes one away: pieces from the middle of a text lose a space in front, and `piece_bytes` of a text add up to
-      one more than its bytes.
+      one more than its bytes. Newer files (the step `Metaspace`) put none where a text begins with one: that one is
+      lost.
     - A file that writes spaces as U+2581 gives that character back as a space.
     - A file with a normaliser gives the normalised text back.
     - Added tokens that are not special, such as runs of spaces, are spelled with the pieces of the BPE.

@@ -51,7 +51,10 @@ class TextTokenizer:
             raise ValueError(f"{name}: not a sentencepiece model; {RETRAIN}") from error
         byte_pieces = [index for index in range(self.num_pieces) if self._processor.IsByte(index)]
         if len(byte_pieces) != 256 or any(self._processor.IsControl(index) for index in range(self.num_pieces)):
-            raise ValueError(f"{name}: the model needs byte fallback and no control tokens; {RETRAIN}")
+            raise ValueError(
+                f"{name}: the model needs byte fallback and no control tokens; {RETRAIN}, or give the tokenizer.json "
+                "of a foreign model"
+            )
         self._space_mark = [byte_pieces[byte] for byte in SPACE_MARK.encode()]
         if self.decode(self.encode(" \ufb01 ")) != " \ufb01 ":
             raise ValueError(f"{name}: the model changes white space or normalises text; {RETRAIN}")

@@ -105,6 +105,23 @@ def test_bytes_of_the_pieces_add_up_to_those_of_a_text(tokenizer: JsonTextTokeni
     assert sum(bytes_of) == len(text.encode()) + in_front
 
 
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_metaspace_as_a_step_of_its_own(tmp_path: Path, scheme: str) -> None:
+    """The newer spelling of Llama's file."""
+    write_tokenizer(tmp_path / "t.json", kind="metaspace")
+    step = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}
+    content = json.loads((tmp_path / "t.json").read_text()) | {"normalizer": None, "pre_tokenizer": step}
+    content["decoder"]["decoders"] = content["decoder"]["decoders"][: 3 if scheme == "never" else 4]
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    tokenizer, in_front = JsonTextTokenizer(tmp_path / "t.json"), scheme != "never"
+    for text in [text for text in TEXTS if text]:
+        pieces = tokenizer.encode(text)
+        # a space that is there already is not doubled by these steps
+        kept = text[1:] if in_front and text.startswith(" ") else text
+        assert tokenizer.decode(pieces) == kept
+        assert sum(tokenizer.piece_bytes[piece] for piece in pieces) == len(kept.encode()) + in_front
+
+
 def test_pieces_of_the_middle_join(tmp_path: Path) -> None:
     """Byte-level files decode stretches to what they are; those with a space in front lose one space of it."""
     found = {}

@@ -158,6 +158,17 @@ def test_the_processor_puts_a_picture_in_its_place(exported: Exported) -> None:
     assert (given.pixel_values[0] - expected).abs().max() < 1e-5  # measured: 1.2e-7
 
 
+def test_what_is_exported_comes_back(sentencepiece_model: Exported) -> None:
+    """Read by ourselves, the file has the pieces and the vocabulary that it was written from."""
+    own = sentencepiece_model.own
+    again = load_text_tokenizer(sentencepiece_model.folder / "tokenizer.json")
+    assert size_vocabulary(again, {"image": 40}, 8) == sentencepiece_model.vocabulary.config
+    assert again.piece_bytes == own.piece_bytes
+    for text in [*TEXTS, *TYPED]:
+        assert again.encode(text) == own.encode(text)
+        assert again.decode(again.encode(text)) == text
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, exported: Exported) -> None:
     train_text_tokenizer(TRAINING, tmp_path / "other.model", vocab_size=300)
     with pytest.raises(ValueError, match=r"other\.model has 300 text pieces, the vocabulary"):
