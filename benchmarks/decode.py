@@ -32,8 +32,7 @@ from torch import Tensor
 from train_throughput import SHAPES as TRAINING_SHAPES
 from train_throughput import build_peer
 
-from mixmodal.document import SequenceFormat
-from mixmodal.document.formats import CM3LeonFormat
+from mixmodal.document import CM3LeonFormat, SequenceFormat
 from mixmodal.models.presets import PRESETS
 from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.sampling.engine import Request

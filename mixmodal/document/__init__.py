@@ -1,21 +1,17 @@
 """Documents of text and coded parts, and the one place that spells them as ids and parses them back."""
 
 from mixmodal.document.formats import (
-    FORMATS,
     Block,
-    ChameleonFormat,
-    CM3LeonFormat,
     FormatName,
     Run,
     SequenceFormat,
-    build_format,
     count_fitting,
-    group_texts,
 )
 from mixmodal.document.parts import (
     PART_TYPES,
     Coded,
     Document,
+    EndOfTurn,
     Image,
     Mask,
     Part,
@@ -23,6 +19,7 @@ from mixmodal.document.parts import (
     Text,
     TextCodec,
 )
+from mixmodal.document.spellings import FORMATS, ChameleonFormat, CM3LeonFormat, build_format
 
 __all__ = [
     "FORMATS",
@@ -32,6 +29,7 @@ __all__ = [
     "ChameleonFormat",
     "Coded",
     "Document",
+    "EndOfTurn",
     "FormatName",
     "Image",
     "Mask",
@@ -43,5 +41,4 @@ __all__ = [
     "TextCodec",
     "build_format",
     "count_fitting",
-    "group_texts",
 ]

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from mixmodal.document.parts import PART_TYPES, Document, Mask, Part, SequenceError, Text, TextCodec
+from mixmodal.document.parts import PART_TYPES, Document, EndOfTurn, Mask, Part, SequenceError, Text, TextCodec
 from mixmodal.vocabulary import Vocabulary
 
 FormatName = Literal["cm3leon", "chameleon"]
@@ -161,11 +161,13 @@ class SequenceFormat(ABC):
     def turn_pair(self, ids: np.ndarray) -> np.ndarray | None:
         """A document of one text, masks among it, and one coded part, with the other one first; None for any other.
 
+        What has turns of a conversation is no such pair: an answer can not stand before its question.
+
         Raises:
             SequenceError: where the ids are not a whole sequence of this format.
         """
-        parts = group_texts(self.split(ids))
-        if sorted(part[0].modality == "text" for part in parts) != [False, True]:
+        parts = self.group_texts(self.split(ids))
+        if self.vocabulary.end_of_turn in ids or sorted(part[0].modality == "text" for part in parts) != [False, True]:
             return None
         return self.join([run for part in parts[::-1] for run in part])
 
@@ -195,7 +197,8 @@ class SequenceFormat(ABC):
             SequenceError: where the ids are not a whole document of this format.
         """
         before = np.asarray(ids[:start])
-        skipped = int((self.vocabulary.is_content(before) | self.vocabulary.contains("sentinel", before)).sum())
+        marks = self.vocabulary.contains("sentinel", before) | (before == self.vocabulary.end_of_turn)
+        skipped = int((self.vocabulary.is_content(before) | marks).sum())
         parts = []
         for run in self.split(ids):
             divided = skipped < len(run.ids)
@@ -204,6 +207,15 @@ class SequenceFormat(ABC):
             skipped = 0 if divided else skipped - len(run.ids)
         return Document(parts)
 
+    def group_texts(self, runs: Sequence[Run]) -> list[list[Run]]:
+        """Runs with neighbouring texts of one turn, masks among them, taken together."""
+
+        def group(item: tuple[int, Run]) -> int:
+            place, run = item
+            return -1 if run.modality == "text" and run.ids[0] != self.vocabulary.end_of_turn else place
+
+        return [[run for _, run in part] for _, part in groupby(enumerate(runs), key=group)]
+
     # parts <-> ids
 
     def _part_ids(self, part: Part) -> np.ndarray:
@@ -211,6 +223,8 @@ class SequenceFormat(ABC):
             if part.index not in range(self.vocabulary.config.num_sentinels):
                 raise SequenceError(f"there is no sentinel {part.index}")
             return np.array([self.vocabulary.sentinel(part.index)], dtype=np.int64)
+        if isinstance(part, EndOfTurn):
+            return np.array([self.vocabulary.end_of_turn], dtype=np.int64)
         if isinstance(part, Text):
             pieces = np.array(self._text().encode(part.text), dtype=np.int64)
             if not len(pieces):
@@ -231,6 +245,8 @@ class SequenceFormat(ABC):
             return PART_TYPES[run.modality](codes.reshape(self.grids[run.modality]))
         if len(run.ids) == 1 and self.vocabulary.contains("sentinel", run.ids)[0]:
             return Mask(int(run.ids[0] - self.vocabulary.sentinel(0)))
+        if run.ids[0] == self.vocabulary.end_of_turn:
+            return EndOfTurn()
         return Text(self._text().decode(self.vocabulary.from_ids("text", run.ids).tolist()))
 
     def _text(self) -> TextCodec:
@@ -239,7 +255,7 @@ class SequenceFormat(ABC):
         return self.text_tokenizer
 
     def _modality_runs(self, ids: np.ndarray) -> list[Run]:
-        """Stretches of equal modality; a sentinel is a text run of its own."""
+        """Stretches of equal modality; a sentinel or an end of turn is a text run of its own."""
         if not len(ids):
             return []
         kinds = self._kinds[ids]
@@ -247,13 +263,13 @@ class SequenceFormat(ABC):
             stray = self.vocabulary.name(int(ids[kinds < 0][0]))
             raise SequenceError(f"{stray} can not stand inside a part")
         modalities = (*self.vocabulary.modalities, "text")
-        sentinel = len(modalities) - 1
-        starts = ((kinds[1:] != kinds[:-1]) | (kinds[1:] == sentinel)).nonzero()[0] + 1
+        alone = len(modalities) - 1
+        starts = ((kinds[1:] != kinds[:-1]) | (kinds[1:] == alone)).nonzero()[0] + 1
         edges = [0, *starts.tolist(), len(ids)]
         return [Run(modalities[kinds[start]], ids[start:stop]) for start, stop in pairwise(edges)]
 
     def _kind_table(self) -> np.ndarray:
-        """What each id of the vocabulary is: the index of its modality, behind those a sentinel, or -1 for control.
+        """What each id is: the index of its modality, behind those a sentinel or end of turn, or -1 for control.
 
         One look-up instead of a comparison for each range, since every training document passes here.
         """
@@ -261,128 +277,10 @@ class SequenceFormat(ABC):
         for kind, name in enumerate((*self.vocabulary.modalities, "sentinel")):
             span = self.vocabulary.ids(name)
             table[span.start : span.stop] = kind
+        table[self.vocabulary.end_of_turn] = len(self.vocabulary.modalities)
         return table
-
-
-class CM3LeonFormat(SequenceFormat):
-    """One `<break>` at every change of modality and between two coded parts (CM3Leon, arXiv 2309.02591, figure 9).
-
-    In a chain there is one between two documents as well.
-    """
-
-    name: ClassVar[FormatName] = "cm3leon"
-    text_after_open: ClassVar[bool] = True
-
-    def _block(self, modality: str, length: int) -> Block:
-        return Block(length, open_id=self.vocabulary.break_, close_id=None)
-
-    @property
-    def boundary(self) -> int:
-        return self.vocabulary.break_
-
-    def _lead(self, last: str | None, following: str) -> list[int]:
-        return [] if last is None or (last == "text" and following == "text") else [self.vocabulary.break_]
-
-    def _body(self, runs: Sequence[Run]) -> list[np.ndarray]:
-        body: list[np.ndarray] = []
-        last = None
-        for run in runs:
-            body += [np.array(self._lead(last, run.modality), dtype=np.int64), run.ids]
-            last = run.modality
-        return body
-
-    def _runs(self, body: np.ndarray) -> list[Run]:
-        if not len(body):
-            return []
-        runs: list[Run] = []
-        edges = [-1, *(body == self.vocabulary.break_).nonzero()[0].tolist(), len(body)]
-        for before, after in pairwise(edges):
-            found = self._modality_runs(body[before + 1 : after])
-            if not found:
-                raise SequenceError("nothing stands before or behind a <break>")
-            modalities = {run.modality for run in found}
-            if len(modalities) > 1:
-                raise SequenceError(f"no <break> between parts of modality {' and '.join(sorted(modalities))}")
-            if runs and runs[-1].modality == found[0].modality == "text":
-                raise SequenceError("a <break> stands between two texts")
-            runs += found
-        return runs
-
-
-class ChameleonFormat(SequenceFormat):
-    """Images between begin-image (`<break>`) and end-image (`<eoss>`) tokens (Chameleon, arXiv 2405.09818).
-
-    Chameleon has no chains. Here `</s>` stands between two documents of one, since its `<break>` begins an image.
-    """
-
-    name: ClassVar[FormatName] = "chameleon"
-    text_after_open: ClassVar[bool] = False
-
-    def _block(self, modality: str, length: int) -> Block:
-        if modality != "image":
-            raise ValueError(f"sequence format chameleon: it has tokens for images only, not for {modality!r}")
-        return Block(length, open_id=self.vocabulary.break_, close_id=self.vocabulary.end_of_span)
-
-    @property
-    def boundary(self) -> int:
-        return self.vocabulary.eos
-
-    def _lead(self, last: str | None, following: str) -> list[int]:
-        return [] if following == "text" else [self.blocks[following].open_id]
-
-    def _body(self, runs: Sequence[Run]) -> list[np.ndarray]:
-        body: list[np.ndarray] = []
-        for run in runs:
-            block = self.blocks.get(run.modality)
-            body += [run.ids] if block is None else [[block.open_id], run.ids, [block.close_id]]  # type: ignore[list-item]
-        return body
-
-    def _runs(self, body: np.ndarray) -> list[Run]:
-        runs: list[Run] = []
-        while len(body):
-            opens = (body == self.vocabulary.break_).nonzero()[0]
-            text = body[: opens[0]] if len(opens) else body
-            found = self._modality_runs(text)
-            if any(run.modality != "text" for run in found):
-                raise SequenceError("image codes stand outside begin-image and end-image")
-            runs += found
-            if not len(opens):
-                break
-            body = body[opens[0] + 1 :]
-            closes = (body == self.vocabulary.end_of_span).nonzero()[0]
-            codes = self._modality_runs(body[: closes[0]]) if len(closes) else []
-            if len(codes) != 1 or codes[0].modality == "text":
-                raise SequenceError("begin-image must be followed by image codes and end-image")
-            runs += codes
-            body = body[closes[0] + 1 :]
-        return runs
-
-
-def group_texts(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs with neighbouring texts, masks among them, taken together."""
-    numbered = groupby(enumerate(runs), key=lambda item: -1 if item[1].modality == "text" else item[0])
-    return [[run for _, run in part] for _, part in numbered]
 
 
 def count_fitting(lengths: Iterable[int], room: int) -> int:
     """How many whole documents of these lengths, from the first on, fit `room` tokens before another one in a chain."""
     return sum(end <= room for end in accumulate(length - 1 for length in lengths))
-
-
-FORMATS: dict[FormatName, type[SequenceFormat]] = {"cm3leon": CM3LeonFormat, "chameleon": ChameleonFormat}
-
-
-def build_format(
-    name: FormatName,
-    vocabulary: Vocabulary,
-    grids: Mapping[str, Sequence[int]],
-    text_tokenizer: TextCodec | None = None,
-) -> SequenceFormat:
-    """The format by name.
-
-    Raises:
-        ValueError: for an unknown name, or grids that do not match the vocabulary's codebooks.
-    """
-    if name not in FORMATS:
-        raise ValueError(f"sequence format {name!r} is unknown; choose {' or '.join(FORMATS)}")
-    return FORMATS[name](vocabulary, grids, text_tokenizer)

@@ -44,6 +44,7 @@ class Grammar:
             `image` (one block, then stop), `mixed`, or `infill`: the text that a mask stands for, behind a prompt that
             ends with this mask once more, up to `<eoss>` (CM3, arXiv 2201.07520, section 2).
         vocab_size: rows of the model's output; ids behind the vocabulary are never legal.
+        has_turns: whether a row may end by an end of turn as well, as behind prompts that have ended one.
 
     Raises:
         ValueError: for an `output` that the format does not have.
@@ -53,12 +54,18 @@ class Grammar:
     """The node of rows that have stopped."""
 
     def __init__(
-        self, format: SequenceFormat, output: str, vocab_size: int, device: torch.device | str = "cpu"
+        self,
+        format: SequenceFormat,
+        output: str,
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+        *,
+        has_turns: bool = False,
     ) -> None:
         outputs = ("text", *format.blocks, MIXED, INFILL)
         if output not in outputs:
             raise ValueError(f"output {output!r} is unknown; choose {', '.join(outputs)}")
-        self.format, self.output = format, output
+        self.format, self.output, self.has_turns = format, output, has_turns
         self.vocabulary = format.vocabulary
         self._kinds = ["none", "text", "sentinel", *format.blocks, *self._control_ids()]
         self._kind_of = self._classify(vocab_size)
@@ -67,6 +74,8 @@ class Grammar:
         allowed = {(node, kind): to for (node, kind), to in self._spelled.items() if self._allows(node, kind)}
         if output == INFILL:
             allowed["text", self.vocabulary.end_of_span] = self._nodes[self.done]
+        if has_turns and output in ("text", MIXED):
+            allowed |= {(node, self.vocabulary.end_of_turn): "done" for node in self._ends_of_turn(output)}
         if output == "text":  # a text that a block follows has ended, too; its mass must not go to more text
             allowed |= {("text", block.open_id): self._nodes[self.done] for block in format.blocks.values()}
         self._upload(allowed, torch.device(device))
@@ -78,7 +87,11 @@ class Grammar:
         closing = {block.close_id for block in blocks if block.close_id is not None}
         if self.output == INFILL:
             closing.add(self.vocabulary.end_of_span)
-        return [self.vocabulary.eos, *sorted({block.open_id for block in blocks} | closing)]
+        return [
+            self.vocabulary.eos,
+            self.vocabulary.end_of_turn,
+            *sorted({block.open_id for block in blocks} | closing),
+        ]
 
     def _classify(self, vocab_size: int) -> np.ndarray:
         """Kind of every id, `(V,)`."""
@@ -106,6 +119,7 @@ class Grammar:
         separates = self.format.text_after_open
         for node in ("start", "text"):
             edges |= {(node, "text"): "text", (node, "sentinel"): "text", (node, self.vocabulary.eos): "done"}
+            edges[node, self.vocabulary.end_of_turn] = "text"
         for modality, block in self.format.blocks.items():
             codes, end, after_text = f"codes {modality}", f"end {modality}", f"open {block.open_id} after text"
             after_codes = f"open {block.open_id} after codes"
@@ -114,7 +128,8 @@ class Grammar:
             edges["text", block.open_id] = after_text
             if separates:  # no token opens the first part, and two texts can not be separated
                 edges["start", modality] = codes
-                edges[after_codes, "text"] = edges[after_codes, "sentinel"] = "text"
+                kinds = ("text", "sentinel", self.vocabulary.end_of_turn)
+                edges |= {(after_codes, kind): "text" for kind in kinds}
             else:
                 edges["start", block.open_id] = after_text
             if block.close_id is None:
@@ -130,7 +145,7 @@ class Grammar:
 
     def _allows(self, node: str, kind: str | int) -> bool:
         """Whether the output allows what the format allows."""
-        if kind == "sentinel":
+        if kind in ("sentinel", self.vocabulary.end_of_turn):
             return False
         if self.output == INFILL:
             return (node, kind) == ("text", "text")
@@ -141,6 +156,11 @@ class Grammar:
         if self.output == "text":
             return kind in ("text", self.vocabulary.eos)
         return kind in (self.output, self.format.blocks[self.output].open_id)
+
+    def _ends_of_turn(self, output: str) -> list[str]:
+        """Where a row may end its turn: in text and, where a token leads to it, right behind a picture."""
+        opened = [f"open {block.open_id} after codes" for block in self.format.blocks.values()]
+        return ["text", *(opened if self.format.text_after_open and output == MIXED else [])]
 
     def _stops_at(self, node: str) -> bool:
         """Whether a whole document may end here by `</s>`, though none may have been drawn yet."""

@@ -10,7 +10,7 @@ import torch
 from PIL.Image import Image as Picture
 from torch import Tensor
 
-from mixmodal.document import Coded, Document, Image, Mask, Part, SequenceFormat, Text
+from mixmodal.document import Coded, Document, EndOfTurn, Image, Mask, Part, SequenceFormat, Text
 from mixmodal.tokenization.preprocessing import open_picture, resize_and_crop, to_pictures, to_tensor
 
 if TYPE_CHECKING:
@@ -81,15 +81,15 @@ class Codec:
             found.append(Document(next(images) if isinstance(part, Picture) else _part(part) for part in parts))
         return found
 
-    def from_document(self, document: Document) -> list[str | Picture | Mask]:
-        """Strings and pictures in order; a mask stays a mask."""
+    def from_document(self, document: Document) -> list[str | Picture | Mask | EndOfTurn]:
+        """Strings and pictures in order; a mask stays a mask, an end of turn one."""
         return self.from_documents([document])[0]
 
-    def from_documents(self, documents: Sequence[Document]) -> list[list[str | Picture | Mask]]:
+    def from_documents(self, documents: Sequence[Document]) -> list[list[str | Picture | Mask | EndOfTurn]]:
         """`from_document` for many; their codes pass the decoder together."""
         coded = [part for document in documents for part in document.parts if isinstance(part, Coded)]
         pictures = iter(self.decode_images(coded))
-        found: list[list[str | Picture | Mask]] = []
+        found: list[list[str | Picture | Mask | EndOfTurn]] = []
         for document in documents:
             found.append([])
             for part in document.parts:
@@ -132,6 +132,6 @@ class Codec:
 def _part(part: object) -> Part:
     if isinstance(part, str):
         return Text(part)
-    if isinstance(part, (Text, Mask, Coded)):
+    if isinstance(part, (Text, Mask, EndOfTurn, Coded)):
         return part
     raise TypeError(f"a part must be a string, a PIL picture or a document part, not {type(part).__name__}")
