@@ -1,12 +1,16 @@
 """Documents of text and coded parts, and the one place that spells them as ids and parses them back."""
 
+from mixmodal.document.building import FORMATS, build_format
 from mixmodal.document.formats import (
     Block,
     FormatName,
+    Grid,
+    Lines,
     Run,
     SequenceFormat,
     count_fitting,
 )
+from mixmodal.document.lumina import UNIT_PIXELS, LuminaFormat
 from mixmodal.document.parts import (
     PART_TYPES,
     Coded,
@@ -19,11 +23,12 @@ from mixmodal.document.parts import (
     Text,
     TextCodec,
 )
-from mixmodal.document.spellings import FORMATS, ChameleonFormat, CM3LeonFormat, build_format
+from mixmodal.document.spellings import ChameleonFormat, CM3LeonFormat
 
 __all__ = [
     "FORMATS",
     "PART_TYPES",
+    "UNIT_PIXELS",
     "Block",
     "CM3LeonFormat",
     "ChameleonFormat",
@@ -31,7 +36,10 @@ __all__ = [
     "Document",
     "EndOfTurn",
     "FormatName",
+    "Grid",
     "Image",
+    "Lines",
+    "LuminaFormat",
     "Mask",
     "Part",
     "Run",

@@ -7,33 +7,67 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from mixmodal.document.parts import PART_TYPES, Document, EndOfTurn, Mask, Part, SequenceError, Text, TextCodec
+from mixmodal.document.parts import PART_TYPES, Coded, Document, EndOfTurn, Mask, Part, SequenceError, Text, TextCodec
 from mixmodal.vocabulary import Vocabulary
 
-FormatName = Literal["cm3leon", "chameleon"]
+FormatName = Literal["cm3leon", "chameleon", "lumina"]
+Grid = tuple[int, ...]
+"""The shape of codes."""
 
 
 class Run(NamedTuple):
-    """One part as ids: a stretch of one modality without its control tokens. `ids` is int64 `(n,)`."""
+    """One part as ids: a stretch of one modality without its control tokens. `ids` is int64 `(n,)`.
+
+    `grid` is the shape of its codes; None where the format has one grid, and for text.
+    """
 
     modality: str
     ids: np.ndarray
+    grid: Grid | None = None
+
+
+@dataclass(frozen=True)
+class Lines:
+    """How codes of several grids `(h, w)` stand in a block: the tokens of their size, and one behind each row.
+
+    Args:
+        sizes: the allowed grids, each with the tokens that stand before its codes.
+        newline_id: stands behind each row.
+    """
+
+    sizes: Mapping[Grid, tuple[int, ...]]
+    newline_id: int
+
+    def length(self, grid: Grid) -> int:
+        """Codes and newlines of a grid."""
+        height, width = grid
+        return height * (width + 1)
 
 
 @dataclass(frozen=True)
 class Block:
     """How a coded modality stands in a sequence: `length` codes after `open_id`, ended by `close_id`.
 
-    `close_id` is None where the next control token (`<break>` or `</s>`) ends it.
+    `close_id` is None where the next control token (`<break>` or `</s>`) ends it. With `lines` the length is that of
+    the largest grid.
     """
 
     length: int
     open_id: int
     close_id: int | None
+    lines: Lines | None = None
+
+    def num_tokens(self, grid: Grid | None = None) -> int:
+        """Tokens behind `open_id`, `close_id` among them: of a grid, or the most of any."""
+        closed = int(self.close_id is not None)
+        if self.lines is None:
+            return self.length + closed
+        grids = self.lines.sizes if grid is None else (grid,)
+        return max(len(self.lines.sizes[one]) + self.lines.length(one) for one in grids) + closed
 
 
 class SequenceFormat(ABC):
@@ -59,12 +93,42 @@ class SequenceFormat(ABC):
             raise ValueError(f"sequence format: no part type for {unknown}; add a subclass of Coded to PART_TYPES")
         self.vocabulary = vocabulary
         self._kinds = self._kind_table()
-        self.grids = {modality: tuple(grid) for modality, grid in grids.items()}
+        self.grids: dict[str, Grid] = {modality: tuple(grid) for modality, grid in grids.items()}
         self.text_tokenizer = text_tokenizer
         self.blocks = {modality: self._block(modality, math.prod(grid)) for modality, grid in self.grids.items()}
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `build_format` makes it of again, as plain data for JSON, but for vocabulary and text tokenizer."""
+        return {"name": self.name, "grids": {modality: list(grid) for modality, grid in self.grids.items()}}
+
+    def with_text_tokenizer(self, text_tokenizer: TextCodec | None) -> SequenceFormat:
+        """The same format with another text tokenizer."""
+        return type(self)(self.vocabulary, self.grids, text_tokenizer)
+
     @abstractmethod
     def _block(self, modality: str, length: int) -> Block: ...
+
+    def allowed_grids(self, modality: str) -> tuple[Grid, ...]:
+        """The grids that codes of a modality may have, the largest first."""
+        return (self.grids[modality],)
+
+    def size_lead(self, modality: str, grid: Grid) -> list[int]:
+        """What the token that opens a block is followed by where its codes are to have a grid; nothing if all have.
+
+        Raises:
+            SequenceError: for a grid that is not allowed.
+        """
+        allowed = self.allowed_grids(modality)
+        if tuple(grid) not in allowed:
+            shown = " ".join("x".join(map(str, one)) for one in allowed[:4]) + (" ..." if len(allowed) > 4 else "")
+            raise SequenceError(f"{modality} codes of shape {tuple(grid)}; allowed are {shown}")
+        lines = self.blocks[modality].lines
+        return [] if lines is None else list(lines.sizes[tuple(grid)])
+
+    def lay_out(self, run: Run) -> np.ndarray:
+        """The ids of a coded run with what stands between them, `(n,)` int64: as they are where nothing does."""
+        return run.ids
 
     @abstractmethod
     def _body(self, runs: Sequence[Run]) -> list[np.ndarray]:
@@ -87,7 +151,10 @@ class SequenceFormat(ABC):
 
     def runs(self, document: Document) -> list[Run]:
         """The parts as runs of ids, in order."""
-        return [Run(part.modality, self._part_ids(part)) for part in document.parts]
+        return [
+            Run(part.modality, self._part_ids(part), part.codes.shape if isinstance(part, Coded) else None)
+            for part in document.parts
+        ]
 
     def spell(self, document: Document) -> np.ndarray:
         """A whole document, from `<s>` to `</s>`.
@@ -97,10 +164,19 @@ class SequenceFormat(ABC):
         """
         return self.join(self.runs(document))
 
-    def spell_prompt(self, document: Document, following: str | None) -> np.ndarray:
-        """The start of a document, open for a part of modality `following`; None leaves the choice to the model."""
+    def spell_prompt(self, document: Document, following: str | None, grid: Grid | None = None) -> np.ndarray:
+        """The start of a document, open for a part of modality `following`; None leaves the choice to the model.
+
+        Args:
+            grid: of the codes that are to follow; None leaves it to the model, too.
+
+        Raises:
+            SequenceError: for a grid that is not allowed.
+        """
         last = document.parts[-1].modality if document.parts else None
         lead = [] if following is None else self._lead(last, following)
+        if following is not None and grid is not None:
+            lead = [*lead, *self.size_lead(following, grid)]
         return np.concatenate([[self.vocabulary.bos], *self._body(self.runs(document)), lead]).astype(np.int64)
 
     def spell_continuation(self, context: Document, continuation: Document) -> tuple[np.ndarray, np.ndarray]:
@@ -153,9 +229,10 @@ class SequenceFormat(ABC):
             raise SequenceError(f"ids must lie in 0 .. {self.vocabulary.size - 1}; is this another vocabulary's data?")
         runs = self._runs(ids[1:-1])
         for run in runs:
-            if run.modality in self.blocks and len(run.ids) != self.blocks[run.modality].length:
-                wanted = self.blocks[run.modality].length
-                raise SequenceError(f"a part of modality {run.modality} has {len(run.ids)} codes instead of {wanted}")
+            if run.modality in self.blocks:
+                wanted = self.blocks[run.modality].length if run.grid is None else math.prod(run.grid)
+                if len(run.ids) != wanted:
+                    raise SequenceError(f"a part of modality {run.modality} has {len(run.ids)} codes, not {wanted}")
         return runs
 
     def turn_pair(self, ids: np.ndarray) -> np.ndarray | None:
@@ -234,7 +311,7 @@ class SequenceFormat(ABC):
             raise SequenceError(f"modality {part.modality!r} has no grid in this format")
         codes, size = np.asarray(part.codes, dtype=np.int64), len(self.vocabulary.ids(part.modality))
         if codes.shape != self.grids[part.modality]:
-            raise SequenceError(f"{part.modality} codes of shape {codes.shape} instead of {self.grids[part.modality]}")
+            self.size_lead(part.modality, codes.shape)
         if codes.min() < 0 or codes.max() >= size:
             raise SequenceError(f"{part.modality} codes must lie in 0 .. {size - 1}")
         return self.vocabulary.to_ids(part.modality, codes.reshape(-1))
@@ -242,7 +319,7 @@ class SequenceFormat(ABC):
     def _part(self, run: Run) -> Part:
         if run.modality in self.grids:
             codes = self.vocabulary.from_ids(run.modality, run.ids)
-            return PART_TYPES[run.modality](codes.reshape(self.grids[run.modality]))
+            return PART_TYPES[run.modality](codes.reshape(run.grid or self.grids[run.modality]))
         if len(run.ids) == 1 and self.vocabulary.contains("sentinel", run.ids)[0]:
             return Mask(int(run.ids[0] - self.vocabulary.sentinel(0)))
         if run.ids[0] == self.vocabulary.end_of_turn:

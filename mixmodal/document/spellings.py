@@ -1,16 +1,15 @@
-"""How the formats of the papers divide and join parts, and which there are."""
+"""How CM3Leon and Chameleon divide and join parts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import ClassVar
 
 import numpy as np
 
 from mixmodal.document.formats import Block, FormatName, Run, SequenceFormat
-from mixmodal.document.parts import SequenceError, TextCodec
-from mixmodal.vocabulary import Vocabulary
+from mixmodal.document.parts import SequenceError
 
 
 class CM3LeonFormat(SequenceFormat):
@@ -69,7 +68,7 @@ class ChameleonFormat(SequenceFormat):
 
     def _block(self, modality: str, length: int) -> Block:
         if modality != "image":
-            raise ValueError(f"sequence format chameleon: it has tokens for images only, not for {modality!r}")
+            raise ValueError(f"sequence format {self.name}: it has tokens for images only, not for {modality!r}")
         return Block(length, open_id=self.vocabulary.break_, close_id=self.vocabulary.end_of_span)
 
     @property
@@ -83,8 +82,19 @@ class ChameleonFormat(SequenceFormat):
         body: list[np.ndarray] = []
         for run in runs:
             block = self.blocks.get(run.modality)
-            body += [run.ids] if block is None else [[block.open_id], run.ids, [block.close_id]]  # type: ignore[list-item]
+            body += [run.ids] if block is None else [[block.open_id], self._inside(run), [block.close_id]]  # type: ignore[list-item]
         return body
+
+    def _inside(self, run: Run) -> np.ndarray:
+        """What stands between begin-image and end-image."""
+        return run.ids
+
+    def _read_inside(self, ids: np.ndarray) -> Run:
+        """The inverse of `_inside`."""
+        found = self._modality_runs(ids)
+        if len(found) != 1 or found[0].modality == "text":
+            raise SequenceError("begin-image must be followed by image codes and end-image")
+        return found[0]
 
     def _runs(self, body: np.ndarray) -> list[Run]:
         runs: list[Run] = []
@@ -99,28 +109,8 @@ class ChameleonFormat(SequenceFormat):
                 break
             body = body[opens[0] + 1 :]
             closes = (body == self.vocabulary.end_of_span).nonzero()[0]
-            codes = self._modality_runs(body[: closes[0]]) if len(closes) else []
-            if len(codes) != 1 or codes[0].modality == "text":
+            if not len(closes):
                 raise SequenceError("begin-image must be followed by image codes and end-image")
-            runs += codes
+            runs.append(self._read_inside(body[: closes[0]]))
             body = body[closes[0] + 1 :]
         return runs
-
-
-FORMATS: dict[FormatName, type[SequenceFormat]] = {"cm3leon": CM3LeonFormat, "chameleon": ChameleonFormat}
-
-
-def build_format(
-    name: FormatName,
-    vocabulary: Vocabulary,
-    grids: Mapping[str, Sequence[int]],
-    text_tokenizer: TextCodec | None = None,
-) -> SequenceFormat:
-    """The format by name.
-
-    Raises:
-        ValueError: for an unknown name, or grids that do not match the vocabulary's codebooks.
-    """
-    if name not in FORMATS:
-        raise ValueError(f"sequence format {name!r} is unknown; choose {' or '.join(FORMATS)}")
-    return FORMATS[name](vocabulary, grids, text_tokenizer)

@@ -89,7 +89,7 @@ def save_export(
         "format_version": 1,
         "model": asdict(model.config),
         "vocabulary": format.vocabulary.to_dict(),
-        "sequence_format": {"name": format.name, "grids": {name: list(grid) for name, grid in format.grids.items()}},
+        "sequence_format": format.settings,
     }
     text = write_card(card, config)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -148,8 +148,7 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu", dtype: t
     try:
         vocabulary = Vocabulary.from_dict(config["vocabulary"])
         text_tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER)
-        spelled = config["sequence_format"]
-        format = build_format(spelled["name"], vocabulary, spelled["grids"], text_tokenizer)
+        format = build_format(vocabulary=vocabulary, text_tokenizer=text_tokenizer, **config["sequence_format"])
         image_tokenizer = ImageTokenizer.load(folder / IMAGE_TOKENIZER).to(device).eval()
         codec = Codec(text_tokenizer, image_tokenizer, format)
     except KeyError as error:

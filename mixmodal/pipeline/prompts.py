@@ -173,7 +173,7 @@ def check_memory(memory: Memory, codec: Codec, folder: Path | None) -> None:
     try:
         memory.check_tokens(
             vocabulary_digest=format.vocabulary.digest,
-            sequence_format={"name": format.name, "grids": format.grids},
+            sequence_format=format.settings,
             text_tokenizer_sha256=codec.text_tokenizer.sha256,
             image_tokenizer_sha256=None if folder is None else ImageTokenizer.sha256(folder / IMAGE_TOKENIZER),
         )
