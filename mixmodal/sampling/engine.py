@@ -309,7 +309,7 @@ class Engine:
         for group in groups:
             slots, grammar = group.slots, self._grammar(group.kind)
             state, steps = State(*(part[slots] for part in self.state)), self.steps[slots]
-            tokens = self._choose(group, grammar, state, hidden, self.uniforms[slots, steps])
+            tokens = grammar.settle(state, self._choose(group, grammar, state, hidden, self.uniforms[slots, steps]))
             if isinstance(grammar, Template):
                 known = self.known[slots, steps]
                 tokens = torch.where(known == FREE, tokens, known)

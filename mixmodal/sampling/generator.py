@@ -94,7 +94,7 @@ class SequenceGenerator:
             return request._replace(room=len(known))
         most = self.model.config.max_seq_len if max_new_tokens is None else max_new_tokens
         if block is not None:
-            most = min(most, block.length + 2)  # with the tokens that open and close it
+            most = min(most, max(block.length + 2, block.num_tokens() + 1))  # with the tokens that open and close it
         return request._replace(room=max(0, min(most, self.model.config.max_seq_len - request.length)))
 
     def check(self, request: Request) -> None:
