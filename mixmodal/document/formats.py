@@ -113,6 +113,10 @@ class SequenceFormat(ABC):
         """The grids that codes of a modality may have, the largest first."""
         return (self.grids[modality],)
 
+    def fitting_grid(self, modality: str, height: int, width: int) -> Grid:
+        """The grid that codes of a thing of this height and width get, in any unit."""
+        return self.grids[modality]
+
     def size_lead(self, modality: str, grid: Grid) -> list[int]:
         """What the token that opens a block is followed by where its codes are to have a grid; nothing if all have.
 

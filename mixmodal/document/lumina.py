@@ -88,6 +88,20 @@ class LuminaFormat(ChameleonFormat):
     def allowed_grids(self, modality: str) -> tuple[Grid, ...]:
         return tuple(self._lines(modality).sizes)
 
+    def fitting_grid(self, modality: str, height: int, width: int) -> Grid:
+        """Of the grids that no row or column can be added to, the one of which a centre crop keeps most of the picture.
+
+        Of equally good ones it is the largest.
+        """
+        allowed, per = self._lines(modality).sizes, self.codes_per_unit
+        full = [(h, w) for h, w in allowed if (h + per, w) not in allowed and (h, w + per) not in allowed]
+
+        def kept(grid: tuple[int, int]) -> float:
+            sides = grid[0] * width, grid[1] * height
+            return min(sides) / max(sides)
+
+        return max(full, key=kept)  # the first of equal ones, and the largest come first
+
     def lay_out(self, run: Run) -> np.ndarray:
         """The rows of codes, each with its newline."""
         if run.grid is None:
