@@ -35,8 +35,7 @@ from torch import Tensor
 from train_throughput import SHAPES as TRAINING_SHAPES
 from train_throughput import build_peer
 
-from mixmodal.document import SequenceFormat
-from mixmodal.document.formats import CM3LeonFormat
+from mixmodal.document import CM3LeonFormat, SequenceFormat
 from mixmodal.interop.chameleon.conversion import export_tensors
 from mixmodal.interop.chameleon.layouts import TRANSFORMERS
 from mixmodal.interop.export import load_transformer

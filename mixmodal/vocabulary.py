@@ -3,6 +3,9 @@
 The default order is Chameleon's (arXiv 2405.09818), so that a Chameleon checkpoint keeps its ids:
 
     <s> <pad> </s> <unk> | image codes | <eoss> <break> | sentinels | reserved | text pieces | further code ranges
+
+Of the reserved ids the first is `<end_of_turn>`; Lumina-mGPT (arXiv 2408.02657, released code) has a newline and sizes
+of pictures further behind.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 
+NEWLINE, SIZES = 93, 94
+"""Places among the reserved ids, as Lumina-mGPT has them: of its newline, and of its size of 0 units."""
 Ids = TypeVar("Ids")  # an int, a numpy array or a torch tensor of ids
 
 
@@ -24,7 +29,8 @@ class VocabularyConfig:
         codebook_sizes: number of codes of each coded modality, by its name; `image` comes first where present.
         num_text_pieces: pieces of the text tokenizer.
         num_sentinels: CM3 mask tokens `<mask:i>`.
-        num_reserved: control tokens behind the sentinels; the first is `<end_of_turn>`.
+        num_reserved: control tokens behind the sentinels; the first is `<end_of_turn>`. `reserved_for_sizes` says how
+            many pictures of several sizes need.
     """
 
     codebook_sizes: Mapping[str, int] = field(default_factory=dict)
@@ -117,6 +123,43 @@ class Vocabulary:
             raise ValueError(f"vocabulary: there is no <mask:{index}>; the last is {self.config.num_sentinels - 1}")
         return self._ranges["sentinel"].start + index
 
+    @staticmethod
+    def reserved_for_sizes(most_units: int) -> int:
+        """`num_reserved` of a vocabulary with a newline and sizes of 1 to `most_units` units."""
+        return SIZES + most_units + 1
+
+    @property
+    def newline(self) -> int:
+        """Id of the token behind each row of codes of a picture (Lumina-mGPT).
+
+        Raises:
+            ValueError: where too few ids are reserved.
+        """
+        return self._reserved(NEWLINE, "newline")
+
+    def size_token(self, units: int) -> int:
+        """Id of the token for a picture's height or width of `units` units, 1 or more (Lumina-mGPT).
+
+        Raises:
+            ValueError: where too few ids are reserved.
+        """
+        if units < 1:
+            raise ValueError(f"vocabulary: there is no size of {units} units; the smallest is 1")
+        return self._reserved(SIZES + units, f"size of {units} units")
+
+    def size_units(self, token: int) -> int | None:
+        """The inverse of `size_token`; None for the id of anything else."""
+        units = token - self.end_of_turn - SIZES
+        return units if units >= 1 and token in self._ranges["reserved"] else None
+
+    def _reserved(self, place: int, what: str) -> int:
+        if place >= self.config.num_reserved:
+            raise ValueError(
+                f"vocabulary: there is no {what}: num_reserved is {self.config.num_reserved}, and at least {place + 1} "
+                "are needed"
+            )
+        return self._ranges["reserved"].start + place
+
     def is_content(self, ids: Ids) -> Ids:
         """Whether each id is text or a code, not a control token."""
         first, *rest = self.modalities
@@ -138,6 +181,10 @@ class Vocabulary:
         }
         if token in control:
             return control[token]
+        if token == self.end_of_turn + NEWLINE and token in self._ranges["reserved"]:
+            return "<newline>"
+        if (units := self.size_units(token)) is not None:
+            return f"<size:{units}>"
         for name, span in self._ranges.items():
             if token in span:
                 return f"<mask:{token - span.start}>" if name == "sentinel" else f"<{name}:{token - span.start}>"

@@ -63,6 +63,23 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def lumina_tokenizers(tokenizers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tokenizers`, but with pictures of 64 px and 2 x 2 codes, or as many of another shape: a code is a unit."""
+    from mixmodal.tokenization.autoencoder import AutoencoderConfig
+    from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
+    from mixmodal.tokenization.quantizer_base import QuantizerConfig
+
+    folder = tmp_path_factory.mktemp("lumina")
+    (folder / "text.model").write_bytes((tokenizers / "text.model").read_bytes())
+    shape = {"channels": 8, "channel_multipliers": (1, 1, 1), "num_res_blocks": 1, "patch_size": 8, "norm_groups": 4}
+    autoencoder = AutoencoderConfig(**shape, mid_blocks=("res", "attention"))  # type: ignore[arg-type]
+    config = ImageTokenizerConfig(image_size=64, autoencoder=autoencoder, quantizer=QuantizerConfig(levels=(5, 5, 3)))
+    torch.manual_seed(0)
+    ImageTokenizer(config).save(folder / "image")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def load() -> Callable[[str], ModuleType]:
     """A function of a name: that script of `benchmarks/`, which is no package, or another by its path from there."""
 

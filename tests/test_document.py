@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from mixmodal import document as module
 from mixmodal.document import (
-    FORMATS,
     Coded,
     Document,
+    EndOfTurn,
     Image,
     Mask,
     Run,
@@ -44,14 +44,16 @@ def build(name: str) -> SequenceFormat:
     return build_format(name, VOCABULARY, {"image": GRID}, ByteCodec())  # type: ignore[arg-type]
 
 
-FORMAT = {name: build(name) for name in FORMATS}
-every_format = pytest.mark.parametrize("name", FORMATS)
+SQUARE = ("cm3leon", "chameleon")  # formats of one grid
+FORMAT = {name: build(name) for name in SQUARE}
+every_format = pytest.mark.parametrize("name", SQUARE)
 
 images = st.lists(st.integers(0, 7), min_size=6, max_size=6).map(lambda codes: Image(np.reshape(codes, GRID)))
 control_lookalikes = st.sampled_from(["<s>", "</s>", "<break>", "<mask:0>", "<eoss>", "<pad>"])
 texts = (st.text(min_size=1, max_size=8) | control_lookalikes).map(Text)
 masks = st.integers(0, 2).map(Mask)
-documents = st.lists(images | texts | masks, max_size=6).map(Document)
+turns = st.just(EndOfTurn())
+documents = st.lists(images | texts | masks | turns, max_size=6).map(Document)
 
 
 @every_format
@@ -71,14 +73,14 @@ def test_joining_is_the_inverse_of_splitting(name: str, document: Document) -> N
 
 
 @every_format
-@given(parts=st.lists(images | masks | texts, min_size=1, max_size=5), cut=st.integers(0, 4))
+@given(parts=st.lists(images | masks | texts | turns, min_size=1, max_size=5), cut=st.integers(0, 4))
 def test_a_prompt_is_the_start_of_the_whole_document(name: str, parts: list, cut: int) -> None:
     whole = Document(parts)
     cut = min(cut, len(whole.parts) - 1)
     head, rest = Document(whole.parts[:cut]), Document(whole.parts[cut:])
     ids, prompt = FORMAT[name].spell(whole), FORMAT[name].spell_prompt(head, rest.parts[0].modality)
     assert np.array_equal(ids[: len(prompt)], prompt)
-    assert VOCABULARY.is_content(ids[len(prompt) :])[0] or isinstance(rest.parts[0], Mask)
+    assert VOCABULARY.is_content(ids[len(prompt) :])[0] or isinstance(rest.parts[0], Mask | EndOfTurn)
     closed = FORMAT[name].spell_prompt(head, None)
     assert np.array_equal(ids[: len(closed)], closed)
 
@@ -128,7 +130,6 @@ MALFORMED = {
     "</s> in the middle": ([0, T, 2, T, 2], "both"),
     "<pad>": ([0, T, 1, 2], "both"),
     "<unk>": ([0, T, 3, 2], "both"),
-    "<end_of_turn>": ([0, T, VOCABULARY.end_of_turn, 2], "both"),
     "id below the vocabulary": ([0, T, -1, 2], "both"),
     "id above the vocabulary": ([0, T, VOCABULARY.size, 2], "both"),
     "nothing before <break>": ([0, BR, *PICTURE, 2], "cm3leon"),
@@ -158,7 +159,7 @@ MALFORMED = {
     [
         pytest.param(name, ids, id=f"{name}: {case}")
         for case, (ids, names) in MALFORMED.items()
-        for name in FORMATS
+        for name in SQUARE
         if names in ("both", name)
     ],
 )
@@ -209,7 +210,7 @@ def test_text_without_a_tokenizer_says_so() -> None:
 
 
 def test_unknown_formats_and_grids_are_refused() -> None:
-    with pytest.raises(ValueError, match="cm3leon or chameleon"):
+    with pytest.raises(ValueError, match="cm3leon, chameleon or lumina"):
         build_format("html", VOCABULARY, {"image": GRID})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="grids"):
         build_format("cm3leon", VOCABULARY, {})
@@ -280,6 +281,38 @@ def test_only_a_pair_is_turned_round(name: str, parts: list) -> None:
     split = next(place for place in range(1, len(joined)) if joined[place].modality != joined[0].modality)
     assert turned is not None
     assert np.array_equal(turned, FORMAT[name].spell(Document([*joined[split:], *joined[:split]])))
+
+
+@every_format
+@pytest.mark.parametrize("place", range(3))
+def test_a_pair_with_turns_stays_as_it_is(name: str, place: int) -> None:
+    parts = [Text("a"), Image(np.zeros(GRID, np.int64))]
+    parts.insert(place, EndOfTurn())
+    ids = FORMAT[name].spell(Document(parts))
+    assert FORMAT[name].turn_pair(ids) is None
+    assert np.array_equal(FORMAT[name].order_pair(ids, text_first=False), ids)
+
+
+def test_turns_are_spelled_as_chameleon_spells_them() -> None:
+    parts = [Text("a"), Image(np.zeros(GRID, int)), EndOfTurn(), Text("b"), EndOfTurn()]
+    a, b, turn = T + ord("a"), T + ord("b"), VOCABULARY.end_of_turn
+    assert FORMAT["chameleon"].spell(Document(parts)).tolist() == [0, a, BR, *PICTURE, END, turn, b, turn, 2]
+    assert FORMAT["cm3leon"].spell(Document(parts)).tolist() == [0, a, BR, *PICTURE, BR, turn, b, turn, 2]
+
+
+@every_format
+def test_texts_are_grouped_within_a_turn(name: str) -> None:
+    ids = FORMAT[name].spell(Document([Text("a"), Mask(0), EndOfTurn(), Text("b"), Image(np.zeros(GRID, int))]))
+    groups = FORMAT[name].group_texts(FORMAT[name].split(ids))
+    assert [[len(run.ids) for run in group] for group in groups] == [[1, 1], [1], [1], [6]]
+
+
+@every_format
+def test_a_continuation_behind_turns_is_what_stands_behind_them(name: str) -> None:
+    context, answer = [Text("a"), EndOfTurn()], [Text("b"), EndOfTurn()]
+    prompt = FORMAT[name].spell_prompt(Document(context), None)
+    ids = FORMAT[name].spell(Document([*context, *answer]))
+    assert FORMAT[name].parse_continuation(ids, len(prompt)) == Document(answer)
 
 
 @every_format

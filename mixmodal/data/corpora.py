@@ -56,7 +56,8 @@ class PrepareConfig:
     Args:
         corpora: read in this order.
         out: gets `shards/`, `tokens/` and `report.json`.
-        image_size: pictures are scaled and cropped to this side, pixels, and stored as PNG; 0 keeps the files.
+        image_size: pictures are scaled and cropped to this side, pixels, and stored as PNG; 0 keeps the files, as the
+            sequence format `lumina` needs them.
         shard_size: samples a shard.
         limits: what a sample may be, and the share of bad ones that fails the job.
         tokens: tokenizers for token shards; without it the job ends with the shards. Shards that an earlier call made
@@ -76,6 +77,11 @@ class PrepareConfig:
         if self.image_size < 0 or self.shard_size < 1:
             raise ValueError(
                 f"image_size is {self.image_size} (at least 0), shard_size is {self.shard_size} (at least 1)"
+            )
+        if self.image_size and self.tokens is not None and self.tokens.sequence_format == "lumina":
+            raise ValueError(
+                f"image_size is {self.image_size}, which makes all pictures squares, and tokens.sequence_format lumina "
+                "has pictures of several sizes; leave image_size at 0"
             )
 
 

@@ -26,7 +26,9 @@ from mixmodal.data.token_shards import (
     write_manifest,
     write_token_shard,
 )
-from mixmodal.document import Document, FormatName, Image, Part, SequenceFormat, Text, build_format
+from mixmodal.document import UNIT_PIXELS, Document, FormatName, Image, Part, SequenceFormat, Text, build_format
+from mixmodal.document.lumina import most_units
+from mixmodal.tokenization.codec import map_alike
 from mixmodal.tokenization.preprocessing import PictureError, Preprocess, resize_and_crop, to_tensor
 from mixmodal.tokenization.text_files import PieceTokenizer, load_text_tokenizer, size_vocabulary
 from mixmodal.vocabulary import Vocabulary
@@ -55,7 +57,8 @@ class TokensConfig:
     Args:
         text_tokenizer: a model file of `mixmodal train-text-tokenizer`, or a `tokenizers` JSON file.
         image_tokenizer: a folder of `mixmodal train-image-tokenizer`.
-        sequence_format: how documents are spelled.
+        sequence_format: how documents are spelled. In `lumina` pictures have several sizes, of the area of the image
+            tokenizer's at most: each is resized and cropped to the one that keeps most of it.
         num_sentinels: mask tokens of the vocabulary; a JSON file with image codes says how many it has.
         num_text_pieces: of the model's vocabulary, where its embedding has rows that a JSON file has no pieces for, or
             none for some of its added tokens; by default the pieces of the file.
@@ -127,7 +130,8 @@ def pretokenize(config: PretokenizeConfig, progress: Progress | None = None) -> 
     image_tokenizer = ImageTokenizer.load(config.image_tokenizer).to(config.device)
     sha256 = ImageTokenizer.sha256(config.image_tokenizer)
     size, preprocess = image_tokenizer.config.image_size, image_tokenizer.config.preprocess
-    return Pretokenizer(config, text_tokenizer, image_tokenizer, size, sha256, preprocess).write(progress)
+    per = image_tokenizer.codes_along(UNIT_PIXELS) if config.sequence_format == "lumina" else None
+    return Pretokenizer(config, text_tokenizer, image_tokenizer, size, sha256, preprocess, per).write(progress)
 
 
 class Pretokenizer:
@@ -140,6 +144,7 @@ class Pretokenizer:
         image_size: side of its pictures, pixels.
         image_tokenizer_sha256: names it in the manifest.
         preprocess: how its pictures are resized.
+        codes_per_unit: of its codes; for the format `lumina` alone.
     """
 
     def __init__(
@@ -150,14 +155,18 @@ class Pretokenizer:
         image_size: int,
         image_tokenizer_sha256: str,
         preprocess: Preprocess = "meta",
+        codes_per_unit: int | None = None,
     ) -> None:
         self.config, self.image_tokenizer = config, image_tokenizer
         self.image_size = image_size
         self.preprocess: Preprocess = preprocess
-        sizes = {Image.modality: image_tokenizer.codebook_size}
-        vocabulary = Vocabulary(size_vocabulary(text_tokenizer, sizes, config.num_sentinels))
-        grids = {Image.modality: image_tokenizer.grid}
-        self.spelling: SequenceFormat = build_format(config.sequence_format, vocabulary, grids, text_tokenizer)
+        sizes, grid = {Image.modality: image_tokenizer.codebook_size}, image_tokenizer.grid
+        units = 0 if codes_per_unit is None else most_units(max(1, grid[0] // codes_per_unit))
+        num_reserved = Vocabulary.reserved_for_sizes(units) if units else 1
+        vocabulary = Vocabulary(size_vocabulary(text_tokenizer, sizes, config.num_sentinels, num_reserved))
+        self.spelling: SequenceFormat = build_format(
+            config.sequence_format, vocabulary, {Image.modality: grid}, text_tokenizer, codes_per_unit
+        )
         self.tokenizers = {
             "text_tokenizer_sha256": text_tokenizer.sha256,
             "image_tokenizer_sha256": image_tokenizer_sha256,
@@ -270,7 +279,10 @@ class Pretokenizer:
 
     def _image(self, picture: PictureFile) -> Tensor:
         opened = picture.open(self.config.limits.max_pixels)
-        return to_tensor(resize_and_crop(opened, self.image_size, self.preprocess))
+        height, width = self.spelling.fitting_grid(Image.modality, opened.height, opened.width)
+        square = self.image_tokenizer.grid
+        size = self.image_size * width // square[1], self.image_size * height // square[0]
+        return to_tensor(resize_and_crop(opened, size, self.preprocess))
 
     def _spell(self, shard: int, batch: Sequence[tuple[int, Sample, list[Tensor]]]) -> Iterator[tuple[str, np.ndarray]]:
         variants = range(self.config.num_variants)
@@ -293,12 +305,18 @@ class Pretokenizer:
             for number, _, images in batch
             for place in range(len(images))
         ]
-        codes: list[np.ndarray] = []
-        for start in range(0, len(images), self.config.batch_size):
-            stack = torch.stack(images[start : start + self.config.batch_size])
+
+        def encode(chosen: list[tuple[Tensor, np.ndarray]]) -> list[np.ndarray]:
+            stack = torch.stack([image for image, _ in chosen])
             if variant:
-                changes = torch.from_numpy(np.stack(draws[start : start + self.config.batch_size]))
+                changes = torch.from_numpy(np.stack([draw for _, draw in chosen]))
                 stack = augment(stack, changes, self.config.augment)
             with torch.inference_mode():
-                codes += list(self.image_tokenizer.encode(stack.to(self.config.device)).cpu().numpy())
+                return list(self.image_tokenizer.encode(stack.to(self.config.device)).cpu().numpy())
+
+        codes: list[np.ndarray] = []
+        for start in range(0, len(images), self.config.batch_size):
+            chunk = slice(start, start + self.config.batch_size)
+            shapes = [image.shape for image in images[chunk]]
+            codes += map_alike([*zip(images[chunk], draws[chunk])], shapes, encode)
         return codes

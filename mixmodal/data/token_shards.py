@@ -92,10 +92,7 @@ def build_manifest(
         "format_version": FORMAT_VERSION,
         "vocabulary": spelling.vocabulary.to_dict(),
         "vocabulary_digest": spelling.vocabulary.digest,
-        "sequence_format": {
-            "name": spelling.name,
-            "grids": {modality: list(grid) for modality, grid in spelling.grids.items()},
-        },
+        "sequence_format": spelling.settings,
         "text_tokenizer_sha256": text_tokenizer_sha256,
         "image_tokenizer_sha256": image_tokenizer_sha256,
         "num_variants": num_variants,
@@ -193,7 +190,7 @@ class TokenShards:
     def build_format(self, text_tokenizer: TextCodec | None = None) -> SequenceFormat:
         """The sequence format that the documents are spelled in."""
         section = self.manifest["sequence_format"]
-        return build_format(section["name"], self.vocabulary, section["grids"], text_tokenizer)
+        return build_format(vocabulary=self.vocabulary, text_tokenizer=text_tokenizer, **section)
 
     def check(
         self,

@@ -11,7 +11,7 @@ import numpy as np
 
 from mixmodal.data.packing import Sample
 from mixmodal.data.source import Documents, Randomness
-from mixmodal.document import Run, SequenceFormat, group_texts
+from mixmodal.document import Run, SequenceFormat
 from mixmodal.objectives.causal_masked import TOKENS_PER_MASK, CausalMasked
 
 
@@ -99,10 +99,10 @@ class Variation:
         return bool(self._is_text[ids].any() and self._is_code[ids].any())
 
     def _without_text(self, ids: np.ndarray) -> np.ndarray:
-        """With `<mask:0>` for every text."""
+        """With `<mask:0>` for every text; ends of turns stay."""
         mask = [Run("text", np.array([self.sequence_format.vocabulary.sentinel(0)]))]
-        parts = group_texts(self.sequence_format.split(ids))
-        kept = [mask if part[0].modality == "text" else part for part in parts]
+        parts = self.sequence_format.group_texts(self.sequence_format.split(ids))
+        kept = [mask if self._is_text[part[0].ids[0]] else part for part in parts]
         return self.sequence_format.join([run for part in kept for run in part])
 
     def _factors(self, documents: Sequence[np.ndarray]) -> np.ndarray | None:

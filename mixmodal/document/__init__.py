@@ -1,21 +1,21 @@
 """Documents of text and coded parts, and the one place that spells them as ids and parses them back."""
 
+from mixmodal.document.building import FORMATS, build_format
 from mixmodal.document.formats import (
-    FORMATS,
     Block,
-    ChameleonFormat,
-    CM3LeonFormat,
     FormatName,
+    Grid,
+    Lines,
     Run,
     SequenceFormat,
-    build_format,
     count_fitting,
-    group_texts,
 )
+from mixmodal.document.lumina import UNIT_PIXELS, LuminaFormat
 from mixmodal.document.parts import (
     PART_TYPES,
     Coded,
     Document,
+    EndOfTurn,
     Image,
     Mask,
     Part,
@@ -23,17 +23,23 @@ from mixmodal.document.parts import (
     Text,
     TextCodec,
 )
+from mixmodal.document.spellings import ChameleonFormat, CM3LeonFormat
 
 __all__ = [
     "FORMATS",
     "PART_TYPES",
+    "UNIT_PIXELS",
     "Block",
     "CM3LeonFormat",
     "ChameleonFormat",
     "Coded",
     "Document",
+    "EndOfTurn",
     "FormatName",
+    "Grid",
     "Image",
+    "Lines",
+    "LuminaFormat",
     "Mask",
     "Part",
     "Run",
@@ -43,5 +49,4 @@ __all__ = [
     "TextCodec",
     "build_format",
     "count_fitting",
-    "group_texts",
 ]

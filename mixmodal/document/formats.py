@@ -7,33 +7,67 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby, pairwise
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from mixmodal.document.parts import PART_TYPES, Document, Mask, Part, SequenceError, Text, TextCodec
+from mixmodal.document.parts import PART_TYPES, Coded, Document, EndOfTurn, Mask, Part, SequenceError, Text, TextCodec
 from mixmodal.vocabulary import Vocabulary
 
-FormatName = Literal["cm3leon", "chameleon"]
+FormatName = Literal["cm3leon", "chameleon", "lumina"]
+Grid = tuple[int, ...]
+"""The shape of codes."""
 
 
 class Run(NamedTuple):
-    """One part as ids: a stretch of one modality without its control tokens. `ids` is int64 `(n,)`."""
+    """One part as ids: a stretch of one modality without its control tokens. `ids` is int64 `(n,)`.
+
+    `grid` is the shape of its codes; None where the format has one grid, and for text.
+    """
 
     modality: str
     ids: np.ndarray
+    grid: Grid | None = None
+
+
+@dataclass(frozen=True)
+class Lines:
+    """How codes of several grids `(h, w)` stand in a block: the tokens of their size, and one behind each row.
+
+    Args:
+        sizes: the allowed grids, each with the tokens that stand before its codes.
+        newline_id: stands behind each row.
+    """
+
+    sizes: Mapping[Grid, tuple[int, ...]]
+    newline_id: int
+
+    def length(self, grid: Grid) -> int:
+        """Codes and newlines of a grid."""
+        height, width = grid
+        return height * (width + 1)
 
 
 @dataclass(frozen=True)
 class Block:
     """How a coded modality stands in a sequence: `length` codes after `open_id`, ended by `close_id`.
 
-    `close_id` is None where the next control token (`<break>` or `</s>`) ends it.
+    `close_id` is None where the next control token (`<break>` or `</s>`) ends it. With `lines` the length is that of
+    the largest grid.
     """
 
     length: int
     open_id: int
     close_id: int | None
+    lines: Lines | None = None
+
+    def num_tokens(self, grid: Grid | None = None) -> int:
+        """Tokens behind `open_id`, `close_id` among them: of a grid, or the most of any."""
+        closed = int(self.close_id is not None)
+        if self.lines is None:
+            return self.length + closed
+        grids = self.lines.sizes if grid is None else (grid,)
+        return max(len(self.lines.sizes[one]) + self.lines.length(one) for one in grids) + closed
 
 
 class SequenceFormat(ABC):
@@ -59,12 +93,46 @@ class SequenceFormat(ABC):
             raise ValueError(f"sequence format: no part type for {unknown}; add a subclass of Coded to PART_TYPES")
         self.vocabulary = vocabulary
         self._kinds = self._kind_table()
-        self.grids = {modality: tuple(grid) for modality, grid in grids.items()}
+        self.grids: dict[str, Grid] = {modality: tuple(grid) for modality, grid in grids.items()}
         self.text_tokenizer = text_tokenizer
         self.blocks = {modality: self._block(modality, math.prod(grid)) for modality, grid in self.grids.items()}
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `build_format` makes it of again, as plain data for JSON, but for vocabulary and text tokenizer."""
+        return {"name": self.name, "grids": {modality: list(grid) for modality, grid in self.grids.items()}}
+
+    def with_text_tokenizer(self, text_tokenizer: TextCodec | None) -> SequenceFormat:
+        """The same format with another text tokenizer."""
+        return type(self)(self.vocabulary, self.grids, text_tokenizer)
+
     @abstractmethod
     def _block(self, modality: str, length: int) -> Block: ...
+
+    def allowed_grids(self, modality: str) -> tuple[Grid, ...]:
+        """The grids that codes of a modality may have, the largest first."""
+        return (self.grids[modality],)
+
+    def fitting_grid(self, modality: str, height: int, width: int) -> Grid:
+        """The grid that codes of a thing of this height and width get, in any unit."""
+        return self.grids[modality]
+
+    def size_lead(self, modality: str, grid: Grid) -> list[int]:
+        """What the token that opens a block is followed by where its codes are to have a grid; nothing if all have.
+
+        Raises:
+            SequenceError: for a grid that is not allowed.
+        """
+        allowed = self.allowed_grids(modality)
+        if tuple(grid) not in allowed:
+            shown = " ".join("x".join(map(str, one)) for one in allowed[:4]) + (" ..." if len(allowed) > 4 else "")
+            raise SequenceError(f"{modality} codes of shape {tuple(grid)}; allowed are {shown}")
+        lines = self.blocks[modality].lines
+        return [] if lines is None else list(lines.sizes[tuple(grid)])
+
+    def lay_out(self, run: Run) -> np.ndarray:
+        """The ids of a coded run with what stands between them, `(n,)` int64: as they are where nothing does."""
+        return run.ids
 
     @abstractmethod
     def _body(self, runs: Sequence[Run]) -> list[np.ndarray]:
@@ -87,7 +155,10 @@ class SequenceFormat(ABC):
 
     def runs(self, document: Document) -> list[Run]:
         """The parts as runs of ids, in order."""
-        return [Run(part.modality, self._part_ids(part)) for part in document.parts]
+        return [
+            Run(part.modality, self._part_ids(part), part.codes.shape if isinstance(part, Coded) else None)
+            for part in document.parts
+        ]
 
     def spell(self, document: Document) -> np.ndarray:
         """A whole document, from `<s>` to `</s>`.
@@ -97,10 +168,19 @@ class SequenceFormat(ABC):
         """
         return self.join(self.runs(document))
 
-    def spell_prompt(self, document: Document, following: str | None) -> np.ndarray:
-        """The start of a document, open for a part of modality `following`; None leaves the choice to the model."""
+    def spell_prompt(self, document: Document, following: str | None, grid: Grid | None = None) -> np.ndarray:
+        """The start of a document, open for a part of modality `following`; None leaves the choice to the model.
+
+        Args:
+            grid: of the codes that are to follow; None leaves it to the model, too.
+
+        Raises:
+            SequenceError: for a grid that is not allowed.
+        """
         last = document.parts[-1].modality if document.parts else None
         lead = [] if following is None else self._lead(last, following)
+        if following is not None and grid is not None:
+            lead = [*lead, *self.size_lead(following, grid)]
         return np.concatenate([[self.vocabulary.bos], *self._body(self.runs(document)), lead]).astype(np.int64)
 
     def spell_continuation(self, context: Document, continuation: Document) -> tuple[np.ndarray, np.ndarray]:
@@ -153,19 +233,22 @@ class SequenceFormat(ABC):
             raise SequenceError(f"ids must lie in 0 .. {self.vocabulary.size - 1}; is this another vocabulary's data?")
         runs = self._runs(ids[1:-1])
         for run in runs:
-            if run.modality in self.blocks and len(run.ids) != self.blocks[run.modality].length:
-                wanted = self.blocks[run.modality].length
-                raise SequenceError(f"a part of modality {run.modality} has {len(run.ids)} codes instead of {wanted}")
+            if run.modality in self.blocks:
+                wanted = self.blocks[run.modality].length if run.grid is None else math.prod(run.grid)
+                if len(run.ids) != wanted:
+                    raise SequenceError(f"a part of modality {run.modality} has {len(run.ids)} codes, not {wanted}")
         return runs
 
     def turn_pair(self, ids: np.ndarray) -> np.ndarray | None:
         """A document of one text, masks among it, and one coded part, with the other one first; None for any other.
 
+        What has turns of a conversation is no such pair: an answer can not stand before its question.
+
         Raises:
             SequenceError: where the ids are not a whole sequence of this format.
         """
-        parts = group_texts(self.split(ids))
-        if sorted(part[0].modality == "text" for part in parts) != [False, True]:
+        parts = self.group_texts(self.split(ids))
+        if self.vocabulary.end_of_turn in ids or sorted(part[0].modality == "text" for part in parts) != [False, True]:
             return None
         return self.join([run for part in parts[::-1] for run in part])
 
@@ -195,7 +278,8 @@ class SequenceFormat(ABC):
             SequenceError: where the ids are not a whole document of this format.
         """
         before = np.asarray(ids[:start])
-        skipped = int((self.vocabulary.is_content(before) | self.vocabulary.contains("sentinel", before)).sum())
+        marks = self.vocabulary.contains("sentinel", before) | (before == self.vocabulary.end_of_turn)
+        skipped = int((self.vocabulary.is_content(before) | marks).sum())
         parts = []
         for run in self.split(ids):
             divided = skipped < len(run.ids)
@@ -204,6 +288,15 @@ class SequenceFormat(ABC):
             skipped = 0 if divided else skipped - len(run.ids)
         return Document(parts)
 
+    def group_texts(self, runs: Sequence[Run]) -> list[list[Run]]:
+        """Runs with neighbouring texts of one turn, masks among them, taken together."""
+
+        def group(item: tuple[int, Run]) -> int:
+            place, run = item
+            return -1 if run.modality == "text" and run.ids[0] != self.vocabulary.end_of_turn else place
+
+        return [[run for _, run in part] for _, part in groupby(enumerate(runs), key=group)]
+
     # parts <-> ids
 
     def _part_ids(self, part: Part) -> np.ndarray:
@@ -211,6 +304,8 @@ class SequenceFormat(ABC):
             if part.index not in range(self.vocabulary.config.num_sentinels):
                 raise SequenceError(f"there is no sentinel {part.index}")
             return np.array([self.vocabulary.sentinel(part.index)], dtype=np.int64)
+        if isinstance(part, EndOfTurn):
+            return np.array([self.vocabulary.end_of_turn], dtype=np.int64)
         if isinstance(part, Text):
             pieces = np.array(self._text().encode(part.text), dtype=np.int64)
             if not len(pieces):
@@ -220,7 +315,7 @@ class SequenceFormat(ABC):
             raise SequenceError(f"modality {part.modality!r} has no grid in this format")
         codes, size = np.asarray(part.codes, dtype=np.int64), len(self.vocabulary.ids(part.modality))
         if codes.shape != self.grids[part.modality]:
-            raise SequenceError(f"{part.modality} codes of shape {codes.shape} instead of {self.grids[part.modality]}")
+            self.size_lead(part.modality, codes.shape)
         if codes.min() < 0 or codes.max() >= size:
             raise SequenceError(f"{part.modality} codes must lie in 0 .. {size - 1}")
         return self.vocabulary.to_ids(part.modality, codes.reshape(-1))
@@ -228,9 +323,11 @@ class SequenceFormat(ABC):
     def _part(self, run: Run) -> Part:
         if run.modality in self.grids:
             codes = self.vocabulary.from_ids(run.modality, run.ids)
-            return PART_TYPES[run.modality](codes.reshape(self.grids[run.modality]))
+            return PART_TYPES[run.modality](codes.reshape(run.grid or self.grids[run.modality]))
         if len(run.ids) == 1 and self.vocabulary.contains("sentinel", run.ids)[0]:
             return Mask(int(run.ids[0] - self.vocabulary.sentinel(0)))
+        if run.ids[0] == self.vocabulary.end_of_turn:
+            return EndOfTurn()
         return Text(self._text().decode(self.vocabulary.from_ids("text", run.ids).tolist()))
 
     def _text(self) -> TextCodec:
@@ -239,7 +336,7 @@ class SequenceFormat(ABC):
         return self.text_tokenizer
 
     def _modality_runs(self, ids: np.ndarray) -> list[Run]:
-        """Stretches of equal modality; a sentinel is a text run of its own."""
+        """Stretches of equal modality; a sentinel or an end of turn is a text run of its own."""
         if not len(ids):
             return []
         kinds = self._kinds[ids]
@@ -247,13 +344,13 @@ class SequenceFormat(ABC):
             stray = self.vocabulary.name(int(ids[kinds < 0][0]))
             raise SequenceError(f"{stray} can not stand inside a part")
         modalities = (*self.vocabulary.modalities, "text")
-        sentinel = len(modalities) - 1
-        starts = ((kinds[1:] != kinds[:-1]) | (kinds[1:] == sentinel)).nonzero()[0] + 1
+        alone = len(modalities) - 1
+        starts = ((kinds[1:] != kinds[:-1]) | (kinds[1:] == alone)).nonzero()[0] + 1
         edges = [0, *starts.tolist(), len(ids)]
         return [Run(modalities[kinds[start]], ids[start:stop]) for start, stop in pairwise(edges)]
 
     def _kind_table(self) -> np.ndarray:
-        """What each id of the vocabulary is: the index of its modality, behind those a sentinel, or -1 for control.
+        """What each id is: the index of its modality, behind those a sentinel or end of turn, or -1 for control.
 
         One look-up instead of a comparison for each range, since every training document passes here.
         """
@@ -261,128 +358,10 @@ class SequenceFormat(ABC):
         for kind, name in enumerate((*self.vocabulary.modalities, "sentinel")):
             span = self.vocabulary.ids(name)
             table[span.start : span.stop] = kind
+        table[self.vocabulary.end_of_turn] = len(self.vocabulary.modalities)
         return table
-
-
-class CM3LeonFormat(SequenceFormat):
-    """One `<break>` at every change of modality and between two coded parts (CM3Leon, arXiv 2309.02591, figure 9).
-
-    In a chain there is one between two documents as well.
-    """
-
-    name: ClassVar[FormatName] = "cm3leon"
-    text_after_open: ClassVar[bool] = True
-
-    def _block(self, modality: str, length: int) -> Block:
-        return Block(length, open_id=self.vocabulary.break_, close_id=None)
-
-    @property
-    def boundary(self) -> int:
-        return self.vocabulary.break_
-
-    def _lead(self, last: str | None, following: str) -> list[int]:
-        return [] if last is None or (last == "text" and following == "text") else [self.vocabulary.break_]
-
-    def _body(self, runs: Sequence[Run]) -> list[np.ndarray]:
-        body: list[np.ndarray] = []
-        last = None
-        for run in runs:
-            body += [np.array(self._lead(last, run.modality), dtype=np.int64), run.ids]
-            last = run.modality
-        return body
-
-    def _runs(self, body: np.ndarray) -> list[Run]:
-        if not len(body):
-            return []
-        runs: list[Run] = []
-        edges = [-1, *(body == self.vocabulary.break_).nonzero()[0].tolist(), len(body)]
-        for before, after in pairwise(edges):
-            found = self._modality_runs(body[before + 1 : after])
-            if not found:
-                raise SequenceError("nothing stands before or behind a <break>")
-            modalities = {run.modality for run in found}
-            if len(modalities) > 1:
-                raise SequenceError(f"no <break> between parts of modality {' and '.join(sorted(modalities))}")
-            if runs and runs[-1].modality == found[0].modality == "text":
-                raise SequenceError("a <break> stands between two texts")
-            runs += found
-        return runs
-
-
-class ChameleonFormat(SequenceFormat):
-    """Images between begin-image (`<break>`) and end-image (`<eoss>`) tokens (Chameleon, arXiv 2405.09818).
-
-    Chameleon has no chains. Here `</s>` stands between two documents of one, since its `<break>` begins an image.
-    """
-
-    name: ClassVar[FormatName] = "chameleon"
-    text_after_open: ClassVar[bool] = False
-
-    def _block(self, modality: str, length: int) -> Block:
-        if modality != "image":
-            raise ValueError(f"sequence format chameleon: it has tokens for images only, not for {modality!r}")
-        return Block(length, open_id=self.vocabulary.break_, close_id=self.vocabulary.end_of_span)
-
-    @property
-    def boundary(self) -> int:
-        return self.vocabulary.eos
-
-    def _lead(self, last: str | None, following: str) -> list[int]:
-        return [] if following == "text" else [self.blocks[following].open_id]
-
-    def _body(self, runs: Sequence[Run]) -> list[np.ndarray]:
-        body: list[np.ndarray] = []
-        for run in runs:
-            block = self.blocks.get(run.modality)
-            body += [run.ids] if block is None else [[block.open_id], run.ids, [block.close_id]]  # type: ignore[list-item]
-        return body
-
-    def _runs(self, body: np.ndarray) -> list[Run]:
-        runs: list[Run] = []
-        while len(body):
-            opens = (body == self.vocabulary.break_).nonzero()[0]
-            text = body[: opens[0]] if len(opens) else body
-            found = self._modality_runs(text)
-            if any(run.modality != "text" for run in found):
-                raise SequenceError("image codes stand outside begin-image and end-image")
-            runs += found
-            if not len(opens):
-                break
-            body = body[opens[0] + 1 :]
-            closes = (body == self.vocabulary.end_of_span).nonzero()[0]
-            codes = self._modality_runs(body[: closes[0]]) if len(closes) else []
-            if len(codes) != 1 or codes[0].modality == "text":
-                raise SequenceError("begin-image must be followed by image codes and end-image")
-            runs += codes
-            body = body[closes[0] + 1 :]
-        return runs
-
-
-def group_texts(runs: Sequence[Run]) -> list[list[Run]]:
-    """Runs with neighbouring texts, masks among them, taken together."""
-    numbered = groupby(enumerate(runs), key=lambda item: -1 if item[1].modality == "text" else item[0])
-    return [[run for _, run in part] for _, part in numbered]
 
 
 def count_fitting(lengths: Iterable[int], room: int) -> int:
     """How many whole documents of these lengths, from the first on, fit `room` tokens before another one in a chain."""
     return sum(end <= room for end in accumulate(length - 1 for length in lengths))
-
-
-FORMATS: dict[FormatName, type[SequenceFormat]] = {"cm3leon": CM3LeonFormat, "chameleon": ChameleonFormat}
-
-
-def build_format(
-    name: FormatName,
-    vocabulary: Vocabulary,
-    grids: Mapping[str, Sequence[int]],
-    text_tokenizer: TextCodec | None = None,
-) -> SequenceFormat:
-    """The format by name.
-
-    Raises:
-        ValueError: for an unknown name, or grids that do not match the vocabulary's codebooks.
-    """
-    if name not in FORMATS:
-        raise ValueError(f"sequence format {name!r} is unknown; choose {' or '.join(FORMATS)}")
-    return FORMATS[name](vocabulary, grids, text_tokenizer)

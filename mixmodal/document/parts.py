@@ -41,6 +41,16 @@ class Mask:
     modality: ClassVar[str] = "text"
 
 
+@dataclass(frozen=True)
+class EndOfTurn:
+    """Where a speaker of a conversation has ended: human and model take turns, and nothing else says whose it is.
+
+    Text to every format, though it is no text: Chameleon's token 8710 (arXiv 2405.09818, released code).
+    """
+
+    modality: ClassVar[str] = "text"
+
+
 @dataclass(frozen=True, eq=False)
 class Coded:
     """Codes of one thing, int64, of a fixed grid; a subclass names the modality, which is also its vocabulary range."""
@@ -61,7 +71,7 @@ class Image(Coded):
     modality: ClassVar[str] = "image"
 
 
-Part = Text | Mask | Coded
+Part = Text | Mask | EndOfTurn | Coded
 PART_TYPES: dict[str, type[Coded]] = {Image.modality: Image}
 
 

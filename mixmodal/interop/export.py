@@ -107,9 +107,7 @@ def describe_model(model: TransformerConfig, format: SequenceFormat | None = Non
     """The content of `config.json`; without a format that of a bare network."""
     config: dict[str, Any] = {"format_version": 1, "model": asdict(model)}
     if format is not None:
-        config["vocabulary"] = format.vocabulary.to_dict()
-        grids = {name: list(grid) for name, grid in format.grids.items()}
-        config["sequence_format"] = {"name": format.name, "grids": grids}
+        config |= {"vocabulary": format.vocabulary.to_dict(), "sequence_format": format.settings}
     return config
 
 
@@ -167,8 +165,7 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu", dtype: t
     try:
         vocabulary = Vocabulary.from_dict(config["vocabulary"])
         text_tokenizer = load_text_tokenizer(text_path, vocabulary.config.num_text_pieces)
-        spelled = config["sequence_format"]
-        format = build_format(spelled["name"], vocabulary, spelled["grids"], text_tokenizer)
+        format = build_format(vocabulary=vocabulary, text_tokenizer=text_tokenizer, **config["sequence_format"])
         image_tokenizer = ImageTokenizer.load(folder / IMAGE_TOKENIZER).to(device).eval()
         codec = Codec(text_tokenizer, image_tokenizer, format)
     except KeyError as error:

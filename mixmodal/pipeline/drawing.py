@@ -9,7 +9,7 @@ import numpy as np
 from PIL.Image import Image as Picture
 from PIL.Image import fromarray
 
-from mixmodal.document import PART_TYPES, Coded, Document, Mask, SequenceFormat
+from mixmodal.document import PART_TYPES, Coded, Document, EndOfTurn, Mask, SequenceFormat
 from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling
 from mixmodal.pipeline.prompts import Prompt, sample_seed, spell_streams
 from mixmodal.sampling.engine import Progress, Request
@@ -90,15 +90,20 @@ class Piece(NamedTuple):
 
 
 def parse_sample(format: SequenceFormat, prompt: np.ndarray, continuation: np.ndarray) -> Document:
-    """The generated parts; a sample that ran out of room, or stopped before a block, is ended here."""
+    """The generated parts without an end of turn behind them.
+
+    A sample that ran out of room, or stopped before a block, is ended here.
+    """
     eos = format.vocabulary.eos
+    if len(continuation) and continuation[-1] == format.vocabulary.end_of_turn:
+        continuation = continuation[:-1]
     if len(continuation) and continuation[-1] in {block.open_id for block in format.blocks.values()}:
         continuation = continuation[:-1]
     end = [] if len(continuation) and continuation[-1] == eos else [eos]
     return format.parse_continuation(np.concatenate([prompt, continuation, end]).astype(np.int64), len(prompt))
 
 
-def sample_of(parts: Sequence[str | Picture | Mask], output: str) -> Sample:
+def sample_of(parts: Sequence[str | Picture | Mask | EndOfTurn], output: str) -> Sample:
     """What a user gets of the parts that were drawn."""
     if output == "mixed":
         return list(parts)

@@ -24,6 +24,9 @@ class GenerateConfig(DrawingConfig):
     """Samples texts and pictures behind a prompt, or behind each of many.
 
     `--prompt TEXT` and `--image FILE`, given as often as needed, are short for the entries of `parts`, in their order.
+    `--turn` between or behind them ends a speaker's turn, for models of conversations; the answer then ends with its
+    own.
+
     With `--output infill` the model fills in what the prompt leaves open: `--mask 0` stands for a text, and behind its
     image `--box L,T,R,B` or `--region FILE` for what is drawn anew of it.
 
@@ -35,7 +38,8 @@ class GenerateConfig(DrawingConfig):
     Args:
         parts: the prompt, as `[{text: a red apple}, {image: apple.png}]`; for `infill` with masks in its texts, as
             `[{text: "a red "}, {mask: 0}]`, or with a box or region of its last image, as `[{image: apple.png, box: [0,
-            16, 32, 32]}]` or `[{image: apple.png, region: mask.png}]`, where white is drawn anew.
+            16, 32, 32]}]` or `[{image: apple.png, region: mask.png}]`, where white is drawn anew. `{end_of_turn: true}`
+            ends a turn.
         prompts: a JSONL file in place of `parts`: `{"prompt": "a red apple"}` or `{"parts": [{"text": ...}, {"image":
             "apple.png"}]}` a line, where a `key` may begin the names of its files (else the number of the line does),
             `seed` and `num` stand in for those below, and paths are relative to the file's folder.
@@ -162,7 +166,7 @@ class GenerateConfig(DrawingConfig):
 
     @classmethod
     def read_arguments(cls, argv: Sequence[str]) -> list[str]:
-        """Gathers `--prompt`, `--image` and the like into `--parts`, because ordinary options would lose their order.
+        """Gathers `--prompt`, `--turn` and the like into `--parts`, because ordinary options would lose their order.
 
         Raises:
             ValueError: for one of them without a value, or beside `--parts`.

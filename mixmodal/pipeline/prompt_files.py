@@ -12,7 +12,7 @@ from typing import Any
 from PIL.Image import Image as Picture
 
 from mixmodal.config import suggestion
-from mixmodal.document import Mask
+from mixmodal.document import EndOfTurn, Mask
 from mixmodal.files import naming
 from mixmodal.pipeline.holes import Holes, PartialPicture
 from mixmodal.pipeline.prompt_parts import PromptPart, read_part
@@ -67,7 +67,7 @@ class NamedPrompt:
         for place, part in enumerate(self.parts):
             part.check(self.folder, f"part {place} of {self.name}")
 
-    def open(self) -> list[str | Mask | Picture | PartialPicture]:
+    def open(self) -> list[str | Mask | EndOfTurn | Picture | PartialPicture]:
         """What the parts stand for, pictures from their files.
 
         Raises:

@@ -11,21 +11,26 @@ from typing import Any
 from PIL.Image import Image as Picture
 
 from mixmodal.config import suggestion
-from mixmodal.document import Mask
+from mixmodal.document import EndOfTurn, Mask
 from mixmodal.files import stays_inside
 from mixmodal.pipeline.holes import PartialPicture
 from mixmodal.pipeline.infilling import check_region
 from mixmodal.tokenization.preprocessing import open_picture
 
-KINDS, REGIONS = ("text", "image", "mask"), ("box", "region")
+KINDS, REGIONS = ("text", "image", "mask", "end_of_turn"), ("box", "region")
 OPTIONS = {"--prompt": "text", **{f"--{name}": name for name in ("image", "mask", "box", "region")}}
 """Options of the command line by the key that they are short for."""
+TURN = "--turn"
+"""Its like without a value."""
+ONE_KIND = "must have either a text, an image or a mask, or be an end_of_turn"
 BOX = re.compile(r"\[?\s*(-?\d+)\s*,\s*(-?\d+)\s*,\s*(-?\d+)\s*,\s*(-?\d+)\s*\]?")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptPart:
-    """One part of a prompt: a text, a picture, or a mask in a text. Masks and regions are holes, for `infill`.
+    """One part of a prompt: a text, a picture, a mask in a text, or the end of a speaker's turn.
+
+    Masks and regions are holes, for `infill`.
 
     Args:
         text: the text; empty where the part is another one.
@@ -33,6 +38,7 @@ class PromptPart:
         mask: number of the mask, which stands for a text.
         box: what is drawn anew of the picture, in pixels `[left, top, right, bottom]`.
         region: in its place a file of the picture's size, white where it is drawn anew.
+        end_of_turn: true where it is the end of a turn, as between a question and its answer.
     """
 
     text: str = ""
@@ -40,6 +46,7 @@ class PromptPart:
     mask: int | None = None
     box: tuple[int, int, int, int] | None = None
     region: Path | None = None
+    end_of_turn: bool = False
 
     @property
     def has_region(self) -> bool:
@@ -51,6 +58,8 @@ class PromptPart:
         """It as plain data, paths as they were given."""
         if self.mask is not None:
             return {"mask": self.mask}
+        if self.end_of_turn:
+            return {"end_of_turn": True}
         if self.image is None:
             return {"text": self.text}
         box = {} if self.box is None else {"box": list(self.box)}
@@ -66,8 +75,8 @@ class PromptPart:
         Raises:
             ValueError: naming it.
         """
-        if [bool(self.text), self.image is not None, self.mask is not None].count(True) != 1:
-            raise ValueError(f"{name} must have either a text, an image or a mask")
+        if [bool(self.text), self.image is not None, self.mask is not None, self.end_of_turn].count(True) != 1:
+            raise ValueError(f"{name} {ONE_KIND}")
         if self.mask is not None and self.mask < 0:
             raise ValueError(f"{name}: mask is {self.mask}; it must be a whole number of at least 0")
         if self.has_region and self.image is None:
@@ -81,7 +90,7 @@ class PromptPart:
             if picture is not None and not (folder / picture).is_file():
                 raise ValueError(f"{name}: there is no picture at {folder / picture}")
 
-    def open(self, folder: Path, name: str) -> str | Mask | Picture | PartialPicture:
+    def open(self, folder: Path, name: str) -> str | Mask | EndOfTurn | Picture | PartialPicture:
         """What it stands for, pictures from their files.
 
         Raises:
@@ -90,6 +99,8 @@ class PromptPart:
         """
         if self.mask is not None:
             return Mask(self.mask)
+        if self.end_of_turn:
+            return EndOfTurn()
         if self.image is None:
             return self.text
         picture, region = open_picture(folder / self.image, f"{name} ({self.image})"), self.box
@@ -114,7 +125,7 @@ def read_part(entry: Any, name: str) -> PromptPart:
     for unknown in sorted(keys - {*KINDS, *REGIONS}):
         raise ValueError(f"{name}: there is no key {unknown!r}{suggestion(unknown, dict.fromkeys((*KINDS, *REGIONS)))}")
     if len(keys & set(KINDS)) != 1:
-        raise ValueError(f"{name} is {str(entry)[:80]!r}; it must have either a text, an image or a mask")
+        raise ValueError(f"{name} is {str(entry)[:80]!r}; it {ONE_KIND}")
     values = {key: _read_value(key, value, f"{name}: {key}") for key, value in entry.items()}
     return PromptPart(**values)
 
@@ -125,6 +136,10 @@ def _read_value(key: str, value: Any, name: str) -> Any:
     if key == "mask":
         if not _is_count(value):
             raise ValueError(f"{name} is {given}; it must be a whole number of at least 0")
+        return value
+    if key == "end_of_turn":
+        if value is not True:
+            raise ValueError(f"{name} is {given}; it must be true, or be left out")
         return value
     if key == "box":
         if not isinstance(value, list) or len(value) != 4 or not all(_is_count(one) for one in value):
@@ -146,7 +161,7 @@ def _is_count(value: Any) -> bool:
 
 
 def gather_parts(argv: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
-    """The arguments without `--prompt`, `--image`, `--mask`, `--box` and `--region`; and the parts that these spell.
+    """The arguments without `--prompt`, `--image`, `--mask`, `--turn`, `--box` and `--region`; and what these spell.
 
     A box or a region is of the picture right before it.
 
@@ -159,6 +174,11 @@ def gather_parts(argv: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
     while waiting:
         argument = waiting.pop(0)
         name, _, value = argument.partition("=")
+        if argument == TURN:
+            parts.append({"end_of_turn": True})
+            continue
+        if name == TURN:
+            raise ValueError(f"{argument}: --turn has no value; it ends a turn where it stands")
         if name not in OPTIONS:
             rest.append(argument)
             continue

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL.Image import Image as Picture
 
-from mixmodal.document import Coded, Document, Mask, Part, SequenceFormat, Text, count_fitting
+from mixmodal.document import Coded, Document, EndOfTurn, Mask, Part, SequenceFormat, Text, count_fitting
 from mixmodal.interop.export import IMAGE_TOKENIZER
 from mixmodal.retrieval.encoder import DocumentParts
 from mixmodal.retrieval.memory import Memory
@@ -138,9 +138,10 @@ def spell_streams(
     following = None if output == MIXED else output
     if guidance.unconditional == "mask":
         without_text = [Mask(0) if isinstance(part, Text) else part for part in parts]
-        nothing: list[Part] = [Mask(0)]
+        turn = parts[-1:] if parts and isinstance(parts[-1], EndOfTurn) else ()  # whose turn it is is no content
+        nothing: list[Part] = [Mask(0), *turn]
     else:
-        without_text, nothing = [part for part in parts if not isinstance(part, Text)], []
+        without_text, nothing = [part for part in parts if not isinstance(part, Text | EndOfTurn)], []
     rows = [format.spell_prompt(Document(some), following) for some in (without_text, nothing)]
     return build_streams(guidance, prompt.ids, *rows)
 
@@ -172,7 +173,7 @@ def check_memory(memory: Memory, codec: Codec, folder: Path | None) -> None:
     try:
         memory.check_tokens(
             vocabulary_digest=format.vocabulary.digest,
-            sequence_format={"name": format.name, "grids": format.grids},
+            sequence_format=format.settings,
             text_tokenizer_sha256=codec.text_tokenizer.sha256,
             image_tokenizer_sha256=None if folder is None else ImageTokenizer.sha256(folder / IMAGE_TOKENIZER),
         )

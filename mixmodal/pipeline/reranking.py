@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from mixmodal.classification.likelihoods import ScoredSequence, SequenceScorer
-from mixmodal.document import Document, SequenceFormat, Text
+from mixmodal.document import Document, EndOfTurn, SequenceFormat, Text
 from mixmodal.retrieval.encoder import DocumentEncoder
 from mixmodal.sampling.rules import TokenSampling
 from mixmodal.tokenization.codec import Codec
@@ -49,7 +49,7 @@ def rank_by_likelihood(scorer: SequenceScorer) -> Rank:
     def rank(prompts: Sequence[Asked], found: Sequence[Document]) -> np.ndarray:
         sequences: list[ScoredSequence] = []
         for (prompt, before), candidate in zip(prompts, found, strict=True):
-            pictures = [part for part in prompt.parts if not isinstance(part, Text)]
+            pictures = [part for part in prompt.parts if not isinstance(part, Text | EndOfTurn)]
             context = Document([*pictures, *candidate.parts])
             turned = [scorer.format.order_pair(ids, text_first=False) for ids in before]
             sequence = ScoredSequence(*scorer.format.spell_continuation(context, Document(texts_of(prompt))))

@@ -157,7 +157,7 @@ class Memory:
         """Whether the documents are spelled in this vocabulary and format, by these tokenizers where they are given.
 
         Args:
-            sequence_format: `{"name": ..., "grids": {modality: (h, w)}}`, as in the manifest of token shards.
+            sequence_format: `SequenceFormat.settings`, as in the manifest of token shards.
 
         Raises:
             ValueError: naming the manifest and the key that differs.
@@ -165,7 +165,7 @@ class Memory:
         grids = {modality: list(grid) for modality, grid in sequence_format["grids"].items()}
         wanted = {
             "vocabulary_digest": vocabulary_digest,
-            "sequence_format": {"name": sequence_format["name"], "grids": grids},
+            "sequence_format": {**sequence_format, "grids": grids},
             "text_tokenizer_sha256": text_tokenizer_sha256,
             "image_tokenizer_sha256": image_tokenizer_sha256,
         }

@@ -38,6 +38,14 @@ def record_graph(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
+class Kind(NamedTuple):
+    """What requests have in common that follow the same grammar; see `Request`."""
+
+    output: str
+    is_known: bool
+    has_turns: bool
+
+
 class Request(NamedTuple):
     """One sample to draw.
 
@@ -50,6 +58,7 @@ class Request(NamedTuple):
         weight, streams: of the logits of codes; see `build_streams`.
         known: the tokens of the sample, `(n,)`, `FREE` where a code of `output` is drawn; it has these n and no more.
             The prompt then need not be one of the format: this is how codes are drawn into a picture.
+        has_turns: whether an end of turn may end it, as behind a prompt with one.
     """
 
     prompt: np.ndarray
@@ -60,11 +69,12 @@ class Request(NamedTuple):
     weight: float = 1.0
     streams: tuple[Stream, ...] = ()
     known: np.ndarray | None = None
+    has_turns: bool = False
 
     @property
-    def kind(self) -> tuple[str, bool]:
+    def kind(self) -> Kind:
         """Requests of one kind follow the same grammar."""
-        return self.output, self.known is not None
+        return Kind(self.output, self.known is not None, self.has_turns)
 
     @property
     def rows(self) -> list[np.ndarray]:
@@ -97,7 +107,7 @@ class Group(NamedTuple):
         weights: of the logits of their streams, float32 `(K, B)`.
     """
 
-    kind: tuple[str, bool]
+    kind: Kind
     modality: str | None
     slots: Tensor
     rows: Tensor
@@ -105,11 +115,12 @@ class Group(NamedTuple):
 
 
 def build_grammar(
-    format: SequenceFormat, kind: tuple[str, bool], vocab_size: int, device: torch.device | str = "cpu"
+    format: SequenceFormat, kind: Kind, vocab_size: int, device: torch.device | str = "cpu"
 ) -> Grammar | Template:
     """What may follow in requests of a kind."""
-    output, is_known = kind
-    return Template(format, output, device) if is_known else Grammar(format, output, vocab_size, device)
+    if kind.is_known:
+        return Template(format, kind.output, device)
+    return Grammar(format, kind.output, vocab_size, device, has_turns=kind.has_turns)
 
 
 def start(grammar: Grammar | Template, request: Request, size: int, number: int = 0) -> State:
@@ -166,7 +177,7 @@ class Engine:
             raise ValueError(f"sampling settings for {', '.join(unknown)}; the model has {', '.join(modalities)}")
         self._sampling = {name: sampling.get(name, TokenSampling()) for name in modalities}
         self._rules = {name: build_rules(one) for name, one in self._sampling.items()}
-        self._grammars: dict[tuple[str, bool], Grammar | Template] = {}
+        self._grammars: dict[Kind, Grammar | Template] = {}
         self._requests: dict[int, tuple[int, Request]] = {}  # by slot: number and request
         self._rows: dict[int, list[int]] = {}
         self._lengths: list[int] = []  # tokens in the cache, of each row
@@ -197,7 +208,7 @@ class Engine:
         """
         return start(self._grammar(request.kind), request, self.cache.size, number)
 
-    def _grammar(self, kind: tuple[str, bool]) -> Grammar | Template:
+    def _grammar(self, kind: Kind) -> Grammar | Template:
         if kind not in self._grammars:
             self._grammars[kind] = build_grammar(self.format, kind, self.model.config.vocab_size, self.device)
         return self._grammars[kind]
@@ -298,7 +309,7 @@ class Engine:
         for group in groups:
             slots, grammar = group.slots, self._grammar(group.kind)
             state, steps = State(*(part[slots] for part in self.state)), self.steps[slots]
-            tokens = self._choose(group, grammar, state, hidden, self.uniforms[slots, steps])
+            tokens = grammar.settle(state, self._choose(group, grammar, state, hidden, self.uniforms[slots, steps]))
             if isinstance(grammar, Template):
                 known = self.known[slots, steps]
                 tokens = torch.where(known == FREE, tokens, known)

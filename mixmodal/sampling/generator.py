@@ -9,7 +9,7 @@ import numpy as np
 
 from mixmodal.document import SequenceError, SequenceFormat
 from mixmodal.models.transformer import Transformer
-from mixmodal.sampling.engine import Engine, Progress, Recorder, Request, build_grammar, record_graph, start
+from mixmodal.sampling.engine import Engine, Kind, Progress, Recorder, Request, build_grammar, record_graph, start
 from mixmodal.sampling.grammar import INFILL, Grammar, Template
 from mixmodal.sampling.guidance import NO_GUIDANCE, Guidance, Stream
 from mixmodal.sampling.rules import TokenSampling
@@ -32,7 +32,7 @@ class SequenceGenerator:
         self.model, self.format, self.batch_size = model, format, batch_size
         self.record: Recorder | None = None
         """How steps are recorded, see `Engine`."""
-        self._grammars: dict[tuple[str, bool], Grammar | Template] = {}
+        self._grammars: dict[Kind, Grammar | Template] = {}
 
     def accelerate(self, *, cuda_graphs: bool = False, compile: bool = False) -> None:
         """Spares the host work on a CUDA device; samples stay the same but for rounding.
@@ -88,12 +88,13 @@ class SequenceGenerator:
             raise ValueError(
                 f"{0 if block else len(known)} tokens are known; the output must be of codes, not {output!r}"
             )
-        request = Request(prompt, seed, output, 0, before, weight, tuple(streams), known)
+        has_turns = vocabulary.end_of_turn in prompt
+        request = Request(prompt, seed, output, 0, before, weight, tuple(streams), known, has_turns)
         if known is not None:
             return request._replace(room=len(known))
         most = self.model.config.max_seq_len if max_new_tokens is None else max_new_tokens
         if block is not None:
-            most = min(most, block.length + 2)  # with the tokens that open and close it
+            most = min(most, max(block.length + 2, block.num_tokens() + 1))  # with the tokens that open and close it
         return request._replace(room=max(0, min(most, self.model.config.max_seq_len - request.length)))
 
     def check(self, request: Request) -> None:

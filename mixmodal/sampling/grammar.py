@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from mixmodal.document import SequenceError, SequenceFormat
+from mixmodal.sampling.automaton import DONE, INFILL, MIXED, NEVER, Automaton
 
-MIXED, INFILL = "mixed", "infill"
-NEVER = 1 << 40  # more tokens than fit anywhere
+__all__ = ["INFILL", "MIXED", "NEVER", "Grammar", "State", "Template"]
+
+NOTHING = -1
+"""At nodes where the draw says what follows."""
 
 
 class State(NamedTuple):
@@ -26,7 +29,7 @@ class State(NamedTuple):
 
     Args:
         nodes: the node.
-        codes_left: codes that the block still lacks; 0 outside blocks.
+        codes_left: codes that the block still lacks, with the newlines among them; 0 outside blocks.
         room: tokens that still fit.
     """
 
@@ -44,6 +47,7 @@ class Grammar:
             `image` (one block, then stop), `mixed`, or `infill`: the text that a mask stands for, behind a prompt that
             ends with this mask once more, up to `<eoss>` (CM3, arXiv 2201.07520, section 2).
         vocab_size: rows of the model's output; ids behind the vocabulary are never legal.
+        has_turns: whether a row may end by an end of turn as well, as behind prompts that have ended one.
 
     Raises:
         ValueError: for an `output` that the format does not have.
@@ -53,37 +57,27 @@ class Grammar:
     """The node of rows that have stopped."""
 
     def __init__(
-        self, format: SequenceFormat, output: str, vocab_size: int, device: torch.device | str = "cpu"
+        self,
+        format: SequenceFormat,
+        output: str,
+        vocab_size: int,
+        device: torch.device | str = "cpu",
+        *,
+        has_turns: bool = False,
     ) -> None:
         outputs = ("text", *format.blocks, MIXED, INFILL)
         if output not in outputs:
             raise ValueError(f"output {output!r} is unknown; choose {', '.join(outputs)}")
-        self.format, self.output = format, output
+        self.format, self.output, self.has_turns = format, output, has_turns
         self.vocabulary = format.vocabulary
-        self._kinds = ["none", "text", "sentinel", *format.blocks, *self._control_ids()]
+        self._automaton = Automaton(format, output, has_turns=has_turns)
         self._kind_of = self._classify(vocab_size)
-        self._build_nodes()
-        self._spelled = self._build_edges()
-        allowed = {(node, kind): to for (node, kind), to in self._spelled.items() if self._allows(node, kind)}
-        if output == INFILL:
-            allowed["text", self.vocabulary.end_of_span] = self._nodes[self.done]
-        if output == "text":  # a text that a block follows has ended, too; its mass must not go to more text
-            allowed |= {("text", block.open_id): self._nodes[self.done] for block in format.blocks.values()}
-        self._upload(allowed, torch.device(device))
-
-    # the automaton, on the host
-
-    def _control_ids(self) -> list[int]:
-        blocks = self.format.blocks.values()
-        closing = {block.close_id for block in blocks if block.close_id is not None}
-        if self.output == INFILL:
-            closing.add(self.vocabulary.end_of_span)
-        return [self.vocabulary.eos, *sorted({block.open_id for block in blocks} | closing)]
+        self._upload(torch.device(device))
 
     def _classify(self, vocab_size: int) -> np.ndarray:
         """Kind of every id, `(V,)`."""
         kinds = np.zeros(vocab_size, dtype=np.int64)
-        for kind, name in enumerate(self._kinds):
+        for kind, name in enumerate(self._automaton.kinds):
             if isinstance(name, int):
                 kinds[name] = kind
             elif name != "none":
@@ -91,106 +85,30 @@ class Grammar:
                 kinds[ids.start : ids.stop] = kind
         return kinds
 
-    def _build_nodes(self) -> None:
-        self._nodes = ["done", "start", "text"]
-        for block in self.format.blocks.values():
-            for last in ("text", "codes"):
-                if (name := f"open {block.open_id} after {last}") not in self._nodes:
-                    self._nodes.append(name)
-        for modality in self.format.blocks:
-            self._nodes += [f"codes {modality}", f"end {modality}"]
-
-    def _build_edges(self) -> dict[tuple[str, str | int], str]:
-        """Where each kind of token leads from each node, as the format spells whole documents."""
-        edges: dict[tuple[str, str | int], str] = {}
-        separates = self.format.text_after_open
-        for node in ("start", "text"):
-            edges |= {(node, "text"): "text", (node, "sentinel"): "text", (node, self.vocabulary.eos): "done"}
-        for modality, block in self.format.blocks.items():
-            codes, end, after_text = f"codes {modality}", f"end {modality}", f"open {block.open_id} after text"
-            after_codes = f"open {block.open_id} after codes"
-            edges[codes, modality] = codes
-            edges[after_text, modality] = edges[after_codes, modality] = codes
-            edges["text", block.open_id] = after_text
-            if separates:  # no token opens the first part, and two texts can not be separated
-                edges["start", modality] = codes
-                edges[after_codes, "text"] = edges[after_codes, "sentinel"] = "text"
-            else:
-                edges["start", block.open_id] = after_text
-            if block.close_id is None:
-                edges[end, self.vocabulary.eos] = "done"
-                edges |= {(end, one.open_id): f"open {one.open_id} after codes" for one in self.format.blocks.values()}
-            else:
-                edges[end, block.close_id] = "text"
-            if self.output == INFILL:  # masks stand once more behind whatever ends the document
-                edges[end, "sentinel"] = "text"
-        if self.output == INFILL:
-            edges["text", self.vocabulary.end_of_span] = "text"
-        return edges
-
-    def _allows(self, node: str, kind: str | int) -> bool:
-        """Whether the output allows what the format allows."""
-        if kind == "sentinel":
-            return False
-        if self.output == INFILL:
-            return (node, kind) == ("text", "text")
-        if self.output == MIXED or node.startswith("codes "):
-            return True
-        if node.startswith("end ") and kind == self.format.blocks[node.removeprefix("end ")].close_id:
-            return True
-        if self.output == "text":
-            return kind in ("text", self.vocabulary.eos)
-        return kind in (self.output, self.format.blocks[self.output].open_id)
-
-    def _stops_at(self, node: str) -> bool:
-        """Whether a whole document may end here by `</s>`, though none may have been drawn yet."""
-        if node.startswith("end "):
-            return self.format.blocks[node.removeprefix("end ")].close_id is None
-        return node in ("done", "start", "text")
-
-    def _costs(self, edges: dict[tuple[str, str | int], str]) -> dict[tuple[str, str | int], int]:
-        """Tokens that each edge takes, with those that must follow until the row may stop."""
-        costs: dict[tuple[str, str | int], int] = {}
-        for (node, kind), to in edges.items():
-            cost = 1
-            if to.startswith("codes ") and node != to:
-                block = self.format.blocks[to.removeprefix("codes ")]
-                cost = block.length + (block.close_id is not None)
-            costs[node, kind] = cost
-        for (node, kind), to in edges.items():
-            if not self._stops_at(to) and not to.startswith("codes "):
-                costs[node, kind] += min((cost for (start, _), cost in costs.items() if start == to), default=NEVER)
-        return costs
-
-    # the automaton, on the device
-
-    def _upload(self, edges: dict[tuple[str, str | int], str], device: torch.device) -> None:
-        index = {name: number for number, name in enumerate(self._nodes)}
-        shape = (len(self._nodes), len(self._kinds))
-        follows, costs = torch.zeros(shape, dtype=torch.int64), torch.full(shape, NEVER)
-        price = self._costs(edges)
-        for (node, kind), to in edges.items():
-            at = index[node], self._kinds.index(kind)
-            follows[at], costs[at] = index[to], price[node, kind]
-        lengths, ends = (
-            torch.zeros(len(self._nodes), dtype=torch.int64),
-            torch.zeros(len(self._nodes), dtype=torch.int64),
-        )
-        for modality, block in self.format.blocks.items():
-            lengths[index[f"codes {modality}"]] = block.length
-            stop = self.output == modality and block.close_id is None
-            ends[index[f"codes {modality}"]] = self.done if stop else index[f"end {modality}"]
-            if self.output == modality and block.close_id is not None:
-                follows[index[f"end {modality}"], self._kinds.index(block.close_id)] = self.done
-        self._modalities = [self._only_modality(node, edges) for node in self._nodes]
+    def _upload(self, device: torch.device) -> None:
+        automaton = self._automaton
+        index = {name: number for number, name in enumerate(automaton.nodes)}
+        kinds = {kind: number for number, kind in enumerate(automaton.kinds)}
+        follows, costs = np.zeros((len(index), len(kinds)), np.int64), np.full((len(index), len(kinds)), NEVER)
+        for (node, kind), cost in automaton.costs().items():
+            at = index[node], kinds[kind]
+            follows[at], costs[at] = index[automaton.edges[node, kind]], cost
+        blocks = np.zeros((5, len(index)), np.int64)
+        blocks[2] = 1  # no row
+        blocks[4] = NOTHING
+        for node, one in automaton.inside.items():
+            at = index[node]
+            blocks[:4, at] = one.left + 1, index[automaton.end(node)], one.row or 1, index[one.newline]
+            if node != one.codes:
+                blocks[4, at] = automaton.forced(node)
+        codes = [index[automaton.inside[name].codes] if name in automaton.inside else index[name] for name in index]
+        self._modalities = [automaton.only_modality(node) for node in automaton.nodes]
+        self._closing = torch.tensor([automaton.closing(node) if node in automaton.inside else 0 for node in index])
+        self.has_lines = any(one.row for one in automaton.inside.values())
         self.kinds = torch.from_numpy(self._kind_of).to(device)  # (V,)
-        self.follows, self.costs = follows.to(device), costs.to(device)  # (N, K)
-        self.lengths, self.ends = lengths.to(device), ends.to(device)  # (N,)
-
-    def _only_modality(self, node: str, edges: dict[tuple[str, str | int], str]) -> str | None:
-        """The coded modality whose codes alone may follow at `node`, or None."""
-        kinds = {kind for start, kind in edges if start == node}
-        return str(kinds.pop()) if len(kinds) == 1 and kinds <= set(self.format.blocks) else None
+        self.follows, self.costs = (torch.from_numpy(table).to(device) for table in (follows, costs))  # (N, K)
+        self.lengths, self.ends, self.rows, self.newlines, self.forced = torch.from_numpy(blocks).to(device)  # (N,)
+        self.codes = torch.tensor(codes, device=device)  # (N,)
 
     # use
 
@@ -209,7 +127,8 @@ class Grammar:
         found = [self._read(np.asarray(prompt), first + row) for row, prompt in enumerate(prompts)]
         nodes, left = (torch.tensor(column, device=self.costs.device) for column in zip(*found))
         state = State(nodes, left, torch.tensor(list(rooms), device=self.costs.device))
-        stuck = ~(self.costs[nodes] <= state.room[:, None]).any(dim=1) | (left > state.room)
+        lacks = left + self._closing.to(left.device)[nodes]  # none is open before its first token
+        stuck = ~(self.costs[nodes] <= state.room[:, None]).any(dim=1) | ((left > 0) & (lacks > state.room))
         if stuck.any():
             row = int(stuck.nonzero()[0])
             if not (self.costs[nodes[row]] < NEVER).any():
@@ -225,18 +144,14 @@ class Grammar:
     def _read(self, prompt: np.ndarray, row: int) -> tuple[int, int]:
         if not len(prompt) or prompt[0] != self.vocabulary.bos:
             raise SequenceError(f"prompt {row} does not begin with <s>")
-        node, left = "start", 0
+        automaton, node, left = self._automaton, "start", 0
         for place, token in enumerate(prompt.tolist()[1:], 1):
-            kind = self._kinds[self._kind_of[token]] if 0 <= token < len(self._kind_of) else "none"
-            to = self._spelled.get((node, kind))
-            if to is None or to == "done":
+            kind = automaton.kinds[self._kind_of[token]] if 0 <= token < len(self._kind_of) else "none"
+            to, left = automaton.step(node, left, kind)
+            if to is None or to == DONE:
                 raise SequenceError(f"prompt {row}: {self.vocabulary.name(token)} can not stand at position {place}")
-            if to.startswith("codes "):
-                modality = to.removeprefix("codes ")
-                left = (left if node == to else self.format.blocks[modality].length) - 1
-                to = to if left else f"end {modality}"
             node = to
-        return self._nodes.index(node), left
+        return automaton.nodes.index(node), left
 
     def live(self, state: State) -> Tensor:
         """Rows that have not stopped, `(B,)` bool."""
@@ -247,8 +162,18 @@ class Grammar:
         return (self.costs[state.nodes] <= state.room[:, None])[:, self.kinds]
 
     def modality_at(self, node: int) -> str | None:
-        """The coded modality of which only codes may follow at a node of a `State`; None where there is a choice."""
+        """The coded modality of which only codes may follow at a node of a `State`; None where there is a choice.
+
+        Within a block this counts for its newlines, too: what is drawn there gives way to them, see `settle`.
+        """
         return self._modalities[node]
+
+    def settle(self, state: State, tokens: Tensor) -> Tensor:
+        """The drawn `tokens` `(B,)`, but the newline where nothing else may follow."""
+        if not self.has_lines:
+            return tokens
+        forced = self.forced[state.nodes]
+        return torch.where(forced == NOTHING, tokens, forced)
 
     def columns(self, modality: str) -> slice:
         """The ids of a modality."""
@@ -259,8 +184,11 @@ class Grammar:
         """The state after one more token in each row, `tokens` `(B,)`; done rows stay done."""
         nodes = self.follows[state.nodes, self.kinds[tokens]]
         room = (state.room - 1).clamp(min=0)
-        codes_left = torch.where(nodes == state.nodes, state.codes_left, self.lengths[nodes]) - 1
+        is_in = self.codes[nodes] == self.codes[state.nodes]
+        codes_left = torch.where(is_in, state.codes_left, self.lengths[nodes]) - 1
         in_block = self.lengths[nodes] > 0
+        if self.has_lines:
+            nodes = torch.where(in_block & (codes_left % self.rows[nodes] == 1), self.newlines[nodes], nodes)
         nodes = torch.where(in_block & (codes_left == 0), self.ends[nodes], nodes)
         nodes = torch.where((room == 0) | ~self.live(state), self.done, nodes)
         return State(nodes, torch.where(in_block, codes_left, 0), room)
@@ -306,6 +234,10 @@ class Template:
     def columns(self, modality: str) -> slice:
         """The ids of the modality."""
         return self._columns
+
+    def settle(self, state: State, tokens: Tensor) -> Tensor:
+        """The drawn `tokens` as they are."""
+        return tokens
 
     def legal(self, state: State) -> Tensor:
         """Never asked: there are only codes."""

@@ -105,7 +105,7 @@ class Studio:
     def _answer(self, conversation: Conversation, turn: Turn, text: str | None, files: Sequence[str]) -> Iterator[Turn]:
         settings = turn.settings
         self._check(settings)
-        turn.prompt = read_prompt(text, files, self.limits, self.model.codec.image_tokenizer.config)
+        turn.prompt = read_prompt(text, files, self.limits, self.model.codec)
         before: list[Any] = list(conversation.documents(settings.remember))
         options, turn.notes = settings.options(turn.prompt)
         yield turn

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from PIL import Image
 from PIL.Image import Image as Picture
 
-from mixmodal.tokenization.image import ImageTokenizerConfig
-from mixmodal.tokenization.preprocessing import open_picture, resize_and_crop
+from mixmodal.tokenization.codec import Codec
+from mixmodal.tokenization.preprocessing import open_picture
 
 EDIT_SIDE = 512
 """Pixels of the side at which pictures are painted on: little ones are enlarged to it."""
@@ -34,14 +34,14 @@ class Limits(NamedTuple):
     max_retrieve: int = 4
 
 
-def read_prompt(text: str | None, files: Sequence[str], limits: Limits, config: ImageTokenizerConfig) -> list[Any]:
+def read_prompt(text: str | None, files: Sequence[str], limits: Limits, codec: Codec) -> list[Any]:
     """The pictures, then the text: parts of a prompt.
 
     Pictures are brought to the size that the model's encoder takes, which changes no code of theirs.
 
     Args:
         files: paths of uploaded pictures.
-        config: of the model's image tokenizer.
+        codec: of the model.
 
     Raises:
         ValueError: for an empty prompt, or what is broken or exceeds a limit.
@@ -55,7 +55,7 @@ def read_prompt(text: str | None, files: Sequence[str], limits: Limits, config: 
     parts: list[Any] = []
     for number, file in enumerate(files, 1):
         opened = open_picture(Path(file).read_bytes(), f"picture {number}", limits.max_pixels)
-        parts.append(resize_and_crop(opened, config.image_size, config.preprocess))
+        parts.append(codec.fit(opened))
     return [*parts, text] if text else parts
 
 

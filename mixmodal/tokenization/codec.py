@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
 import torch
 from PIL.Image import Image as Picture
 from torch import Tensor
 
-from mixmodal.document import Coded, Document, Image, Mask, Part, SequenceFormat, Text
+from mixmodal.document import (
+    UNIT_PIXELS,
+    Coded,
+    Document,
+    EndOfTurn,
+    Grid,
+    Image,
+    LuminaFormat,
+    Mask,
+    Part,
+    SequenceFormat,
+    Text,
+)
 from mixmodal.tokenization.preprocessing import open_picture, resize_and_crop, to_pictures, to_tensor
 
 if TYPE_CHECKING:
     from mixmodal.tokenization.image import ImageTokenizer
     from mixmodal.tokenization.text_files import PieceTokenizer
 
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 Content = str | Picture | Part
 """What a user may put into a document."""
 
@@ -46,6 +61,8 @@ class Codec:
             "image codes": (image_tokenizer.codebook_size, vocabulary.config.codebook_sizes.get("image")),
             "image grid": (grid, format.grids.get("image")),
         }
+        if isinstance(format, LuminaFormat):
+            wanted["codes of 32 pixels"] = (image_tokenizer.codes_along(UNIT_PIXELS), format.codes_per_unit)
         for name, (given, expected) in wanted.items():
             if given != expected:
                 raise ValueError(
@@ -54,7 +71,7 @@ class Codec:
                 )
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
-        self.format = type(format)(vocabulary, format.grids, text_tokenizer)
+        self.format = format.with_text_tokenizer(text_tokenizer)
         self.batch_size = batch_size
 
     @property
@@ -81,15 +98,15 @@ class Codec:
             found.append(Document(next(images) if isinstance(part, Picture) else _part(part) for part in parts))
         return found
 
-    def from_document(self, document: Document) -> list[str | Picture | Mask]:
-        """Strings and pictures in order; a mask stays a mask."""
+    def from_document(self, document: Document) -> list[str | Picture | Mask | EndOfTurn]:
+        """Strings and pictures in order; a mask stays a mask, an end of turn one."""
         return self.from_documents([document])[0]
 
-    def from_documents(self, documents: Sequence[Document]) -> list[list[str | Picture | Mask]]:
+    def from_documents(self, documents: Sequence[Document]) -> list[list[str | Picture | Mask | EndOfTurn]]:
         """`from_document` for many; their codes pass the decoder together."""
         coded = [part for document in documents for part in document.parts if isinstance(part, Coded)]
         pictures = iter(self.decode_images(coded))
-        found: list[list[str | Picture | Mask]] = []
+        found: list[list[str | Picture | Mask | EndOfTurn]] = []
         for document in documents:
             found.append([])
             for part in document.parts:
@@ -99,39 +116,74 @@ class Codec:
 
     @torch.inference_mode()
     def encode_pictures(self, pictures: Sequence[Picture]) -> list[Image]:
-        """Pictures of any size and mode to their codes."""
+        """Pictures of any size and mode to their codes; those of one grid pass the encoder together."""
         images: list[Image] = []
         for start in range(0, len(pictures), self.batch_size):
-            batch = self.to_images(pictures[start : start + self.batch_size], start)
-            codes: Tensor = self.image_tokenizer.encode(batch)  # (B, h, w)
-            images += [Image(one) for one in codes.cpu().numpy()]
+            chunk = enumerate(pictures[start : start + self.batch_size], start)
+            fitted = [self.fit(picture, f"picture {index}") for index, picture in chunk]
+            images += map_alike(fitted, [picture.size for picture in fitted], self._encode)
         return images
 
+    def _encode(self, fitted: Sequence[Picture]) -> list[Image]:
+        codes: Tensor = self.image_tokenizer.encode(torch.stack([*map(to_tensor, fitted)]).to(self.device))  # (B, h, w)
+        return [Image(one) for one in codes.cpu().numpy()]
+
+    def fit(self, picture: Picture, name: str = "the picture", *, square: bool = False) -> Picture:
+        """A picture of any size and mode as the encoder sees it: RGB, resized and cropped to the centre.
+
+        It gets the sides of the grid that fits it, see `SequenceFormat.fitting_grid`.
+
+        Args:
+            name: for messages.
+            square: whether it gets the sides `image_size` in every format.
+        """
+        opened, config = open_picture(picture, name), self.image_tokenizer.config
+        grid = self.format.grids["image"] if square else self.format.fitting_grid("image", opened.height, opened.width)
+        return resize_and_crop(opened, self.size_of(grid), config.preprocess)
+
+    def size_of(self, grid: Grid) -> tuple[int, int]:
+        """Width and height in pixels of a picture of a grid of codes `(h, w)`."""
+        config = self.image_tokenizer.config
+        pixels = config.autoencoder.downsampling
+        return grid[1] * pixels // config.quantizer.codes_per_place, grid[0] * pixels
+
     def to_images(self, pictures: Sequence[Picture], first: int = 0) -> Tensor:
-        """Pictures of any size and mode as the tokenizer takes them, float32 `(B, 3, H, W)` on its device.
+        """Pictures of any size and mode as squares of `image_size`, float32 `(B, 3, H, W)` on the tokenizer's device.
 
         Args:
             first: number of the first picture, for messages.
         """
-        config, images = self.image_tokenizer.config, []
-        for index, picture in enumerate(pictures, first):
-            opened = open_picture(picture, f"picture {index}")
-            images.append(to_tensor(resize_and_crop(opened, config.image_size, config.preprocess)))
-        return torch.stack(images).to(self.device)
+        fitted = [self.fit(picture, f"picture {index}", square=True) for index, picture in enumerate(pictures, first)]
+        return torch.stack([*map(to_tensor, fitted)]).to(self.device)
 
     @torch.inference_mode()
     def decode_images(self, images: Sequence[Coded]) -> list[Picture]:
-        """Codes to pictures."""
+        """Codes to pictures; those of one grid pass the decoder together."""
         pictures: list[Picture] = []
         for start in range(0, len(images), self.batch_size):
-            codes = [torch.from_numpy(image.codes) for image in images[start : start + self.batch_size]]
-            pictures += to_pictures(self.image_tokenizer.decode(torch.stack(codes).to(self.device)).float().cpu())
+            codes = [image.codes for image in images[start : start + self.batch_size]]
+            pictures += map_alike(codes, [one.shape for one in codes], self._decode)
         return pictures
+
+    def _decode(self, codes: Sequence[np.ndarray]) -> list[Picture]:
+        stack = torch.from_numpy(np.stack(codes)).to(self.device)
+        return to_pictures(self.image_tokenizer.decode(stack).float().cpu())
+
+
+def map_alike(
+    items: Sequence[Item], kinds: Sequence[Hashable], call: Callable[[list[Item]], list[Found]]
+) -> list[Found]:
+    """What `call` finds for items of the same kind together, in the order of the items."""
+    found: dict[int, Found] = {}
+    for kind in dict.fromkeys(kinds):
+        places = [place for place, one in enumerate(kinds) if one == kind]
+        found |= dict(zip(places, call([items[place] for place in places]), strict=True))
+    return [found[place] for place in range(len(items))]
 
 
 def _part(part: object) -> Part:
     if isinstance(part, str):
         return Text(part)
-    if isinstance(part, (Text, Mask, Coded)):
+    if isinstance(part, (Text, Mask, EndOfTurn, Coded)):
         return part
     raise TypeError(f"a part must be a string, a PIL picture or a document part, not {type(part).__name__}")

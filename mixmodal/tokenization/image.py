@@ -51,6 +51,8 @@ class ImageTokenizerConfig:
 class ImageTokenizer(nn.Module):
     """Images `(B, 3, H, W)` in [-1, 1] to codes `(B, h, w)` and back.
 
+    They have the sides `image_size`, or where `takes_other_sizes` any that are multiples of the pixels of a code.
+
     Args:
         config: its sizes.
         encoder_only: there is no decoder, as in transformers' Chameleon: pictures can be read, and none drawn.
@@ -80,6 +82,30 @@ class ImageTokenizer(nn.Module):
     def grid(self) -> tuple[int, int]:
         """Codes of a picture, `(h, w)`."""
         return self.config.grid
+
+    @property
+    def takes_other_sizes(self) -> bool:
+        """Whether heights and widths need not be `image_size`: where nothing has learned positions of the grid."""
+        return "transformer" not in self.config.autoencoder.mid_blocks
+
+    def codes_along(self, pixels: int) -> int:
+        """Codes along so many pixels of a side, for pictures of several sizes.
+
+        Raises:
+            ValueError: where the tokenizer takes one size only, or they are not whole codes, one for each place.
+        """
+        downsampling = self.config.autoencoder.downsampling
+        if not self.takes_other_sizes:
+            raise ValueError(
+                "image tokenizer: it takes pictures of one size only, for its transformer blocks have learned "
+                "positions; pictures of several sizes need one without (autoencoder.mid_blocks)"
+            )
+        if pixels % downsampling or self.config.quantizer.codes_per_place != 1:
+            raise ValueError(
+                f"image tokenizer: pictures of several sizes need one code for each place and whole codes in {pixels} "
+                f"pixels; it has {self.config.quantizer.codes_per_place}, each of {downsampling} pixels"
+            )
+        return pixels // downsampling
 
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
         """Images to their reconstructions `(B, 3, H, W)`, float32 and not clamped, and what the quantizer did."""
@@ -134,14 +160,26 @@ class ImageTokenizer(nn.Module):
         return self.encoder.conv_in.weight.dtype
 
     def _check_images(self, images: Tensor) -> None:
-        side = self.config.image_size
-        if images.ndim != 4 or tuple(images.shape[1:]) != (3, side, side):
-            shape = tuple(images.shape)
+        side, pixels = self.config.image_size, self.config.autoencoder.downsampling
+        shape = tuple(images.shape)
+        if images.ndim == 4 and shape[1:] == (3, side, side):
+            return
+        if not self.takes_other_sizes:
             raise ValueError(f"image tokenizer: images of shape {shape} instead of (B, 3, {side}, {side})")
+        if images.ndim != 4 or shape[1] != 3 or not min(shape[2:]) or shape[2] % pixels or shape[3] % pixels:
+            raise ValueError(
+                f"image tokenizer: images of shape {shape} instead of (B, 3, H, W) with H and W multiples of {pixels}"
+            )
 
     def _check_codes(self, codes: Tensor) -> None:
-        if codes.ndim != 3 or tuple(codes.shape[1:]) != self.grid:
-            raise ValueError(f"image tokenizer: codes of shape {tuple(codes.shape)} instead of (B, *{self.grid})")
+        shape = tuple(codes.shape)
+        if codes.ndim != 3 or (shape[1:] != self.grid and not self.takes_other_sizes):
+            raise ValueError(f"image tokenizer: codes of shape {shape} instead of (B, *{self.grid})")
+        if not min(shape[1:]) or shape[2] % self.quantizer.codes_per_place:
+            raise ValueError(
+                f"image tokenizer: codes of shape {shape} are no (B, h, w) with {self.quantizer.codes_per_place} for "
+                "each place"
+            )
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
             raise ValueError(f"image tokenizer: codes must lie in 0 .. {self.codebook_size - 1}")
 

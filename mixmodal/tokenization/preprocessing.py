@@ -113,22 +113,28 @@ def _to_rgb(picture: Image.Image, key: str) -> Image.Image:
     return picture.convert("RGB")
 
 
-def resize_and_crop(picture: Image.Image, size: int, preprocess: Preprocess = "meta") -> Image.Image:
+def resize_and_crop(picture: Image.Image, size: int | tuple[int, int], preprocess: Preprocess = "meta") -> Image.Image:
     """Short side to `size` pixels (Lanczos), then the centre square with offsets rounded down, as Chameleon does it.
 
     The two names differ in the long side's rounding, and so in pictures that are not square.
+
+    Args:
+        size: pixels; width and height give the centre of these sides, of the smallest picture that covers it.
     """
+    target = (size, size) if isinstance(size, int) else size
     width, height = picture.size
     short = min(width, height)
     if max(width, height) > MAX_ASPECT * short:
         picture = _crop_centre(picture, min(width, MAX_ASPECT * short), min(height, MAX_ASPECT * short))
-    if picture.size == (size, size):
+    if picture.size == target:
         return picture
-    scale = size / short
-    resized = (round(scale * picture.width), round(scale * picture.height))
+    # the side along which the picture has least to spare
+    side = 0 if target[0] * picture.height >= target[1] * picture.width else 1
+    limit, length = target[side], picture.size[side]
+    resized = (round(limit / length * picture.width), round(limit / length * picture.height))
     if preprocess == "transformers":
-        resized = (size * picture.width // short, size * picture.height // short)
-    return _crop_centre(picture.resize(resized, Image.Resampling.LANCZOS), size, size)
+        resized = (limit * picture.width // length, limit * picture.height // length)
+    return _crop_centre(picture.resize(resized, Image.Resampling.LANCZOS), *target)
 
 
 def _crop_centre(picture: Image.Image, width: int, height: int) -> Image.Image:

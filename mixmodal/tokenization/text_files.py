@@ -58,9 +58,12 @@ def load_text_tokenizer(path: Path | str, num_pieces: int | None = None) -> Piec
 
 
 def size_vocabulary(
-    tokenizer: PieceTokenizer, codebook_sizes: Mapping[str, int], num_sentinels: int
+    tokenizer: PieceTokenizer, codebook_sizes: Mapping[str, int], num_sentinels: int, num_reserved: int = 1
 ) -> VocabularyConfig:
     """Sizes of a vocabulary around a tokenizer; a file with image codes has said them all.
+
+    Args:
+        num_reserved: control tokens behind the sentinels that are needed; such a file may have more.
 
     Raises:
         ValueError: where a file with image codes says others, or has an order that is not ours.
@@ -68,7 +71,10 @@ def size_vocabulary(
     from mixmodal.tokenization.json_text import JsonTextTokenizer
 
     given = VocabularyConfig(
-        codebook_sizes=dict(codebook_sizes), num_text_pieces=tokenizer.num_pieces, num_sentinels=num_sentinels
+        codebook_sizes=dict(codebook_sizes),
+        num_text_pieces=tokenizer.num_pieces,
+        num_sentinels=num_sentinels,
+        num_reserved=num_reserved,
     )
     if not isinstance(tokenizer, JsonTextTokenizer) or not tokenizer.control.num_codes:
         return given

@@ -128,7 +128,7 @@ def sample_plainly(form: SequenceFormat, last_logits: Callable[[np.ndarray], tor
             logits = penalise_repetition(logits, seen, settings.repetition_penalty)
             for rule in build_rules(settings):
                 logits = rule(logits)
-            token = int(draw(logits, uniforms[len(drawn)][None]))
+            token = int(grammar.settle(state, draw(logits, uniforms[len(drawn)][None])))
             drawn.append(token if known is None or known[len(drawn)] == FREE else int(known[len(drawn)]))
             rows = [np.append(row, drawn[-1]) for row in rows]
             state = grammar.advance(state, torch.tensor(drawn[-1:]))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mixmodal.document import FormatName, SequenceFormat, build_format
+from mixmodal.document import UNIT_PIXELS, FormatName, SequenceFormat, build_format
 from mixmodal.files import write_whole
 from mixmodal.interop.chameleon.beside import find_text_tokenizer, load_image_tokenizer
 from mixmodal.interop.chameleon.checkpoint import Checkpoint
@@ -86,7 +86,8 @@ def gather_parts(
     else:
         vocabulary = Vocabulary(vocabulary_of(control, config.vocab_size))
         check_codes(control, images, text)
-    format = build_format(sequence_format, vocabulary, {"image": images.grid})
+    per_unit = images.codes_along(UNIT_PIXELS) if sequence_format == "lumina" else None
+    format = build_format(sequence_format, vocabulary, {"image": images.grid}, codes_per_unit=per_unit)
     return Parts(
         config=config, text_tokenizer=text, image_tokenizer=images, format=format, base=is_base, missing=tuple(missing)
     )
