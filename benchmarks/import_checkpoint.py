@@ -119,12 +119,16 @@ def main(options: argparse.Namespace) -> None:
             "load_transformer": ["-c", load],
         }
         label = f"{options.shape}, {options.layout}" + f" in {num_shards} shards" * (num_shards > 1)
-        record("import", f"{label}: size of the checkpoint", [sum(files) / 1e9], "GB", "cpu", settings)
-        record("import", f"{label}: largest file", [max(files) / 1e9], "GB", "cpu", settings)
+
+        def put(what: str, value: float, unit: str) -> None:
+            record("import", f"{label}: {what}, {unit}", [value], unit, "cpu", settings)
+
+        put("checkpoint", sum(files) / 1e9, "GB")
+        put("largest file", max(files) / 1e9, "GB")
         for what in options.steps:
             cost = measure(commands[what])
-            record("import", f"{label}: {what}, time", [cost.seconds], "s", "cpu", settings)
-            record("import", f"{label}: {what}, peak of memory", [cost.peak_bytes / 1e9], "GB", "cpu", settings)
+            put(what, cost.seconds, "s")
+            put(f"{what}, peak of memory", cost.peak_bytes / 1e9, "GB")
 
 
 if __name__ == "__main__":

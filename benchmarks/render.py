@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
-WRITTEN_PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("classifiers", "retrieval", "sampling"))
+WRITTEN_PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("checkpoints", "classifiers", "retrieval", "sampling"))
 MARK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 """In a page that is written by hand, what stands between is rendered."""
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
@@ -31,6 +31,7 @@ TITLES = {
     "saving": "What a checkpoint costs",
     "data": "Packed rows of a mixture: what they cost and how full they are",
     "decode": "Drawing pictures with guidance: codes a second, against transformers' Chameleon",
+    "import": "Importing a checkpoint of 7B: seconds and peak of memory",
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",
     "stability": "Stability at a high learning rate: a value for each seed (docs/stability.md)",
@@ -40,6 +41,7 @@ PIVOTED = (
     "demo_classifiers",
     "digits",
     "elimination",
+    "import",
     "tokenizer_comparison",
     "swap_test",
     "stability",
@@ -63,6 +65,7 @@ ON_CPU = (
     "elimination",
     "swap_test",
     "guidance",
+    "import",
     "infilling",
     "memory",
     "retrieval_encoder",
