@@ -179,7 +179,7 @@ def gather_norm(norms: Tensor, name: str, num_sets: int, layout: Layout, allow_l
     if not allow_lossy and not (groups == groups[:, :1]).all():
         raise ValueError(
             f"{name}: heads have QK-norms of their own, and layout {layout.name} stores {num_sets}; averaging them "
-            "loses what tells them apart. Export to another layout, or with --allow-lossy"
+            "loses what tells them apart. Export to another layout, or with --allow_lossy"
         )
     sets = torch.stack([average(list(group)) for group in groups])
     if layout.adjacent_pairs:
