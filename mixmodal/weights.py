@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixmodal.files import naming
-
 SAFETENSORS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FILES = (
@@ -232,19 +230,6 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
-
-
-def save_pickle(content: Mapping[str, Any], path: Path) -> None:
-    """Writes one file of torch.save.
-
-    Raises:
-        OSError: naming the file, where the disk is full or does not let it be written.
-    """
-    with naming(path), open(path, "wb") as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:  # torch's writer puts its own error over that of the disk
-            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
 
 
 def _gather(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:

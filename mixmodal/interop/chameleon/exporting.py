@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixmodal.files import write_whole
+from mixmodal.files import naming, write_whole
 from mixmodal.interop.chameleon.conversion import count_sets, cut_shard, divisors, export_tensors
 from mixmodal.interop.chameleon.layouts import LAYOUTS, LLAMA, META, TRANSFORMERS, Layout, LayoutName
 from mixmodal.interop.chameleon.pictures import describe_vqgan, find_obstacle, in_yaml, to_vqgan
@@ -26,7 +26,7 @@ from mixmodal.interop.export import (
 from mixmodal.models.transformer import TransformerConfig
 from mixmodal.tokenization.image import ImageTokenizer, is_saved
 from mixmodal.vocabulary import Vocabulary
-from mixmodal.weights import LazyFiles, read_weights, save_pickle, write_weights
+from mixmodal.weights import LazyFiles, read_weights, write_weights
 
 FIXED: Mapping[str, Any] = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope"}
 """What no layout of the family has otherwise."""
@@ -289,6 +289,19 @@ def write_meta(found: Exported, folder: Path, allow_lossy: bool) -> int:
         save_pickle({"state_dict": to_vqgan(found.image_tokenizer)}, beside / "vqgan.ckpt")
         write_whole(beside / "vqgan.yaml", yaml.safe_dump(in_yaml(found.image_tokenizer)).encode())
     return size
+
+
+def save_pickle(content: Mapping[str, Any], path: Path) -> None:
+    """Writes one file of torch.save.
+
+    Raises:
+        OSError: naming the file, where the disk is full or does not let it be written.
+    """
+    with naming(path), open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's writer puts its own error over that of the disk
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
 
 
 def rope_frequencies(config: TransformerConfig) -> Tensor:
