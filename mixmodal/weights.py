@@ -22,12 +22,12 @@ FILES = (
     INDEX,
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
-    "vqgan.ckpt",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
     "diffusion_pytorch_model.bin",
+    "vqgan.ckpt",
 )
-"""What a folder is looked through for, in this order."""
+"""What a folder is looked through for, in this order: a vqgan.ckpt may lie beside the model that it belongs to."""
 CONTAINERS = ("ema", "state_dict", "model", "module")
 """Keys under which trainers put the weights; averaged weights first, as LlamaGen takes them."""
 
@@ -47,12 +47,19 @@ class LazyFiles(Mapping[str, Tensor]):
         self._read = 0
 
     def __getitem__(self, name: str) -> Tensor:
+        """A tensor that shares memory with no other: neither with the mapped file nor with one that is stored once.
+
+        Raises:
+            ValueError: naming the file, for one that is sparse, or larger than what is stored of it.
+        """
         if self._read > READ_BYTES:
             self._open, self._read = {path: found for path, found in self._open.items() if not can_map(path)}, 0
         found = self._file(name)
         tensor = found[name] if isinstance(found, dict) else found.get_tensor(name)
+        if tensor.layout is not torch.strided or tensor.nbytes > tensor.untyped_storage().nbytes():
+            raise ValueError(f"{self._files[name]}: tensor {name} is sparse, or an expanded view; save it dense")
         self._read += tensor.nbytes
-        return tensor.clone() if can_map(self._files[name]) else tensor  # it would keep the whole file mapped
+        return tensor.clone()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, of which nothing else is read."""
@@ -121,7 +128,7 @@ def read_index(path: Path) -> LazyFiles:
     try:
         names = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = {str(name): str(file) for name, file in names.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not the index of a sharded checkpoint: {error}") from error
     for file in sorted(set(files.values())):
         if Path(file).name != file or not file.endswith((".safetensors", ".bin")):
@@ -167,7 +174,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             "its tensors alone and give the new file: torch.save({'state_dict': torch.load(FILE, "
             "weights_only=False)['state_dict']}, NEW)"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # a broken file makes torch raise nearly anything
         raise ValueError(f"{path} is not a whole file of torch.save ({type(error).__name__}: {error})") from error
     for name in CONTAINERS:
         if isinstance(found, dict) and isinstance(found.get(name), Mapping):
@@ -209,7 +218,10 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
         places.update(dict.fromkeys(names, file))
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        try:
+            (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise OSError(error.errno or errno.EIO, error.strerror or str(error), str(folder / INDEX)) from error
     return total
 
 

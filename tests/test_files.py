@@ -17,7 +17,7 @@ import torch
 
 from mixmodal.config import save_config
 from mixmodal.data.shards import write_atomically
-from mixmodal.files import replacing, write_whole
+from mixmodal.files import read_object, replacing, write_whole
 from mixmodal.models.transformer import save_weights
 from mixmodal.quickstart.runner import write_json
 from mixmodal.tokenization.text import TextTokenizer
@@ -119,3 +119,11 @@ def test_weights_that_do_not_fit_name_their_file(tmp_path: Path, save: Callable[
     with pytest.raises(OSError, match=r": '.*model\.safetensors'$") as caught, no_file_above(1_000_000):
         save(model, path)
     assert caught.value.errno in (errno.EFBIG, errno.EIO)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a":' + "[" * 200_000, "\xff"])
+def test_what_is_no_object_is_named(text: str, tmp_path: Path) -> None:
+    """Nor is what Python's own reader can not follow."""
+    (tmp_path / "x.json").write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=r"x\.json"):
+        read_object(tmp_path / "x.json")

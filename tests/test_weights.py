@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mixmodal.weights import read_weights
+from mixmodal import weights
+from mixmodal.weights import read_weights, write_weights
 
 A, B = torch.arange(3.0), torch.ones(2, 2)
 
@@ -72,6 +75,8 @@ def test_a_pickle_that_needs_code_is_refused(tmp_path: Path) -> None:
         ("x.ckpt", b"not a checkpoint", "x.ckpt"),
         ("x.ckpt", b"", "x.ckpt is not a whole file of torch.save"),
         ("x.safetensors.index.json", b"{", "not the index"),
+        ("x.safetensors.index.json", b'{"weight_map": ' + b"[" * 200_000, "not the index"),
+        ("x.safetensors", (1 << 60).to_bytes(8, "little") + b"{}", "not a whole safetensors file"),
         ("x.safetensors.index.json", b'{"weight_map": [1]}', "not the index"),
     ],
 )
@@ -100,3 +105,62 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         read_weights(tmp_path / "none")
     with pytest.raises(ValueError, match=r"no checkpoint of a known name \(model.safetensors, "):
         read_weights(tmp_path)
+
+
+def test_broken_pickles_give_one_kind_of_error(tmp_path: Path) -> None:
+    """Whatever byte is wrong, in the new format and in that before torch 1.6."""
+    rng = random.Random(0)
+    for is_zip in (True, False):
+        torch.save({"a": A, "b": B}, tmp_path / "whole.pt", _use_new_zipfile_serialization=is_zip)
+        whole = (tmp_path / "whole.pt").read_bytes()
+        for number in range(100):
+            changed = bytearray(whole)
+            changed[rng.randrange(len(changed))] = rng.randrange(256)
+            path = tmp_path / f"{number}-{is_zip}.pt"
+            path.write_bytes(changed)
+            with contextlib.suppress(ValueError):
+                found = read_weights(path)
+                assert [found[name].shape for name in found]
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+def test_tensors_that_are_stored_once_or_as_views_are_read_alone(is_zip: bool, tmp_path: Path) -> None:
+    """A tied output, a stretch of a larger tensor, and one in another order of memory can all be written again."""
+    state = {"a": B, "tied": B, "part": torch.arange(1000.0)[3:5], "turned": torch.arange(6.0).view(2, 3).T}
+    torch.save(state, tmp_path / "x.pt", _use_new_zipfile_serialization=is_zip)
+    found = read_weights(tmp_path / "x.pt")
+    write_weights(tmp_path, ((name, found[name]) for name in found))
+    assert (tmp_path / "model.safetensors").stat().st_size < 1000
+    again = read_weights(tmp_path / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+    again["a"].zero_()
+    assert torch.equal(again["a"], B)
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(1).expand(1 << 20, 1 << 20), torch.eye(3).to_sparse()])
+def test_a_tensor_larger_than_its_file_is_refused(tensor: torch.Tensor, tmp_path: Path) -> None:
+    """It would take 4 TB."""
+    torch.save({"a": tensor}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt: tensor a is sparse, or an expanded view"):
+        read_weights(tmp_path / "x.pt")["a"]
+
+
+def test_a_picture_tokenizer_beside_a_model_is_not_taken_for_it(tmp_path: Path) -> None:
+    torch.save({"picture": A}, tmp_path / "vqgan.ckpt")
+    assert list(read_weights(tmp_path)) == ["picture"]
+    torch.save({"model": A}, tmp_path / "pytorch_model-00001-of-00001.bin")
+    index = {"weight_map": {"model": "pytorch_model-00001-of-00001.bin"}}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    assert list(read_weights(tmp_path)) == ["model"]
+
+
+def test_files_are_closed_when_enough_was_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was read of a mapped file counts as memory while it is open."""
+    monkeypatch.setattr(weights, "READ_BYTES", 10)
+    opened: list[Path] = []
+    open_safetensors = weights.open_safetensors
+    monkeypatch.setattr(weights, "open_safetensors", lambda path: opened.append(path) or open_safetensors(path))
+    save_file({"a": A, "b": B}, tmp_path / "x.safetensors")
+    found = read_weights(tmp_path / "x.safetensors")
+    assert [torch.equal(found["a"], A) for _ in range(4)] == [True] * 4
+    assert len(opened) == 4

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mixmodal.document import SequenceFormat, build_format
-from mixmodal.files import write_whole
+from mixmodal.files import read_object, write_whole
 from mixmodal.hub import HubOptions, find_folder
 from mixmodal.interop.card import with_front_matter
 from mixmodal.models.transformer import Transformer, TransformerConfig, load_weights, save_weights
@@ -322,10 +322,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
         hint = f"; did you mean {folder / 'export'}?" if (folder / "export" / CONFIG).is_file() else ""
         raise ExportError(f"{folder} is not an exported model: {CONFIG} is missing{hint}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_object(path)
     except ValueError as error:
-        raise ExportError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("format_version") != 1:
+        raise ExportError(str(error)) from error
+    if config.get("format_version") != 1:
         raise ExportError(f"{path}: format_version is not 1; this version of mixmodal reads 1 only")
     return config
 

@@ -6,15 +6,15 @@ attention and codebook are read from names and shapes; nothing is assumed.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from itertools import count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mixmodal.files import read_object
 from mixmodal.interop.vqgan_names import (
     CODEBOOK,
     DIFFUSERS,
@@ -160,10 +160,7 @@ def read_norm_groups(config: Path | None) -> int:
     """
     if config is None or not config.is_file():
         raise ValueError("diffusers' config.json must stand beside the weights: it says how many groups norms have")
-    try:
-        data: dict[str, Any] = dict(json.loads(config.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{config} is not a config of diffusers: {error}") from error
+    data = read_object(config)
     for key, wanted in {"_class_name": "VQModel", "act_fn": "silu", "norm_type": "group"}.items():
         if data.get(key, wanted) != wanted:
             raise ValueError(f"{config}: {key} is {data[key]!r}; only {wanted!r} can be imported")

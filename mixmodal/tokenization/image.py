@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mixmodal.files import write_whole
+from mixmodal.files import read_object, write_whole
 from mixmodal.tokenization.autoencoder import AutoencoderConfig, Decoder, Encoder, channels_last, check_autoencoder
 from mixmodal.tokenization.preprocessing import Preprocess, check_preprocess, to_encoder_range
 from mixmodal.tokenization.quantizer import build_quantizer, check_quantizer
@@ -265,7 +265,7 @@ def read_config(folder: Path) -> ImageTokenizerConfig:
     check_folder(folder)
     path = folder / CONFIG_NAME
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_object(path)
         version, section = data["format_version"], data["image_tokenizer"]
         if version != FORMAT_VERSION:
             raise ValueError(f"format_version is {version}, this version reads {FORMAT_VERSION}")
@@ -282,7 +282,7 @@ def read_config(folder: Path) -> ImageTokenizerConfig:
 
 def is_encoder_only(folder: Path) -> bool:
     """Whether a saved tokenizer, whose config can be read, has no decoder."""
-    return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("encoder_only") is True
+    return read_object(folder / CONFIG_NAME).get("encoder_only") is True
 
 
 def config_from_dict(config_type: type[Config], data: dict[str, Any]) -> Config:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
+import resource
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,7 @@ from test_importing import fails, run, write_download
 
 import mixmodal
 from mixmodal.document import build_format
+from mixmodal.interop.chameleon.exporting import gather_export, in_meta_words, write_exported
 from mixmodal.interop.export import save_export
 from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.pipeline import MixedModal
@@ -65,6 +70,17 @@ def load_theirs(folder: Path) -> Any:
     assert not report["unexpected_keys"]
     assert not report["mismatched_keys"]
     return model.eval()
+
+
+@contextlib.contextmanager
+def no_file_above(num_bytes: int) -> Iterator[None]:
+    """The system refuses to let files grow further, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("placement", ["pre", "post_sublayer"])
@@ -147,6 +163,34 @@ def test_a_network_that_transformers_has_no_class_for_is_refused(
     folder = write_own(tmp_path / "ours", tokenizers, **changes)
     assert message in fails(capsys, "export", folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_meta_gets_what_its_loader_insists_on(tmp_path: Path, tokenizers: Path, capsys: pytest.CaptureFixture) -> None:
+    """`rope.freqs` as the one unknown tensor, heads as wide as dim / heads, the inner width by its rule."""
+    folder = write_own(tmp_path / "ours", tokenizers, ffn_dim=76)
+    run("export", folder, tmp_path / "out", "--to", "meta", "--num_shards", 1, "--allow_lossy", "true")
+    inner = tmp_path / "out" / "models" / "mixmodal"
+    shard = torch.load(inner / "consolidated.pth", weights_only=True)
+    assert torch.allclose(shard["rope.freqs"], torch.tensor([1, 0.1, 0.01, 0.001]))
+    assert shard["layers.0.attention.q_normalization.weight"].shape == (8,)
+    told = json.loads((inner / "params.json").read_text())["model"]
+    hidden = int(told["ffn_dim_multiplier"] * int(2 * 4 * 32 / 3))
+    assert told["multiple_of"] * -(-hidden // told["multiple_of"]) == 76
+    assert in_meta_words(4096, 11008) == {}
+    assert in_meta_words(8192, 22016) == {}
+    wide = write_own(tmp_path / "wide", tokenizers, head_dim=16)
+    assert "4 heads of 16 are not as wide" in fails(capsys, "export", wide, tmp_path / "no", "--to", "meta")
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, tokenizers: Path) -> None:
+    found = gather_export(write_own(tmp_path / "ours", tokenizers), "meta", 1)
+    with pytest.raises(OSError, match=r": '.*consolidated.*\.pth'$") as caught, no_file_above(20_000):
+        write_exported(found, tmp_path / "out", allow_lossy=True)
+    assert caught.value.errno == errno.EFBIG
+    found = gather_export(tmp_path / "ours", None)
+    with pytest.raises(OSError, match=r": '.*shard-0\.partial'$"), no_file_above(20_000):
+        write_exported(found, tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"ours", "image"}
 
 
 def test_a_network_without_qk_norm_is_a_llama(tmp_path: Path, tokenizers: Path) -> None:

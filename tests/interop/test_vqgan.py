@@ -277,7 +277,7 @@ def test_an_image_size_that_does_not_fit_is_named() -> None:
     ("config", "words"),
     [
         (None, "config.json must stand beside"),
-        ("[1]", "not a config of diffusers"),
+        ("[1]", "holds no JSON object"),
         ('{"act_fn": "relu"}', "act_fn is 'relu'"),
         ('{"_class_name": "AutoencoderKL"}', "AutoencoderKL"),
         ('{"norm_num_groups": "8"}', "norm_num_groups"),

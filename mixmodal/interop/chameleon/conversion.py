@@ -29,12 +29,8 @@ def to_pairs(rows: Tensor, head_dim: int) -> Tensor:
     return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
-def read_shape(checkpoint: Checkpoint, num_heads: int = 0) -> TransformerConfig:
+def read_shape(checkpoint: Checkpoint) -> TransformerConfig:
     """The network's config from the shapes of its tensors and the settings beside them.
-
-    Args:
-        num_heads: for layouts without QK-norm, whose shapes do not show the width of a head, where the settings do not
-            say it either.
 
     Raises:
         ValueError: naming the tensor that is missing, unknown or of an impossible shape.
@@ -44,11 +40,11 @@ def read_shape(checkpoint: Checkpoint, num_heads: int = 0) -> TransformerConfig:
     num_layers = 0
     while any(key.startswith(layout.block.format(num_layers)) for key in shapes):
         num_layers += 1
-    check_names(layout, shapes, num_layers)
+    check_names(layout, shapes, num_layers, has_output=layout.output in shapes or not settings.tied)
     vocab_size, dim = shapes[layout.embedding]
     query, key, _ = (shapes[name + part][0] for part in layout.parts[QKV])
     if layout.norms == "none":
-        heads = num_heads or settings.sizes.get("num_heads", 0)
+        heads = settings.sizes.get("num_heads", 0)
         head_dim = settings.sizes.get("head_dim") or (query // heads if heads else 0)
     else:
         head_dim = shapes[name + layout.parts[f"{Q_NORM}.weight"][0]][-1]
@@ -76,13 +72,13 @@ def read_shape(checkpoint: Checkpoint, num_heads: int = 0) -> TransformerConfig:
     return config
 
 
-def check_names(layout: Layout, shapes: Mapping[str, tuple[int, ...]], num_layers: int) -> None:
-    """Whether the tensors are those of the layout.
+def check_names(layout: Layout, shapes: Mapping[str, tuple[int, ...]], num_layers: int, *, has_output: bool) -> None:
+    """Whether the tensors are those of the layout, with an output of its own or without.
 
     Raises:
         ValueError: listing what is missing and what is unknown.
     """
-    wanted = {name for _, theirs in layout.names(num_layers, layout.output in shapes) for name in theirs}
+    wanted = {name for _, theirs in layout.names(num_layers, has_output) for name in theirs}
     kinds = {
         "missing": sorted(wanted - set(shapes)),
         "unknown": sorted(name for name in set(shapes) - wanted if not layout.skipped.fullmatch(name)),
@@ -183,7 +179,7 @@ def gather_norm(norms: Tensor, name: str, num_sets: int, layout: Layout, allow_l
     if not allow_lossy and not (groups == groups[:, :1]).all():
         raise ValueError(
             f"{name}: heads have QK-norms of their own, and layout {layout.name} stores {num_sets}; averaging them "
-            "loses what tells them apart. Export to another layout, or with --allow-lossy"
+            "loses what tells them apart. Export to another layout, or with --allow_lossy"
         )
     sets = torch.stack([average(list(group)) for group in groups])
     if layout.adjacent_pairs:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixmodal.files import naming, write_whole
 from mixmodal.interop.chameleon.conversion import count_sets, cut_shard, divisors, export_tensors
 from mixmodal.interop.chameleon.layouts import LAYOUTS, LLAMA, META, TRANSFORMERS, Layout, LayoutName
 from mixmodal.interop.chameleon.pictures import describe_vqgan, find_obstacle, in_yaml, to_vqgan
@@ -144,7 +145,7 @@ def check_network(folder: Path, config: TransformerConfig, layout: Layout) -> No
                 f"{folder / CONFIG}: model.{key} is {getattr(config, key)}, and layout {layout.name} has {value} only"
             )
     head_dim = config.attention_sizes["head_dim"]
-    if layout not in (LLAMA, META) and head_dim * config.num_heads != config.dim:
+    if layout is not LLAMA and head_dim * config.num_heads != config.dim:
         raise ValueError(
             f"{folder / CONFIG}: {config.num_heads} heads of {head_dim} are not as wide as model.dim {config.dim}, "
             f"which layout {layout.name} needs"
@@ -264,7 +265,8 @@ def write_meta(found: Exported, folder: Path, allow_lossy: bool) -> int:
             name: cut_shard(META, name, tensor, rank, num_shards).clone() for name, tensor in found.tensors(allow_lossy)
         }
         size += sum(tensor.nbytes for tensor in shard.values())
-        torch.save(shard, inner / ("consolidated.pth" if num_shards == 1 else f"consolidated.{rank:02}.pth"))
+        shard["rope.freqs"] = rope_frequencies(found.config)
+        save_pickle(shard, inner / ("consolidated.pth" if num_shards == 1 else f"consolidated.{rank:02}.pth"))
     config, sizes = found.config, found.config.attention_sizes
     model = {
         "dim": config.dim,
@@ -277,12 +279,40 @@ def write_meta(found: Exported, folder: Path, allow_lossy: bool) -> int:
         "max_seq_len": config.max_seq_len,
         "qk_normalization": True,
         "swin_norm": config.norm_placement == "post_sublayer",
+        **in_meta_words(config.dim, config.ffn_dim),
     }
     write_json(inner / "params.json", {"model": model})
     write_json(inner / "consolidate_params.json", {"model_parallel_size": num_shards})
     if found.text_tokenizer is not None and found.vocabulary is not None:
         write_json(beside / "text_tokenizer.json", build_tokenizer_json(found.vocabulary, found.text_tokenizer))
     if found.image_tokenizer is not None:
-        torch.save({"state_dict": to_vqgan(found.image_tokenizer)}, beside / "vqgan.ckpt")
-        (beside / "vqgan.yaml").write_text(yaml.safe_dump(in_yaml(found.image_tokenizer)), encoding="utf-8")
+        save_pickle({"state_dict": to_vqgan(found.image_tokenizer)}, beside / "vqgan.ckpt")
+        write_whole(beside / "vqgan.yaml", yaml.safe_dump(in_yaml(found.image_tokenizer)).encode())
     return size
+
+
+def save_pickle(content: Mapping[str, Any], path: Path) -> None:
+    """Writes one file of torch.save.
+
+    Raises:
+        OSError: naming the file, where the disk is full or does not let it be written.
+    """
+    with naming(path), open(path, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # torch's writer puts its own error over that of the disk
+            raise error.__context__ if isinstance(error.__context__, OSError) else OSError(str(error)) from error
+
+
+def rope_frequencies(config: TransformerConfig) -> Tensor:
+    """Angles of a rotary step, float32 `(head_dim / 2,)`: Meta's loader insists on the tensor and does not use it."""
+    head_dim = config.attention_sizes["head_dim"]
+    return config.rope_theta ** -(torch.arange(0, head_dim, 2) / head_dim)
+
+
+def in_meta_words(dim: int, ffn_dim: int) -> dict[str, float]:
+    """What Meta's code needs to come to the inner width, beyond its own `256 ceil(8/3 dim / 256)`: nothing for 7B."""
+    plain = int(2 * 4 * dim / 3)
+    if ffn_dim == 256 * -(-plain // 256):
+        return {}
+    return {"multiple_of": 1, "ffn_dim_multiplier": (ffn_dim + 0.5) / plain}  # it rounds down

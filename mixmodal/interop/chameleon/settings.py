@@ -17,6 +17,8 @@ CLASSES = {"chameleon": 1e-5, "llama": 1e-6}
 """The `model_type`s of transformers that are read, and `rms_norm_eps` where their file leaves it out."""
 MAX_POSITIONS = {"chameleon": 4096, "llama": 2048}
 """`max_position_embeddings` where a file of transformers leaves it out, as it does with every default."""
+FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
+"""Keys of a file of transformers that may have one value only, where they are there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,7 @@ class Settings:
         sizes: what the file says of `vocab_size`, `dim`, `num_layers`, `num_heads`, `num_kv_heads`, `head_dim` and
             `ffn_dim`, which the weights must bear out.
         special: ids of the tokens `bos` and `eos` of a text model.
+        tied: whether the output may be the embedding, so that no tensor of its own is stored.
     """
 
     path: Path | None = None
@@ -40,6 +43,7 @@ class Settings:
     num_shards: int = 0
     sizes: Mapping[str, int]
     special: Mapping[str, int] = field(default_factory=dict)
+    tied: bool = False
 
     def check(self, model: TransformerConfig) -> None:
         """Whether the weights have the sizes that the file names.
@@ -88,10 +92,10 @@ def read_settings(folder: Path, layout: Layout, norm_placement: Placement | None
 
 def _from_meta(path: Path, data: dict[str, Any]) -> Settings:
     beside = path.with_name(CONSOLIDATE_PARAMS)
-    shards = {**data, **(read_object(beside) if beside.is_file() else {})}.get("model_parallel_size", 0)
-    model = data.get("model", data)
+    model = data.get("model", {})
     if not isinstance(model, dict):
         raise ValueError(f"{path}: the key model holds no object")
+    model = {**data, **model, **(read_object(beside) if beside.is_file() else {})}  # as Meta's loader puts them
     if not model.get("qk_normalization", True):
         raise ValueError(f"{path}: qk_normalization is false, and no model of the family goes without")
     keys = {"vocab_size": "vocab_size", "dim": "dim", "num_layers": "n_layers", "num_heads": "n_heads"}
@@ -102,7 +106,7 @@ def _from_meta(path: Path, data: dict[str, Any]) -> Settings:
         norm_eps=_value(path, model, "norm_eps", float, 1e-5),
         rope_theta=_value(path, model, "rope_theta", float, 10000.0),
         max_seq_len=_value(path, model, "max_seq_len", int, 4096),
-        num_shards=_value(path, {"model_parallel_size": shards}, "model_parallel_size", int, 0),
+        num_shards=_value(path, model, "model_parallel_size", int, 0),
         sizes=_sizes(path, model, {**keys, "num_kv_heads": "n_kv_heads"}),
     )
 
@@ -111,15 +115,10 @@ def _from_transformers(path: Path, data: dict[str, Any]) -> Settings:
     kind = str(data.get("model_type"))
     if kind not in CLASSES:
         raise ValueError(f"{path}: model_type is {kind!r}; {' or '.join(CLASSES)} can be imported")
-    for key, wanted in {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}.items():
-        if data.get(key, wanted) != wanted:
+    for key, wanted in FIXED.items():
+        if data.get(key) not in (None, wanted):
             raise ValueError(f"{path}: {key} is {data[key]!r}; only {wanted!r} can be imported")
-    rope = data.get("rope_parameters") or {}
-    scaled = data.get("rope_scaling") or {
-        key: rope[key] for key in ("rope_type",) if rope.get(key) != "default" and rope
-    }
-    if scaled:
-        raise ValueError(f"{path}: rotary positions are scaled ({scaled}), which can not be imported")
+    rope = _read_rope(path, data)
     keys = {
         "vocab_size": "vocab_size",
         "dim": "hidden_size",
@@ -134,14 +133,44 @@ def _from_transformers(path: Path, data: dict[str, Any]) -> Settings:
         path=path,
         norm_placement="post_sublayer" if swin else "pre",
         norm_eps=_value(path, data, "rms_norm_eps", float, CLASSES[kind]),
-        rope_theta=_value(path, {**rope, **data}, "rope_theta", float, 10000.0),
+        rope_theta=_value(path, {**data, **rope}, "rope_theta", float, 10000.0),
         max_seq_len=_value(path, data, "max_position_embeddings", int, MAX_POSITIONS[kind]),
         num_shards=_value(path, data, "model_parallel_size", int, 0),
         sizes=_sizes(path, data, keys),
-        special={
-            name: data[f"{name}_token_id"] for name in ("bos", "eos") if isinstance(data.get(f"{name}_token_id"), int)
-        },
+        special=_read_special(path, data),
+        tied=_value(path, data, "tie_word_embeddings", bool, False),
     )
+
+
+def _read_rope(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings, under whichever of the two names; they win over the same keys beside them.
+
+    Raises:
+        ValueError: naming file and key, where positions are scaled or turn a part of a head only.
+    """
+    found: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = data.get(key) or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{path}: {key} is {rope!r}; an object is needed")
+        if rope.get("rope_type", rope.get("type", "default")) != "default" or "factor" in rope:
+            raise ValueError(f"{path}: rotary positions are scaled ({key} {rope}), which can not be imported")
+        found |= rope
+    share = {**data, **found}.get("partial_rotary_factor")
+    if share not in (None, 1):
+        raise ValueError(f"{path}: partial_rotary_factor is {share!r}; only whole heads that turn can be imported")
+    return found
+
+
+def _read_special(path: Path, data: Mapping[str, Any]) -> dict[str, int]:
+    """Ids of `bos` and `eos`; the first where there are several, as a text model for chats has."""
+    found = {}
+    for name in ("bos", "eos"):
+        given = data.get(f"{name}_token_id")
+        first = given[0] if isinstance(given, list) and given else given
+        if isinstance(first, int) and not isinstance(first, bool):
+            found[name] = first
+    return found
 
 
 def _sizes(path: Path, data: Mapping[str, Any], keys: Mapping[str, str]) -> dict[str, int]:
