@@ -57,8 +57,8 @@ class GenerateConfig(DrawingConfig):
             one.
         output: `text`, `image`, `mixed` for texts and pictures as the model likes, or `infill` for what fills the holes
             of a prompt: the texts of its masks, or its picture with the region drawn anew.
-        size: `WIDTHxHEIGHT` of the picture in pixels, as 768x512, for models of pictures of several sizes; null leaves it
-            to the model.
+        size: `WIDTHxHEIGHT` of the picture in pixels, as 768x512, for models of pictures of several sizes; null leaves
+            it to the model.
         template: what the model reads in place of the prompt's only text, which stands at `{prompt}` in it, and the
             size's numbers at `{width}` and `{height}`; null is the text alone.
         end_turn: end the prompt's turn where no `--turn` does.
