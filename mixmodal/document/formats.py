@@ -82,6 +82,8 @@ class SequenceFormat(ABC):
     name: ClassVar[FormatName]
     text_after_open: ClassVar[bool]
     """Whether text, too, may follow the token that opens a coded block."""
+    guides_with_bos: ClassVar[bool] = True
+    """Whether a row of guidance that knows nothing of the prompt begins with `<s>`."""
 
     def __init__(
         self, vocabulary: Vocabulary, grids: Mapping[str, Sequence[int]], text_tokenizer: TextCodec | None = None
@@ -129,6 +131,10 @@ class SequenceFormat(ABC):
             raise SequenceError(f"{modality} codes of shape {tuple(grid)}; allowed are {shown}")
         lines = self.blocks[modality].lines
         return [] if lines is None else list(lines.sizes[tuple(grid)])
+
+    def grid_of(self, sizes: Sequence[int] | np.ndarray) -> Grid | None:
+        """The grid that the tokens of a size say; None where they say none, as in formats of one grid."""
+        return None
 
     def lay_out(self, run: Run) -> np.ndarray:
         """The ids of a coded run with what stands between them, `(n,)` int64: as they are where nothing does."""

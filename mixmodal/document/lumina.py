@@ -54,6 +54,7 @@ class LuminaFormat(ChameleonFormat):
     """
 
     name: ClassVar[FormatName] = "lumina"
+    guides_with_bos: ClassVar[bool] = False
 
     def __init__(
         self,

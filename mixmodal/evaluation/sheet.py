@@ -63,7 +63,7 @@ def draw_sheet(rows: Mapping[str, Tensor], columns: int = 8) -> Image.Image:
 
 
 def draw_captioned(captions: Sequence[str], *rows: Sequence[Image.Image]) -> Image.Image:
-    """A picture with columns of one picture from each of `rows`, in the size of the first, and their caption."""
+    """A picture with columns of one picture from each of `rows`, within the size of the first, and their caption."""
     first = rows[0][0]
     factor = max(1, -(-MIN_CELL // first.width))
     width, height = factor * first.width, factor * first.height
@@ -76,7 +76,9 @@ def draw_captioned(captions: Sequence[str], *rows: Sequence[Image.Image]) -> Ima
     for number, (caption, *pictures) in enumerate(zip(captions, *rows, strict=True)):
         left, top = GAP + number % columns * (width + GAP), GAP + number // columns * band
         for row, picture in enumerate(pictures):
-            enlarged = picture.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+            scale = min(width / picture.width, height / picture.height)  # others may have another shape
+            fitted = max(1, round(scale * picture.width)), max(1, round(scale * picture.height))
+            enlarged = picture.convert("RGB").resize(fitted, Image.Resampling.NEAREST)
             sheet.paste(enlarged, (left, top + row * (height + GAP // 2)))
         characters = max(LINE_CHARACTERS, LINE_CHARACTERS * width // MIN_CELL)
         lines = textwrap.wrap(caption, characters, max_lines=MAX_LINES) or [""]

@@ -9,7 +9,7 @@ import numpy as np
 from PIL.Image import Image as Picture
 from PIL.Image import fromarray
 
-from mixmodal.document import PART_TYPES, Coded, Document, EndOfTurn, Mask, SequenceFormat
+from mixmodal.document import PART_TYPES, Coded, Document, EndOfTurn, Grid, Mask, SequenceFormat
 from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling
 from mixmodal.pipeline.prompts import Prompt, sample_seed, spell_streams
 from mixmodal.sampling.engine import Progress, Request
@@ -125,10 +125,11 @@ def read_pieces(
     for progress in pieces:
         number = progress.number
         drawn[number] = np.concatenate([drawn[number], progress.ids])
-        ids, codes, modality = _divide(codec.format, drawn[number])
-        document = parse_sample(codec.format, requests[number].prompt, ids) if len(ids) else Document([])
+        prompt = requests[number].prompt
+        ids, begun = _divide(codec.format, prompt, drawn[number])
+        document = parse_sample(codec.format, prompt, ids) if len(ids) else Document([])
         parts = document.parts[told[number] :]
-        if not progress.finished and not len(codes) and parts and parts[-1].modality == "text":
+        if not progress.finished and begun is None and parts and parts[-1].modality == "text":
             open_text, parts = parts[-1:], parts[:-1]
         else:
             open_text = ()
@@ -137,35 +138,63 @@ def read_pieces(
             told[number] += 1
         for part in codec.from_document(Document(open_text)):
             yield Piece(number, told[number], _shown(part), whole=False)
-        if previews and modality is not None and len(codes):
-            yield Piece(number, told[number], _preview(codec, modality, codes), whole=False)
+        if previews and begun is not None and len(begun.codes):
+            yield Piece(number, told[number], _preview(codec, begun), whole=False)
 
 
 def _shown(part: object) -> str | Picture:
     return part if isinstance(part, Picture) else str(part)
 
 
-def _divide(format: SequenceFormat, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, str | None]:
-    """Ids up to a coded part that is not whole yet; its codes; its modality."""
+class Begun(NamedTuple):
+    """A coded part that is not whole yet: its modality, grid and first codes `(n,)`."""
+
+    modality: str
+    grid: Grid
+    codes: np.ndarray
+
+
+def _divide(format: SequenceFormat, prompt: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, Begun | None]:
+    """Drawn ids up to a coded part that is not whole yet, and that part."""
     for modality, block in format.blocks.items():
+        if block.lines is not None:
+            return _divide_lines(format, modality, prompt, ids)
         is_code = np.asarray(format.vocabulary.contains(modality, ids))
         others = np.flatnonzero(~is_code)
         count = len(ids) - (others[-1] + 1 if len(others) else 0)
         missing = count % block.length
         if missing:
-            start = len(ids) - missing
-            return ids[:start], np.asarray(format.vocabulary.from_ids(modality, ids[start:])), modality
+            codes = np.asarray(format.vocabulary.from_ids(modality, ids[len(ids) - missing :]))
+            return ids[: len(ids) - missing], Begun(modality, format.grids[modality], codes)
         if count and block.close_id is not None:  # whole, but for the token that closes it
-            return np.append(ids, block.close_id), ids[:0], None
-    return ids, ids[:0], None
+            return np.append(ids, block.close_id), None
+    return ids, None
 
 
-def _preview(codec: Codec, modality: str, codes: np.ndarray) -> Picture:
+def _divide_lines(
+    format: SequenceFormat, modality: str, prompt: np.ndarray, ids: np.ndarray
+) -> tuple[np.ndarray, Begun | None]:
+    """`_divide` for a block that says its grid first; the prompt may have opened it."""
+    block, whole = format.blocks[modality], np.concatenate([prompt, ids])
+    assert block.close_id is not None
+    opened = np.flatnonzero(whole == block.open_id)
+    if not len(opened) or block.close_id in whole[opened[-1] :]:
+        return ids, None
+    behind = whole[opened[-1] + 1 :]
+    grid = format.grid_of(behind[:2])
+    codes = behind[np.asarray(format.vocabulary.contains(modality, behind))]
+    if grid is not None and len(behind) == block.num_tokens(grid) - 1:  # whole, but for the token that closes it
+        return np.append(ids, block.close_id), None
+    found = Begun(modality, grid or format.grids[modality], np.asarray(format.vocabulary.from_ids(modality, codes)))
+    return ids[: max(0, opened[-1] - len(prompt))], found
+
+
+def _preview(codec: Codec, begun: Begun) -> Picture:
     """What a picture's first codes show."""
-    grid = codec.format.grids[modality]
-    filled = np.full(grid, codes[-1], dtype=np.int64)
-    filled.reshape(-1)[: len(codes)] = codes
-    return show_partly(codec, PART_TYPES[modality](filled), np.arange(filled.size).reshape(grid) >= len(codes))
+    filled = np.full(begun.grid, begun.codes[-1], dtype=np.int64)
+    filled.reshape(-1)[: len(begun.codes)] = begun.codes
+    missing = np.arange(filled.size).reshape(begun.grid) >= len(begun.codes)
+    return show_partly(codec, PART_TYPES[begun.modality](filled), missing)
 
 
 def show_partly(codec: Codec, part: Coded, missing: np.ndarray) -> Picture:

@@ -8,12 +8,12 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL.Image import Image as Picture
 
-from mixmodal.document import Image, Mask
+from mixmodal.document import Grid, Image, Mask
 from mixmodal.pipeline.drawing import Plan, Sample
 from mixmodal.pipeline.holes import Holes, PartialPicture
 from mixmodal.pipeline.infilling import Order, cells_of, fill_region, merge_region
 from mixmodal.pipeline.masked_text import MaskedText
-from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling, is_guided
+from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling, is_guided, refuse_size
 from mixmodal.pipeline.queue import Ask, Drawn, Queue, open_parts
 from mixmodal.sampling.engine import Request
 from mixmodal.sampling.generator import SequenceGenerator
@@ -72,7 +72,7 @@ class FillingQueue(Queue[FillingJob]):
         generator: draws.
         codec: encodes and decodes.
         options: how tokens are drawn.
-        plan: requests of an ask for a picture behind a prompt.
+        plan: requests of an ask for a picture, of a grid, behind a prompt.
         order: of the codes of a region.
         max_new_tokens: most tokens of each text of a mask; see `MaskedText`.
         retrieve: documents that `plan` finds for every ask.
@@ -86,11 +86,12 @@ class FillingQueue(Queue[FillingJob]):
         generator: SequenceGenerator,
         codec: Codec,
         options: SamplingOptions,
-        plan: Callable[[Ask, Sequence[Content]], Plan],
+        plan: Callable[[Ask, Sequence[Content], Grid | None], Plan],
         order: Order,
         max_new_tokens: int | None,
         retrieve: int,
     ) -> None:
+        refuse_size(options, "holes, of which a region has its picture's")
         sampling = build_sampling(codec.format.vocabulary.modalities, options)
         super().__init__(generator, sampling, build_guidance(options, follows_text=True))
         self.is_guided = is_guided(options)
@@ -108,10 +109,10 @@ class FillingQueue(Queue[FillingJob]):
         return [FillingJob(ask.key, sample, one, one.request()) for sample, one in enumerate(fillings)]
 
     def _regions(self, ask: Ask, before: Sequence[Content], partial: PartialPicture) -> list[FilledRegion]:
-        format, config = self.codec.format, self.codec.image_tokenizer.config
-        cells = cells_of(partial.region, partial.picture.size, config, format.grids["image"])
         (image,) = self.codec.encode_pictures([partial.picture])
-        requests = fill_region(format, self._requests(ask, before).requests, image, cells, self.order)
+        grid = image.codes.shape
+        cells = cells_of(partial.region, partial.picture.size, self.codec.image_tokenizer.config, grid)
+        requests = fill_region(self.codec.format, self._requests(ask, before, grid).requests, image, cells, self.order)
         return [FilledRegion(self.codec, image, cells, request) for request in requests]
 
     def _texts(self, ask: Ask, parts: Sequence[Content]) -> list[MaskedText]:

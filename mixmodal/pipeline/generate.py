@@ -208,7 +208,7 @@ class Drawing:
         config, documents = self.config, []
         self._open[prompt.key] = prompt, documents, {}
         try:
-            parts = prompt.open()
+            parts = config.frame(prompt.open())
             if config.retrieve:
                 known = [part for part in parts if not isinstance(part, PartialPicture)]
                 output = "image" if config.output == INFILL else config.output  # none before masks in texts

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mixmodal.document import EndOfTurn
 from mixmodal.pipeline.drawing_config import DrawingConfig
+from mixmodal.pipeline.holes import PartialPicture
 from mixmodal.pipeline.infilling import Order
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.pipeline.options import DEFAULT_SAMPLING, is_guided
@@ -17,6 +20,11 @@ from mixmodal.pipeline.prompt_parts import PromptPart, gather_parts
 from mixmodal.records import Shard
 from mixmodal.sampling.grammar import INFILL
 from mixmodal.sampling.rules import TokenSampling
+from mixmodal.tokenization.codec import Content
+
+SIZE = re.compile(r"[1-9]\d{0,5}x[1-9]\d{0,5}")
+Given = Content | PartialPicture
+"""An opened part of a prompt."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +57,11 @@ class GenerateConfig(DrawingConfig):
             one.
         output: `text`, `image`, `mixed` for texts and pictures as the model likes, or `infill` for what fills the holes
             of a prompt: the texts of its masks, or its picture with the region drawn anew.
+        size: `WIDTHxHEIGHT` of the picture in pixels, as 768x512, for models of pictures of several sizes; null leaves
+            it to the model.
+        template: what the model reads in place of the prompt's only text, which stands at `{prompt}` in it, and the
+            size's numbers at `{width}` and `{height}`; null is the text alone.
+        end_turn: end the prompt's turn where no `--turn` does.
         order: of the codes of a region: `raster` draws one by one and knows what stands before each; `masks` reads all
             that is known of the picture, which takes a model that was trained with masks in pictures (CM3).
         best_of: images drawn for each one that is kept, the one from which the model reads the prompt's text best.
@@ -62,6 +75,9 @@ class GenerateConfig(DrawingConfig):
     shard: str | None = None
     contact_sheet: bool = True
     output: Literal["text", "image", "mixed", "infill"] = "image"
+    size: str | None = None
+    template: str | None = None
+    end_turn: bool = False
     order: Order = "raster"
     best_of: int = 1
     ranker: str | None = None
@@ -85,8 +101,37 @@ class GenerateConfig(DrawingConfig):
             raise ValueError("best_of can not act where output is infill; leave it out")
         if self.output != INFILL and self.order != "raster":
             raise ValueError(f"order can not act where output is {self.output}; leave it out")
+        self._check_framing()
         if self.output in ("text", "image"):
             self._check_sampling(self.output, f"output is {self.output}")
+
+    def _check_framing(self) -> None:
+        """Whether size, template and turn can act."""
+        if self.size is not None and not SIZE.fullmatch(self.size):
+            raise ValueError(f"size is {self.size!r}; it must be WIDTHxHEIGHT in pixels, as 768x512")
+        if self.size is not None and self.output != "image":
+            raise ValueError(f"size can not act where output is {self.output}; leave it out")
+        if self.output == INFILL and (self.template is not None or self.end_turn):
+            raise ValueError(
+                "template and end_turn can not act where output is infill; write texts and --turn where they stand"
+            )
+        if self.template is None:
+            return
+        if "{prompt}" not in self.template:
+            raise ValueError(f"template is {self.template!r}; it must have {{prompt}}, where the prompt's text stands")
+        if self.size is None and ("{width}" in self.template or "{height}" in self.template):
+            raise ValueError(f"template is {self.template!r}, which names a size; give --size WIDTHxHEIGHT")
+
+    def frame(self, parts: Sequence[Given]) -> list[Given]:
+        """The opened parts of a prompt as the model reads them: with template and end of turn."""
+        framed = list(parts)
+        if self.template is not None:
+            width, height = (self.size or "x").split("x")
+            around = self.template.replace("{width}", width).replace("{height}", height)
+            framed = [around.replace("{prompt}", part) if isinstance(part, str) else part for part in framed]
+        if self.end_turn and not isinstance(framed[-1], EndOfTurn):
+            framed.append(EndOfTurn())
+        return framed
 
     def _check_sampling(self, drawn: str, where: str) -> None:
         """Whether what is set of the sampling can act where only the modality `drawn` is."""
@@ -108,6 +153,9 @@ class GenerateConfig(DrawingConfig):
                 self._check_holes(prompt)
             else:
                 prompt.holes.check_none(self.output)
+            texts = sum(bool(part.text) for part in prompt.parts)
+            if self.template is not None and texts != 1:
+                raise ValueError(f"the template is for a prompt of one text, and there are {texts}; leave it out")
         except ValueError as error:
             raise ValueError(f"{prompt.name}: {error}") from error
 
@@ -128,8 +176,15 @@ class GenerateConfig(DrawingConfig):
 
     def drawing_options(self) -> dict[str, Any]:
         """The settings of every sample, for the results and for `MixedModal.generate_each`."""
-        order = {"order": self.order} if self.output == INFILL else {}
-        return {**self.options(), "best_of": self.best_of, "max_new_tokens": self.max_new_tokens, **order}
+        more: dict[str, Any] = {"order": self.order} if self.output == INFILL else {}
+        if self.size is not None:
+            more["size"] = tuple(map(int, self.size.split("x")))
+        return {**self.options(), "best_of": self.best_of, "max_new_tokens": self.max_new_tokens, **more}
+
+    def _framing(self) -> dict[str, Any]:
+        """What stands around prompts, as plain data; nothing where nothing does."""
+        template = {} if self.template is None else {"template": self.template}
+        return {**template, **({"end_turn": True} if self.end_turn else {})}
 
     def describe_prompt(self, prompt: NamedPrompt) -> dict[str, Any]:
         """What makes the samples of a prompt, as plain data."""
@@ -140,6 +195,7 @@ class GenerateConfig(DrawingConfig):
             "seed": prompt.seed,
             "settings": self.drawing_options(),
             "ranker": self.ranker,
+            **self._framing(),
             **self.describe(),
         }
 
@@ -154,6 +210,7 @@ class GenerateConfig(DrawingConfig):
             "dtype": self.dtype,
             "ranker": self.ranker,
             "settings": self.drawing_options(),
+            **self._framing(),
             **self.describe(),
         }
 

@@ -15,10 +15,10 @@ from PIL import Image as Pictures
 from PIL.Image import Image as Picture
 from typing_extensions import Unpack
 
-from mixmodal.document import Image, SequenceFormat
+from mixmodal.document import Image, Run, SequenceFormat
 from mixmodal.pipeline.drawing import Piece, Plan, show_partly
 from mixmodal.pipeline.masked_text import FilledText, MaskedText
-from mixmodal.pipeline.options import SamplingOptions, build_sampling, is_guided
+from mixmodal.pipeline.options import SamplingOptions, build_sampling, is_guided, refuse_size
 from mixmodal.pipeline.prompts import Before
 from mixmodal.sampling.engine import FREE, Progress, Request
 from mixmodal.sampling.generator import SequenceGenerator
@@ -66,7 +66,7 @@ def cells_of(region: Region, size: tuple[int, int], config: ImageTokenizerConfig
         left, top, right, bottom = region
         mask = Pictures.new("L", size)
         mask.paste(255, (left, top, right, bottom))
-    mask = resize_and_crop(mask, config.image_size, config.preprocess)
+    mask = resize_and_crop(mask, config.size_of(grid), config.preprocess)
     height, width = grid
     levels = np.asarray(mask).reshape(height, mask.height // height, width, mask.width // width)
     cells = levels.max(axis=(1, 3)) >= HALF
@@ -89,7 +89,10 @@ def fill_region(
     Raises:
         ValueError: where the region has more stretches than the vocabulary masks.
     """
-    ids, free = format.vocabulary.to_ids("image", image.codes.reshape(-1)), cells.reshape(-1)
+    ids = format.vocabulary.to_ids("image", image.codes.reshape(-1))
+    ids = format.lay_out(Run("image", ids, image.codes.shape))
+    free = np.asarray(format.vocabulary.contains("image", ids))
+    free[free] = cells.reshape(-1)
     if order == "raster":
         known = np.where(free, FREE, ids)[: np.flatnonzero(free)[-1] + 1]  # nothing is drawn behind the region
         return [_with_known(request, known, np.zeros(0, np.int64)) for request in requests]
@@ -242,9 +245,11 @@ class Infilling:
         if num < 1 or preview_every < 0:
             raise ValueError(f"num is {num} (at least 1) and preview_every is {preview_every} (at least 0)")
         (image,) = self.codec.encode_pictures([picture])
-        cells = cells_of(region, picture.size, self.codec.image_tokenizer.config, self.format.grids["image"])
+        refuse_size(options, "a region, which has its picture's")
+        grid = image.codes.shape
+        cells = cells_of(region, picture.size, self.codec.image_tokenizer.config, grid)
         given = None if before is None else [before]
-        plan = self._plan([prompt], "image", num, seed, None, retrieve, given, options)
+        plan = self._plan([prompt], "image", num, seed, None, retrieve, given, options, grid)
         requests = fill_region(self.format, plan.requests, image, cells, order)
         chunk = {"chunk": preview_every} if preview_every else {}
         pieces = self._generator.stream(requests, plan.sampling, plan.guidance, **chunk)
@@ -274,6 +279,7 @@ class Infilling:
             MaskedText(self._generator, self.codec, document, seed, sample, max_new_tokens) for sample in range(num)
         ]
         sampling = build_sampling(self.format.vocabulary.modalities, options)
+        refuse_size(options, "masks in texts")
         if is_guided(options):
             raise ValueError("guidance acts on pictures alone; leave it out for masks in texts")
         done: list[FilledText] = []

@@ -13,7 +13,7 @@ from typing_extensions import Unpack
 
 from mixmodal.classification.autoregressive import check_method
 from mixmodal.classification.likelihoods import SequenceScorer
-from mixmodal.document import Document, Image, Text
+from mixmodal.document import Document, Grid, Image, Text
 from mixmodal.hub import HubOptions
 from mixmodal.interop.export import find_export, load_export
 from mixmodal.models.transformer import Transformer
@@ -28,6 +28,7 @@ from mixmodal.pipeline.prompts import (
     check_memory,
     find_documents,
     fit_documents,
+    grid_asked_for,
     output_room,
     spell_prompts,
 )
@@ -172,7 +173,9 @@ class MixedModal(Infilling, Scoring, HubModel):
     ) -> list[list[Retrieved]]:
         """`retrieve` for pictures that are classified: found by the picture alone, the same before every class."""
         check_method(method)
-        grid = Image(np.zeros(self.format.grids["image"], dtype=np.int64))
+        block = self.format.blocks["image"]
+        longest = max(self.format.allowed_grids("image"), key=block.num_tokens)
+        grid = Image(np.zeros(longest, dtype=np.int64))
         length = max(len(self.format.spell(Document([Text(caption), grid]))) for caption in classes)
         text_first = method == "image_given_text"
         return self._find([Query([image], length, text_first) for image in images], count, random_seed)
@@ -283,9 +286,9 @@ class MixedModal(Infilling, Scoring, HubModel):
             raise ValueError("best_of can not act on the output infill, nor order on any other; leave it out")
         drawn, room = ("image", None) if output == INFILL else (output, max_new_tokens)
 
-        def plan(ask: Ask, parts: Sequence[Content]) -> Plan:
+        def plan(ask: Ask, parts: Sequence[Content], grid: Grid | None = None) -> Plan:
             before = None if ask.before is None else [ask.before]
-            return self._plan([parts], drawn, ask.num * best_of, ask.seed, room, retrieve, before, options)
+            return self._plan([parts], drawn, ask.num * best_of, ask.seed, room, retrieve, before, options, grid)
 
         common = self._generator, self.codec, options, plan
         if output == INFILL:
@@ -328,12 +331,16 @@ class MixedModal(Infilling, Scoring, HubModel):
         retrieve: int,
         before: Sequence[Sequence[Before]] | None,
         options: SamplingOptions,
+        grid: Grid | None = None,
     ) -> Plan:
-        """`num` requests for each prompt."""
+        """`num` requests for each prompt; `grid` stands in for the size of the options."""
         if retrieve and before is not None:
             raise ValueError("retrieve and before both say what is read before the prompt; give one of them")
-        spelled = spell_prompts(self.codec, prompts, output)
-        queries = [prompt.query(output_room(self.format, output, max_new_tokens)) for prompt in spelled]
+        if grid is None:
+            grid = grid_asked_for(self.codec, output, options)
+        spelled = spell_prompts(self.codec, prompts, output, grid)
+        room = output_room(self.format, output, max_new_tokens, grid)
+        queries = [prompt.query(room) for prompt in spelled]
         if retrieve:
             before = self._find(queries, retrieve)
         lengths, context = [query.length for query in queries], self.model.config.max_seq_len

@@ -33,6 +33,8 @@ class SamplingOptions(TypedDict, total=False):
             None `DEFAULT_SCALE` wherever a picture may follow a text.
         image_guidance_scale: the same for the prompt's pictures: `text_scale` and `image_scale` of `Guidance`.
         unconditional, contrast_k, contrast_alpha: see `Guidance`.
+        size: width and height in pixels of the pictures to draw, for models of pictures of several sizes; None leaves
+            them to the model.
     """
 
     temperature: PerModality[float]
@@ -45,6 +47,7 @@ class SamplingOptions(TypedDict, total=False):
     unconditional: Unconditional
     contrast_k: int
     contrast_alpha: float
+    size: tuple[int, int] | None
 
 
 GUIDANCE = {
@@ -77,6 +80,16 @@ def is_guided(options: SamplingOptions) -> bool:
     return any(options.get(option) not in (None, getattr(NO_GUIDANCE, name)) for option, name in GUIDANCE.items())
 
 
+def refuse_size(options: SamplingOptions, what: str) -> None:
+    """Whether a size is asked for where none can act.
+
+    Raises:
+        ValueError: where it is.
+    """
+    if options.get("size") is not None:
+        raise ValueError(f"size can not act on {what}; leave it out")
+
+
 def build_sampling(modalities: Sequence[str], options: SamplingOptions) -> dict[str, TokenSampling]:
     """The settings of each modality, with defaults for what is not given.
 
@@ -85,7 +98,7 @@ def build_sampling(modalities: Sequence[str], options: SamplingOptions) -> dict[
     """
     settings: dict[str, dict[str, Any]] = {name: {} for name in modalities}
     for option, values in options.items():
-        if option in GUIDANCE:
+        if option in GUIDANCE or option == "size":
             continue
         if option not in SamplingOptions.__annotations__:
             raise ValueError(f"there is no option {option!r}; choose {', '.join(SamplingOptions.__annotations__)}")

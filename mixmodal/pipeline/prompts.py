@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL.Image import Image as Picture
 
-from mixmodal.document import Coded, Document, EndOfTurn, Mask, Part, SequenceFormat, Text, count_fitting
+from mixmodal.document import Coded, Document, EndOfTurn, Grid, Mask, Part, SequenceFormat, Text, count_fitting
 from mixmodal.interop.export import IMAGE_TOKENIZER
+from mixmodal.pipeline.options import SamplingOptions, refuse_size
 from mixmodal.retrieval.encoder import DocumentParts
 from mixmodal.retrieval.memory import Memory
 from mixmodal.retrieval.retriever import Retrieved, Retriever
@@ -38,11 +39,13 @@ class Prompt(NamedTuple):
         parts: as the user gave it.
         document: with pictures as codes.
         ids: open for the output, int64 `(T,)`.
+        grid: of the codes that it is open for; None where the model is free.
     """
 
     parts: list[Content]
     document: Document
     ids: np.ndarray
+    grid: Grid | None = None
 
     def query(self, room: int) -> Query:
         """What documents are retrieved for, where `room` tokens are to follow."""
@@ -88,8 +91,27 @@ def check_output(format: SequenceFormat, output: str) -> None:
         raise ValueError(f"output {output!r} is unknown; choose text, {', '.join(format.blocks)}, {MIXED}")
 
 
-def spell_prompts(codec: Codec, prompts: Sequence[str | Sequence[Content]], output: str) -> list[Prompt]:
+def grid_asked_for(codec: Codec, output: str, options: SamplingOptions) -> Grid | None:
+    """The grid of codes of the size that is asked for; None where none is.
+
+    Raises:
+        ValueError: for a size that pictures of the model have not, or another output than pictures.
+    """
+    if options.get("size") is None:
+        return None
+    if output != "image":
+        refuse_size(options, f"the output {output}")
+    width, height = options.get("size") or (0, 0)
+    return codec.grid_of_size((width, height))
+
+
+def spell_prompts(
+    codec: Codec, prompts: Sequence[str | Sequence[Content]], output: str, grid: Grid | None = None
+) -> list[Prompt]:
     """Prompts that are open for an output.
+
+    Args:
+        grid: of its codes; None leaves it to the model.
 
     Raises:
         ValueError: for an output that the format does not have, or a wrong part.
@@ -97,8 +119,8 @@ def spell_prompts(codec: Codec, prompts: Sequence[str | Sequence[Content]], outp
     format, parts = codec.format, [parts_of(prompt) for prompt in prompts]
     check_output(format, output)
     documents = codec.to_documents(parts)
-    rows = [format.spell_prompt(document, None if output == MIXED else output) for document in documents]
-    return [Prompt(*forms) for forms in zip(parts, documents, rows)]
+    rows = [format.spell_prompt(document, None if output == MIXED else output, grid) for document in documents]
+    return [Prompt(*forms, grid) for forms in zip(parts, documents, rows)]
 
 
 def check_guided(guidance: Guidance, output: str) -> None:
@@ -142,8 +164,9 @@ def spell_streams(
         nothing: list[Part] = [Mask(0), *turn]
     else:
         without_text, nothing = [part for part in parts if not isinstance(part, Text | EndOfTurn)], []
-    rows = [format.spell_prompt(Document(some), following) for some in (without_text, nothing)]
-    return build_streams(guidance, prompt.ids, *rows)
+    rows = [format.spell_prompt(Document(some), following, prompt.grid) for some in (without_text, nothing)]
+    bare = not nothing and not format.guides_with_bos
+    return build_streams(guidance, prompt.ids, *rows, bare=bare)
 
 
 def sample_seed(seed: int, sample: int, prompt: np.ndarray) -> list[int]:
@@ -181,9 +204,15 @@ def check_memory(memory: Memory, codec: Codec, folder: Path | None) -> None:
         raise ValueError(f"the memory can not be read by this model: {error}") from error
 
 
-def output_room(format: SequenceFormat, output: str, max_new_tokens: int | None) -> int:
-    """Tokens that are kept free behind a prompt, for the output and the end of the document."""
-    blocks = {name: block.length + (block.close_id is not None) + 1 for name, block in format.blocks.items()}
+def output_room(format: SequenceFormat, output: str, max_new_tokens: int | None, grid: Grid | None = None) -> int:
+    """Tokens that are kept free behind a prompt, for the output and the end of the document.
+
+    Args:
+        grid: of the codes that the prompt is open for; None keeps room for any.
+    """
+    blocks = {name: block.num_tokens() + 1 for name, block in format.blocks.items()}
+    if output in blocks and grid is not None:
+        return format.blocks[output].num_tokens(grid) + 1 - len(format.size_lead(output, grid))
     if output in blocks:
         return blocks[output]
     if max_new_tokens is not None:

@@ -13,7 +13,7 @@ from mixmodal.document import Document
 from mixmodal.pipeline.drawing import Plan, Sample, parse_sample, sample_of
 from mixmodal.pipeline.holes import Holes, PartialPicture
 from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling
-from mixmodal.pipeline.prompts import Before, check_guided, check_output
+from mixmodal.pipeline.prompts import Before, check_guided, check_output, grid_asked_for
 from mixmodal.pipeline.reranking import Rank, check_best_of, keep_best, texts_of
 from mixmodal.sampling.engine import Request
 from mixmodal.sampling.generator import SequenceGenerator
@@ -199,6 +199,7 @@ class SampleQueue(Queue[Candidate]):
         sampling = build_sampling(codec.format.vocabulary.modalities, options)
         super().__init__(generator, sampling, build_guidance(options, follows_text=output != "text"))
         check_guided(self.guidance, output)
+        grid_asked_for(codec, output, options)
         check_best_of(codec.format, output, self.sampling, best_of)
         self.rank, self.codec, self.output, self.best_of, self._requests = rank, codec, output, best_of, plan
         self._found: dict[tuple[int, int], dict[int, tuple[Candidate, Document]]] = {}

@@ -11,6 +11,7 @@ from PIL import Image as Pictures
 from PIL.Image import Image as Picture
 from PIL.PngImagePlugin import PngInfo
 
+from mixmodal.document import EndOfTurn
 from mixmodal.evaluation.sheet import draw_captioned
 from mixmodal.files import replacing, write_whole
 from mixmodal.pipeline.masked_text import FilledText
@@ -68,7 +69,7 @@ def write_documents(
                 _save_picture(part, folder / name, {})
                 entry["parts"].append({"image": name})
             else:
-                entry["parts"].append({"text": str(part)})
+                entry["parts"].append({"end_of_turn": True} if isinstance(part, EndOfTurn) else {"text": str(part)})
     return entries
 
 

@@ -79,8 +79,11 @@ class Request(NamedTuple):
     @property
     def rows(self) -> list[np.ndarray]:
         """What each row of the network reads first, the whole prompt before the others."""
-        prompts = (self.prompt, *(stream.prompt for stream in self.streams))
-        return [np.concatenate([self.before, prompt[1:]]).astype(np.int64) for prompt in prompts]
+        rows = [np.concatenate([self.before, self.prompt[1:]])]
+        for stream in self.streams:
+            start = 1 if stream.bare and len(self.before) == 1 else 0
+            rows.append(np.concatenate([self.before, stream.prompt[1:]])[start:])
+        return [row.astype(np.int64) for row in rows]
 
     @property
     def length(self) -> int:

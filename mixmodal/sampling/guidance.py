@@ -72,29 +72,39 @@ NO_GUIDANCE = Guidance()
 
 
 class Stream(NamedTuple):
-    """A further row of a sample: `prompt` ids `(T,)` that know less, and the `weight` of its logits."""
+    """A further row of a sample: `prompt` ids `(T,)` that know less, and the `weight` of its logits.
+
+    A `bare` one is read without its `<s>`, from what opens the picture on (Lumina-mGPT's released code), but behind
+    other documents.
+    """
 
     prompt: np.ndarray
     weight: float
+    bare: bool = False
 
 
 def build_streams(
-    guidance: Guidance, whole: np.ndarray, without_text: np.ndarray, without_both: np.ndarray
+    guidance: Guidance, whole: np.ndarray, without_text: np.ndarray, without_both: np.ndarray, *, bare: bool = False
 ) -> tuple[float, tuple[Stream, ...]]:
     """The weight of the whole prompt, and the further rows that have one.
 
     Args:
         whole, without_text, without_both: one prompt as f, i and u, ids `(T,)`.
+        bare: whether u, and an i that is the same, are read without `<s>`.
     """
+
+    def stream(prompt: np.ndarray, weight: float) -> Stream:
+        return Stream(prompt, weight, bare and np.array_equal(prompt, without_both))
+
     if guidance.contrast_k:
-        return 1.0, (Stream(without_text, -1.0),)
+        return 1.0, (stream(without_text, -1.0),)
     text, image = guidance.text_scale, guidance.image_scale
     weights: dict[bytes, list] = {}
     for prompt, weight in ((whole, text), (without_text, image - text), (without_both, 1 - image)):
         entry = weights.setdefault(prompt.tobytes(), [prompt, 0.0])  # equal prompts have equal logits
         entry[1] += weight
     (_, first), *others = weights.values()
-    return first, tuple(Stream(prompt, weight) for prompt, weight in others if weight)
+    return first, tuple(stream(prompt, weight) for prompt, weight in others if weight)
 
 
 def mix(logits: Tensor, weights: Tensor) -> Tensor:

@@ -139,13 +139,26 @@ class Codec:
         """
         opened, config = open_picture(picture, name), self.image_tokenizer.config
         grid = self.format.grids["image"] if square else self.format.fitting_grid("image", opened.height, opened.width)
-        return resize_and_crop(opened, self.size_of(grid), config.preprocess)
+        return resize_and_crop(opened, config.size_of(grid), config.preprocess)
 
-    def size_of(self, grid: Grid) -> tuple[int, int]:
-        """Width and height in pixels of a picture of a grid of codes `(h, w)`."""
-        config = self.image_tokenizer.config
-        pixels = config.autoencoder.downsampling
-        return grid[1] * pixels // config.quantizer.codes_per_place, grid[0] * pixels
+    def grid_of_size(self, size: tuple[int, int]) -> Grid:
+        """The grid of codes of a picture of this width and height in pixels.
+
+        Raises:
+            ValueError: where pictures of the format have no such size; it names the nearest that they have.
+        """
+        config, allowed = self.image_tokenizer.config, self.format.allowed_grids("image")
+        sizes = {config.size_of(grid): grid for grid in allowed}
+        if size in sizes:
+            return sizes[size]
+        if len(sizes) == 1:
+            ((width, height),) = sizes
+            raise ValueError(f"size can not act: all pictures of this model have {width}x{height} pixels; leave it out")
+        width, height = min(sizes, key=lambda one: abs(one[0] - size[0]) + abs(one[1] - size[1]))
+        raise ValueError(
+            f"size is {size[0]}x{size[1]}, which is none of the {len(sizes)} that pictures of this model have; the "
+            f"nearest is {width}x{height}"
+        )
 
     def to_images(self, pictures: Sequence[Picture], first: int = 0) -> Tensor:
         """Pictures of any size and mode as squares of `image_size`, float32 `(B, 3, H, W)` on the tokenizer's device.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -46,6 +47,11 @@ class ImageTokenizerConfig:
         """Codes of a picture, `(h, w)`; a quantizer with several codes a place makes it that many times wider."""
         side = self.image_size // self.autoencoder.downsampling
         return side, side * self.quantizer.codes_per_place
+
+    def size_of(self, grid: Sequence[int]) -> tuple[int, int]:
+        """Width and height in pixels of a picture of a grid of codes `(h, w)`."""
+        pixels = self.autoencoder.downsampling
+        return grid[1] * pixels // self.quantizer.codes_per_place, grid[0] * pixels
 
 
 class ImageTokenizer(nn.Module):

@@ -9,7 +9,7 @@ from PIL.Image import Image as Picture
 from torch import nn
 
 from mixmodal.data.token_shards import TokenShards
-from mixmodal.document import Document, Image, Text
+from mixmodal.document import Coded, Document, Image, Text
 from mixmodal.evaluation.sheet import draw_captioned
 from mixmodal.models.transformer import Transformer
 from mixmodal.sampling.generator import SequenceGenerator
@@ -72,10 +72,9 @@ class SampleSheet:
             generator = SequenceGenerator(model, form)
             requests = [generator.request(prompt, (0, number), "image") for number, prompt in enumerate(prompts)]
             found = generator.generate(requests, {"image": SAMPLING})
-        vocabulary, grid = form.vocabulary, form.grids[Image.modality]
-        drawn = []
-        for ids in found:
-            codes = vocabulary.from_ids(Image.modality, ids[np.asarray(vocabulary.contains(Image.modality, ids))])
-            drawn.append(Image(codes.reshape(grid)))
+        drawn: list[Coded] = []
+        for prompt, ids in zip(prompts, found):
+            document = form.parse_continuation(np.concatenate([prompt, ids, [form.vocabulary.eos]]), len(prompt))
+            drawn += [part for part in document.parts if isinstance(part, Coded)]
         pictures = self.codec.decode_images([*(image for _, image in self.pairs), *drawn])
         return draw_captioned([text.text for text, _ in self.pairs], pictures[: len(drawn)], pictures[len(drawn) :])
