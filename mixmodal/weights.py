@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,10 +31,14 @@ FILES = (
 """What a folder is looked through for, in this order."""
 CONTAINERS = ("ema", "state_dict", "model", "module")
 """Keys under which trainers put the weights; averaged weights first, as LlamaGen takes them."""
-
+PICKLES = (b"PK", b"\x80")
+"""How files of torch.save begin: zip files since version 1.6, pickles before."""
+LFS_POINTER = b"version https://git-lfs"
 
 SHARD_BYTES = 1 << 30
 """Most bytes of a file that `write_weights` writes, unless one tensor has more: what it holds in memory."""
+FULL_BYTES = 1 << 20
+"""A disk with less to spare is full."""
 READ_BYTES = 1 << 30
 """Files are opened anew after this many bytes: what was read of a mapped file counts as memory while it is open."""
 
@@ -109,6 +114,8 @@ def find_file(source: Path) -> Path:
     for name in FILES:
         if (source / name).is_file():
             return source / name
+    for shard in sorted(source.glob("*-00*-of-*.*")):
+        raise ValueError(f"{source} holds {shard.name}, and no index of the shards (*.index.json); download it, too")
     raise ValueError(f"{source} holds no checkpoint of a known name ({', '.join(FILES)}); give the file itself")
 
 
@@ -144,7 +151,27 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
+        check_start(path)
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def check_start(path: Path, starts: tuple[bytes, ...] = (b"",)) -> None:
+    """Whether a file begins as one of weights can.
+
+    Args:
+        starts: how files of its kind begin.
+
+    Raises:
+        ValueError: naming the file, where it is empty, a pointer of Git LFS, or of another kind.
+    """
+    with open(path, "rb") as file:
+        found = file.read(len(LFS_POINTER))
+    if not found:
+        raise ValueError(f"{path} is empty; download it again")
+    if found == LFS_POINTER:
+        raise ValueError(f"{path} is a pointer of Git LFS; fetch the file itself (git lfs pull)")
+    if not found.startswith(starts):
+        raise ValueError(f"{path} is no file of weights: neither of torch.save nor named .safetensors")
 
 
 def can_map(path: Path) -> bool:
@@ -158,6 +185,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: naming the file; what it holds besides tensors is never run.
     """
+    check_start(path, PICKLES)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map(path))
     except pickle.UnpicklingError as error:
@@ -168,7 +196,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             "weights_only=False)['state_dict']}, NEW)"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a whole file of torch.save ({type(error).__name__}: {error})") from error
+        reason = str(error).partition(". ")[0]  # torch goes on with guesses
+        raise ValueError(f"{path} is not a whole file of torch.save ({type(error).__name__}: {reason})") from error
     for name in CONTAINERS:
         if isinstance(found, dict) and isinstance(found.get(name), Mapping):
             found = found[name]
@@ -222,14 +251,31 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode & 0o777  # the library lets its owner alone read what it writes
     try:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"}
         )
+        path.chmod(mode)
     except SafetensorError as error:  # it holds the number of the system's error in its text alone
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO
         raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
+
+
+def save_pickle(content: Mapping[str, Any], path: Path) -> None:
+    """Writes a file of torch.save.
+
+    Raises:
+        OSError: naming the file, where the disk is full or does not let it be written.
+    """
+    try:
+        torch.save(content, path)
+    except RuntimeError as error:  # of torch's writer, which hides the system's error
+        free = shutil.disk_usage(path.parent).free
+        code = errno.ENOSPC if free < FULL_BYTES else errno.EIO
+        raise OSError(code, os.strerror(code), str(path)) from error
 
 
 def _gather(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mixmodal.weights import read_weights
+from mixmodal.weights import read_weights, save_pickle, save_tensors
 
 A, B = torch.arange(3.0), torch.ones(2, 2)
 
@@ -45,6 +45,9 @@ def test_a_folder_and_shards_are_read(tmp_path: Path) -> None:
     (tmp_path / names["b"]).unlink()
     with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors is missing"):
         read_weights(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"holds model-00001-of-00002.safetensors, and no index of the shards"):
+        read_weights(tmp_path)
 
 
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", "x.pkl", "..", ""])
@@ -69,8 +72,12 @@ def test_a_pickle_that_needs_code_is_refused(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("x.safetensors", b"\x08\0\0\0\0\0\0\0{}", "not a whole safetensors file"),
-        ("x.ckpt", b"not a checkpoint", "x.ckpt"),
-        ("x.ckpt", b"", "x.ckpt is not a whole file of torch.save"),
+        ("x.ckpt", b"not a checkpoint", "x.ckpt is no file of weights: neither of torch.save nor named .safetensors"),
+        ("x.ckpt", b"", "x.ckpt is empty"),
+        ("x.safetensors", b"", "x.safetensors is empty"),
+        ("x.ckpt", b"PK\x03\x04 and no more", r"x.ckpt is not a whole file of torch.save \([^.]*\)$"),
+        ("x.safetensors", b"version https://git-lfs.github.com/spec/v1", "x.safetensors is a pointer of Git LFS"),
+        ("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1", "pytorch_model.bin is a pointer of Git"),
         ("x.safetensors.index.json", b"{", "not the index"),
         ("x.safetensors.index.json", b'{"weight_map": [1]}', "not the index"),
     ],
@@ -100,3 +107,20 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         read_weights(tmp_path / "none")
     with pytest.raises(ValueError, match=r"no checkpoint of a known name \(model.safetensors, "):
         read_weights(tmp_path)
+
+
+def test_whoever_may_read_other_files_may_read_weights(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    save_tensors({"a": A}, tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_full_disk_is_named_where_torch_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def save(content: object, path: Path) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 99136 vs 99024")
+
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr("mixmodal.weights.FULL_BYTES", 1 << 60)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        save_pickle({"a": A}, tmp_path / "x.pth")
+    assert caught.value.filename == str(tmp_path / "x.pth")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mixmodal.interop.chameleon.conversion import count_sets, cut_shard, divisors, export_tensors
@@ -25,7 +24,7 @@ from mixmodal.interop.export import (
 from mixmodal.models.transformer import TransformerConfig
 from mixmodal.tokenization.image import ImageTokenizer, is_saved
 from mixmodal.vocabulary import Vocabulary
-from mixmodal.weights import LazyFiles, read_weights, write_weights
+from mixmodal.weights import LazyFiles, read_weights, save_pickle, write_weights
 
 FIXED: Mapping[str, Any] = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope"}
 """What no layout of the family has otherwise."""
@@ -264,7 +263,7 @@ def write_meta(found: Exported, folder: Path, allow_lossy: bool) -> int:
             name: cut_shard(META, name, tensor, rank, num_shards).clone() for name, tensor in found.tensors(allow_lossy)
         }
         size += sum(tensor.nbytes for tensor in shard.values())
-        torch.save(shard, inner / ("consolidated.pth" if num_shards == 1 else f"consolidated.{rank:02}.pth"))
+        save_pickle(shard, inner / ("consolidated.pth" if num_shards == 1 else f"consolidated.{rank:02}.pth"))
     config, sizes = found.config, found.config.attention_sizes
     model = {
         "dim": config.dim,
@@ -283,6 +282,6 @@ def write_meta(found: Exported, folder: Path, allow_lossy: bool) -> int:
     if found.text_tokenizer is not None and found.vocabulary is not None:
         write_json(beside / "text_tokenizer.json", build_tokenizer_json(found.vocabulary, found.text_tokenizer))
     if found.image_tokenizer is not None:
-        torch.save({"state_dict": to_vqgan(found.image_tokenizer)}, beside / "vqgan.ckpt")
+        save_pickle({"state_dict": to_vqgan(found.image_tokenizer)}, beside / "vqgan.ckpt")
         (beside / "vqgan.yaml").write_text(yaml.safe_dump(in_yaml(found.image_tokenizer)), encoding="utf-8")
     return size
