@@ -30,7 +30,9 @@ FILES = (
 """What a folder is looked through for, in this order: a vqgan.ckpt may lie beside the model that it belongs to."""
 CONTAINERS = ("ema", "state_dict", "model", "module")
 """Keys under which trainers put the weights; averaged weights first, as LlamaGen takes them."""
-
+PICKLES = (b"PK", b"\x80")
+"""How files of torch.save begin: zip files since version 1.6, pickles before."""
+LFS_POINTER = b"version https://git-lfs"
 
 SHARD_BYTES = 1 << 30
 """Most bytes of a file that `write_weights` writes, unless one tensor has more: what it holds in memory."""
@@ -116,6 +118,8 @@ def find_file(source: Path) -> Path:
     for name in FILES:
         if (source / name).is_file():
             return source / name
+    for shard in sorted(source.glob("*-00*-of-*.*")):
+        raise ValueError(f"{source} holds {shard.name}, and no index of the shards (*.index.json); download it, too")
     raise ValueError(f"{source} holds no checkpoint of a known name ({', '.join(FILES)}); give the file itself")
 
 
@@ -151,7 +155,27 @@ def open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
+        check_start(path)
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
+
+
+def check_start(path: Path, starts: tuple[bytes, ...] = (b"",)) -> None:
+    """Whether a file begins as one of weights can.
+
+    Args:
+        starts: how files of its kind begin.
+
+    Raises:
+        ValueError: naming the file, where it is empty, a pointer of Git LFS, or of another kind.
+    """
+    with open(path, "rb") as file:
+        found = file.read(len(LFS_POINTER))
+    if not found:
+        raise ValueError(f"{path} is empty; download it again")
+    if found == LFS_POINTER:
+        raise ValueError(f"{path} is a pointer of Git LFS; fetch the file itself (git lfs pull)")
+    if not found.startswith(starts):
+        raise ValueError(f"{path} is no file of weights: neither of torch.save nor named .safetensors")
 
 
 def can_map(path: Path) -> bool:
@@ -165,6 +189,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     Raises:
         ValueError: naming the file; what it holds besides tensors is never run.
     """
+    check_start(path, PICKLES)
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map(path))
     except pickle.UnpicklingError as error:
@@ -177,7 +202,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     except OSError:
         raise
     except Exception as error:  # a broken file makes torch raise nearly anything
-        raise ValueError(f"{path} is not a whole file of torch.save ({type(error).__name__}: {error})") from error
+        reason = str(error).partition(". ")[0]  # torch goes on with guesses
+        raise ValueError(f"{path} is not a whole file of torch.save ({type(error).__name__}: {reason})") from error
     for name in CONTAINERS:
         if isinstance(found, dict) and isinstance(found.get(name), Mapping):
             found = found[name]
@@ -234,10 +260,13 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode & 0o777  # the library lets its owner alone read what it writes
     try:
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"}
         )
+        path.chmod(mode)
     except SafetensorError as error:  # it holds the number of the system's error in its text alone
         number = re.search(r"os error (\d+)", str(error))
         code = int(number[1]) if number else errno.EIO

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from mixmodal import weights
-from mixmodal.weights import read_weights, write_weights
+from mixmodal.weights import read_weights, save_tensors, write_weights
 
 A, B = torch.arange(3.0), torch.ones(2, 2)
 
@@ -48,6 +48,9 @@ def test_a_folder_and_shards_are_read(tmp_path: Path) -> None:
     (tmp_path / names["b"]).unlink()
     with pytest.raises(ValueError, match=r"model-00002-of-00002.safetensors is missing"):
         read_weights(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(ValueError, match=r"holds model-00001-of-00002.safetensors, and no index of the shards"):
+        read_weights(tmp_path)
 
 
 @pytest.mark.parametrize("shard", ["../x.safetensors", "/tmp/x.safetensors", "sub/x.safetensors", "x.pkl", "..", ""])
@@ -72,8 +75,12 @@ def test_a_pickle_that_needs_code_is_refused(tmp_path: Path) -> None:
     ("name", "content", "words"),
     [
         ("x.safetensors", b"\x08\0\0\0\0\0\0\0{}", "not a whole safetensors file"),
-        ("x.ckpt", b"not a checkpoint", "x.ckpt"),
-        ("x.ckpt", b"", "x.ckpt is not a whole file of torch.save"),
+        ("x.ckpt", b"not a checkpoint", "x.ckpt is no file of weights: neither of torch.save nor named .safetensors"),
+        ("x.ckpt", b"", "x.ckpt is empty"),
+        ("x.safetensors", b"", "x.safetensors is empty"),
+        ("x.ckpt", b"PK\x03\x04 and no more", r"x.ckpt is not a whole file of torch.save \([^.]*\)$"),
+        ("x.safetensors", b"version https://git-lfs.github.com/spec/v1", "x.safetensors is a pointer of Git LFS"),
+        ("pytorch_model.bin", b"version https://git-lfs.github.com/spec/v1", "pytorch_model.bin is a pointer of Git"),
         ("x.safetensors.index.json", b"{", "not the index"),
         ("x.safetensors.index.json", b'{"weight_map": ' + b"[" * 200_000, "not the index"),
         ("x.safetensors", (1 << 60).to_bytes(8, "little") + b"{}", "not a whole safetensors file"),
@@ -164,3 +171,9 @@ def test_files_are_closed_when_enough_was_read(tmp_path: Path, monkeypatch: pyte
     found = read_weights(tmp_path / "x.safetensors")
     assert [torch.equal(found["a"], A) for _ in range(4)] == [True] * 4
     assert len(opened) == 4
+
+
+def test_whoever_may_read_other_files_may_read_weights(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    save_tensors({"a": A}, tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
