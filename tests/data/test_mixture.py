@@ -19,11 +19,12 @@ from mixmodal.data.packing import Batch
 from mixmodal.data.pipeline import DataConfig, PackedDocuments
 from mixmodal.data.source import SourceConfig
 from mixmodal.data.variation import Variation
-from mixmodal.document import FORMATS, Run, build_format
+from mixmodal.document import Run, build_format
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 VOCABULARY = Vocabulary(VocabularyConfig(codebook_sizes={"image": 8}, num_text_pieces=30, num_sentinels=20))
+FORMATS = ("cm3leon", "chameleon")  # those whose pictures have one grid
 FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 3)}) for name in FORMATS}
 MASKED = CausalMasked(CausalMaskedConfig(min_masks=0), VOCABULARY)
 PLAIN = CausalMasked(CausalMaskedConfig(min_masks=0, poisson_rate=0), VOCABULARY)

@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 
 from mixmodal.data.variation import Variation
-from mixmodal.document import FORMATS, Run, build_format
+from mixmodal.document import Run, build_format
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 VOCABULARY = Vocabulary(VocabularyConfig(codebook_sizes={"image": 8}, num_text_pieces=30, num_sentinels=6))
+FORMATS = ("cm3leon", "chameleon")  # those whose pictures have one grid
 FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 2)}) for name in FORMATS}
 PLAIN = CausalMasked(CausalMaskedConfig(min_masks=0, max_masks=0), VOCABULARY)
 TEXT = Run("text", VOCABULARY.to_ids("text", np.arange(3)))
