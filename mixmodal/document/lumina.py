@@ -90,12 +90,12 @@ class LuminaFormat(ChameleonFormat):
         return tuple(self._lines(modality).sizes)
 
     def fitting_grid(self, modality: str, height: int, width: int) -> Grid:
-        """Of the grids that no row or column can be added to, the one of which a centre crop keeps most of the picture.
+        """Of the grids without room for a unit more on both sides, the one in which a crop keeps most of the picture.
 
-        Of equally good ones it is the largest.
+        Of equally good ones it is the largest. Smaller grids would give area away for a ratio that is a little nearer.
         """
-        allowed, per = self._lines(modality).sizes, self.codes_per_unit
-        full = [(h, w) for h, w in allowed if (h + per, w) not in allowed and (h, w + per) not in allowed]
+        side, per = self.grids[modality][0], self.codes_per_unit
+        full = [(h, w) for h, w in self._lines(modality).sizes if (h + per) * (w + per) > side * side]
 
         def kept(grid: tuple[int, int]) -> float:
             sides = grid[0] * width, grid[1] * height
