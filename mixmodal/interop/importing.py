@@ -102,6 +102,8 @@ def import_model(config: ImportConfig, checkpoint: Checkpoint) -> dict[str, str]
         preprocess=config.preprocess,
         sequence_format=config.sequence_format,
     )
+    if config.seed and not parts.base:
+        raise ValueError(f"seed {config.seed} can not act: {config.source} is no text model that gets new rows")
     size = write_model(checkpoint, parts, config.out, config.seed)
     return describe_import(checkpoint, parts, size, config.out)
 

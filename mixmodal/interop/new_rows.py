@@ -18,6 +18,8 @@ SPECIAL = ("bos", "pad", "eos", "unk")
 """Tokens of the vocabulary that a base model may have a row of its own for, as a text piece."""
 OUTPUT_SPREAD = 0.1
 """Standard deviation of new output rows, in that of the old ones."""
+COLUMNS = 256
+"""Dimensions of which the statistics are computed at a time."""
 
 
 class Rows(NamedTuple):
@@ -61,7 +63,8 @@ def add_rows(
         output: `(V_old, D)`, weight of the output layer; None where it is tied to the embedding, whose rows are then
             drawn as output rows are.
         vocabulary: of `V_old` text pieces.
-        generator: of the draws: first those of the embedding, then those of the output, in the order of ids.
+        generator: of the draws: first those of the embedding, then those of the output, in the order of ids; text
+            pieces have none.
         copied: the old id whose row `bos`, `pad`, `eos` or `unk` take, such as `{"bos": 1, "eos": 2, "unk": 0}`; one
             that is not named is drawn.
 
@@ -79,16 +82,23 @@ def add_rows(
 def _extend(
     old: Tensor, spread: float, vocabulary: Vocabulary, generator: torch.Generator, copied: Mapping[str, int]
 ) -> Tensor:
-    wide = old.float()
-    deviation, mean = torch.std_mean(wide, dim=0, correction=0)
-    shape = (vocabulary.size, old.shape[1])
-    drawn = torch.randn(shape, generator=generator, device=generator.device).to(old.device)
-    rows = drawn.mul_(spread * deviation).add_(mean).to(old.dtype)
+    deviation, mean = _spread(old)
     text = vocabulary.ids("text")
+    rows = torch.empty(vocabulary.size, old.shape[1], dtype=old.dtype, device=old.device)
     rows[text.start : text.stop] = old
+    for ids in (range(text.start), range(text.stop, vocabulary.size)):
+        drawn = torch.randn(len(ids), old.shape[1], generator=generator, device=generator.device).to(old.device)
+        rows[ids.start : ids.stop] = drawn.mul_(spread * deviation).add_(mean)
     for name, index in copied.items():
         rows[getattr(vocabulary, name)] = old[index]
     return rows
+
+
+def _spread(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Standard deviation and mean of each dimension in float32, of which the rows are never held as a whole."""
+    stretches = [torch.std_mean(part.float(), dim=0, correction=0) for part in rows.split(COLUMNS, dim=1)]
+    deviations, means = zip(*stretches)
+    return torch.cat(deviations), torch.cat(means)
 
 
 def _check(embedding: Tensor, output: Tensor | None, vocabulary: Vocabulary, copied: Mapping[str, int]) -> None:

@@ -18,6 +18,8 @@ END_OF_TURN, IMAGE_PLACEHOLDER = "<reserved08706>", "<image>"
 CODE = re.compile(r"IMGIMG([A-J]+)Z")
 # What never is text, whether a file marks it as special or not.
 CONTROL = re.compile(r"<reserved\d+>|<image>|<sentinel:(\d+)>|<racm3:break>|<eoss>|IMGIMG[A-J]+Z")
+MAX_ID = (1 << 24) - 1
+"""No embedding has more rows, and what is made for each row of a file must fit into memory."""
 NO_PIECE = "<no piece for it>"
 DIGITS = str.maketrans("0123456789", "ABCDEFGHIJ")
 LETTERS = str.maketrans("ABCDEFGHIJ", "0123456789")
@@ -41,7 +43,7 @@ class ControlTokens:
         num_codes: image codes; 0 for a file of text alone, as Llama's.
         end_of_image: `<eoss>`.
         begin_of_image: `<racm3:break>`.
-        end_of_turn: `<reserved08706>`, or the sep_token where there is none of that name.
+        end_of_turn: `<reserved08706>`.
         image_placeholder: `<image>`, which transformers puts where codes will stand.
         first_piece: first id of text: behind `end_of_turn` and the control tokens that follow it without a gap; 0
             where there are no codes.
@@ -69,8 +71,7 @@ def read_control_tokens(path: Path | str, vocab_size: int | None = None) -> Cont
 
     Control is every token that the file marks as special, and every `<s> <pad> </s> <unk>`, `IMGIMG...Z`, `<eoss>`,
     `<racm3:break>`, `<sentinel:N>`, `<reservedN>` and `<image>`, marked or not, unless it is of a file without codes:
-    there only what is marked. A sep_token is read from `tokenizer_config.json` or `special_tokens_map.json` beside
-    the file.
+    there only what is marked.
 
     Args:
         vocab_size: rows of the model's embedding; ids behind it are ignored. By default the ids of the BPE
@@ -100,11 +101,46 @@ def read_tokenizer_file(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: not a tokenizer file of the `tokenizers` library with a BPE model, the kind read here"
         )
+    for key in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(key):
+            raise ValueError(f"{path}: {key} is {model[key]!r}; only a BPE without one can be read")
+    _check_ids(model["vocab"], content.get("added_tokens") or [], path)
+    _check_merges(model["merges"], path)
     return content
 
 
+def _check_ids(vocabulary: Mapping[str, Any], added: Any, path: Path) -> None:
+    """Raises ValueError, naming file and token, for what is no id, and for an id or a token with two meanings."""
+    named: dict[int, str] = {}
+    for name, identity in vocabulary.items():
+        if not _is_id(identity):
+            raise ValueError(f"{path}: {name!r} has the id {identity!r}; whole numbers from 0 to {MAX_ID} are ids")
+        if identity in named:
+            raise ValueError(f"{path}: {named[identity]!r} and {name!r} have the same id {identity}")
+        named[identity] = name
+    for token in added if isinstance(added, list) else [added]:
+        entry = token if isinstance(token, dict) else {}
+        name, identity = entry.get("content"), entry.get("id")
+        if not isinstance(name, str) or not _is_id(identity):
+            raise ValueError(f"{path}: added_tokens holds {str(token)[:80]}; content and id of a token are needed")
+        if vocabulary.get(name, identity) != identity:
+            raise ValueError(f"{path}: {name!r} has the id {vocabulary[name]}, and among added_tokens {identity}")
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_ID
+
+
+def _check_merges(merges: Any, path: Path) -> None:
+    """Raises ValueError, naming the file, for what is no list of pairs."""
+    for merge in merges if isinstance(merges, list) else [merges]:
+        pair = merge.split(" ", 1) if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            raise ValueError(f"{path}: model.merges holds {str(merge)[:80]!r}, which is no pair of pieces")
+
+
 def find_control_tokens(content: Mapping[str, Any], path: Path, vocab_size: int | None) -> ControlTokens:
-    """`read_control_tokens` for the content of a file that is read; `path` is for messages and the files beside it."""
+    """`read_control_tokens` for the content of a file that is read; `path` is for messages."""
     own: dict[str, int] = content["model"]["vocab"]
     added = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
     marked = {token["content"] for token in content.get("added_tokens") or [] if token.get("special")}
@@ -121,16 +157,12 @@ def find_control_tokens(content: Mapping[str, Any], path: Path, vocab_size: int 
             bos=special[BOS], pad=special[PAD], eos=special[EOS], unk=special[UNK], num_rows=num_rows, names=names
         )
     _check_codes(codes, path)
-    turn = END_OF_TURN if END_OF_TURN in ids else _read_sep_token(path)
-    for name in (END_OF_IMAGE, BEGIN_OF_IMAGE, turn):
-        if name is None or name not in ids:
-            raise ValueError(
-                f"{path}: has image codes and no {name or f'{END_OF_TURN}, nor a sep_token in tokenizer_config.json'}"
-            )
-    assert turn is not None
-    own_names = {*marked, *special, turn}
+    for name in (END_OF_IMAGE, BEGIN_OF_IMAGE, END_OF_TURN):
+        if name not in ids:
+            raise ValueError(f"{path}: has image codes and no {name}")
+    own_names = {*marked, *special}
     names = {identity: name for name, identity in ids.items() if name in own_names or CONTROL.fullmatch(name)}
-    first_piece = ids[turn] + 1
+    first_piece = ids[END_OF_TURN] + 1
     while first_piece in names:
         first_piece += 1
     return ControlTokens(
@@ -142,7 +174,7 @@ def find_control_tokens(content: Mapping[str, Any], path: Path, vocab_size: int 
         num_codes=len(codes),
         end_of_image=ids[END_OF_IMAGE],
         begin_of_image=ids[BEGIN_OF_IMAGE],
-        end_of_turn=ids[turn],
+        end_of_turn=ids[END_OF_TURN],
         image_placeholder=ids.get(IMAGE_PLACEHOLDER),
         first_piece=first_piece,
         num_rows=num_rows,
@@ -157,16 +189,6 @@ def _check_codes(codes: list[tuple[int, str]], path: Path) -> None:
                 f"{path}: {name} has the id {identity}; the {len(codes)} image codes must stand one behind the other, "
                 f"and {code_name(code)} at {codes[0][0] + code}"
             )
-
-
-def _read_sep_token(path: Path) -> str | None:
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (path.parent / name).is_file():
-            token = read_object(path.parent / name).get("sep_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                return token
-    return None
 
 
 def vocabulary_of(control: ControlTokens, vocab_size: int) -> VocabularyConfig:
@@ -226,10 +248,11 @@ def without_control_tokens(content: Mapping[str, Any], control: ControlTokens) -
     names = set(control.names.values())
     vocabulary = {name: index for name, index in model["vocab"].items() if index not in control.names}
     vocabulary = {name: index for name, index in vocabulary.items() if control.first_piece <= index < control.num_rows}
+    gone = names | (model["vocab"].keys() - vocabulary.keys())
     merges = []
     for merge in model["merges"]:
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
-        if not {left, right, left + right} & names and {left, right, left + right} <= vocabulary.keys():
+        if not {left, right, left + right} & gone:  # one of a piece that never was is the library's to refuse
             merges.append([left, right])
     # An unknown token out of the vocabulary: the library then raises where it would drop a character.
     model = {**model, "vocab": vocabulary, "merges": merges, "unk_token": NO_PIECE}

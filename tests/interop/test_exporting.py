@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import re
 import resource
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +22,12 @@ from test_importing import fails, run, write_download
 
 import mixmodal
 from mixmodal.document import build_format
+from mixmodal.interop.chameleon.checkpoint import open_checkpoint
+from mixmodal.interop.chameleon.conversion import read_shape
 from mixmodal.interop.chameleon.exporting import gather_export, in_meta_words, write_exported
-from mixmodal.interop.export import save_export
-from mixmodal.models.transformer import Transformer, TransformerConfig
+from mixmodal.interop.chameleon.pictures import find_obstacle
+from mixmodal.interop.export import describe_model, save_export
+from mixmodal.models.transformer import Transformer, TransformerConfig, save_weights
 from mixmodal.pipeline import MixedModal
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
@@ -203,6 +208,75 @@ def test_a_network_without_qk_norm_is_a_llama(tmp_path: Path, tokenizers: Path) 
     tokens = torch.randint(ours.config.vocab_size, (2, 30), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert (theirs(tokens).logits - ours(tokens)).abs().max() < 1e-5
+
+
+def test_a_bare_network_says_nothing_of_what_its_ids_mean(tmp_path: Path) -> None:
+    """A Llama that was imported without pictures: its end of text is not ours."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = Transformer(TransformerConfig(**{**SIZES, "vocab_size": 50, "qk_norm": False, "tie_embeddings": True}))
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(describe_model(model.config)))
+    save_weights(model, tmp_path / "ours" / "model.safetensors")
+    run("export", tmp_path / "ours", tmp_path / "out")
+    theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    for told in (theirs.config, theirs.generation_config):
+        assert (told.bos_token_id, told.eos_token_id, told.pad_token_id) == (None, None, None)
+    assert torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        assert (theirs(tokens).logits - model.eval()(tokens)).abs().max() < 1e-5
+
+
+def test_chameleon_must_know_which_ids_are_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Transformer(TransformerConfig(**{**SIZES, "vocab_size": 50}))
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "config.json").write_text(json.dumps(describe_model(model.config)))
+    save_weights(model, tmp_path / "ours" / "model.safetensors")
+    message = fails(capsys, "export", tmp_path / "ours", tmp_path / "out")
+    assert "config.json has no vocabulary, and transformers' Chameleon needs to know which ids are codes" in message
+
+
+@pytest.mark.parametrize("layout", ["transformers", "transformers-4.43", "anole", "meta", "llama"])
+def test_every_value_of_the_config_comes_back(layout: str, tmp_path: Path, tokenizers: Path) -> None:
+    values = {"rope_theta": 5e5, "norm_eps": 1e-3, "max_seq_len": 333, "qk_norm": layout != "llama"}
+    values["norm_placement"] = "pre" if layout == "llama" else "post_sublayer"
+    folder = write_own(tmp_path / "ours", tokenizers, **values)
+    options = () if layout == "llama" else ("--to", layout)
+    options += ("--allow_lossy", "true") if layout == "anole" else ()
+    options += ("--allow_lossy", "true", "--num_shards", "1") if layout in ("meta", "transformers-4.43") else ()
+    run("export", folder, tmp_path / "out", *options)
+    if layout in ("transformers", "llama"):
+        from transformers import AutoConfig
+
+        told: Any = AutoConfig.from_pretrained(tmp_path / "out")
+        assert told.rope_parameters["rope_theta"] == 5e5
+        assert (told.rms_norm_eps, told.max_position_embeddings) == (1e-3, 333)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert checkpoint is not None
+    assert checkpoint.layout.name == layout
+    assert asdict(read_shape(checkpoint)) == asdict(mixmodal.load_transformer(folder).config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "lfq"}, "quantizer.kind is lfq"),
+        ({"norm_groups": 16}, "autoencoder.norm_groups is 16"),
+        ({"mid_blocks": ("res", "res")}, r"autoencoder.mid_blocks is \('res', 'res'\)"),
+        ({"num_res_blocks": (1, 2, 2)}, "number of ResBlocks differs"),
+        ({"num_decoder_res_blocks": 2}, "num_decoder_res_blocks is 2"),
+        ({"decoder_channels": 64}, "decoder_channels is 64"),
+        ({"channel_multipliers": (1, 1.5)}, "no whole numbers"),
+    ],
+)
+def test_what_chameleons_vqgan_can_not_be_is_named(changes: dict[str, Any], message: str) -> None:
+    quantizer = QuantizerConfig(kind=changes.pop("kind", "vq"))
+    assert find_obstacle(AutoencoderConfig(), QuantizerConfig(kind="vq")) is None
+    found = find_obstacle(AutoencoderConfig(**changes), quantizer)
+    assert found is not None
+    assert re.search(message, found)
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:

@@ -152,6 +152,26 @@ def test_options_of_models_are_refused_for_an_image_tokenizer(
     assert "give --image_size" in fails(capsys, *arguments)
 
 
+def test_what_can_not_act_or_be_loaded_again_is_refused(
+    tmp_path: Path, tokenizers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_download(tmp_path / "x")
+    arguments = ["import", tmp_path / "x", "--out", tmp_path / "no"]
+    assert "seed 3 can not act" in fails(capsys, *arguments, "--seed", 3)
+    given = [*arguments, "--image_tokenizer", tokenizers / "image"]
+    assert "and preprocess meta, not 17 and meta; leave both out" in fails(capsys, *given, "--image_size", 17)
+    assert "not None and transformers; leave both out" in fails(capsys, *given, "--preprocess", "transformers")
+    message = fails(capsys, *arguments, "--text_tokenizer", tokenizers / "text.model")
+    assert "text.model is no tokenizer.json" in message
+    path = tmp_path / "x" / "tokenizer" / "text_tokenizer.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "normalizer": {"type": "Unheard"}}))
+    assert "text_tokenizer.json: the `tokenizers` library can not read it" in fails(capsys, *arguments)
+    (tmp_path / "x" / "tokenizer" / "vqgan.ckpt").unlink()
+    assert "text_tokenizer.json: the `tokenizers` library can not read it" in fails(capsys, *arguments)
+    assert not list(tmp_path.glob("*no*"))
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_llama_gets_rows_for_pictures(tied: bool, tmp_path: Path, tokenizers: Path) -> None:
     from chameleon.synthetic_tokens import text_pieces, tokenizer_json

@@ -12,13 +12,15 @@ from mixmodal.files import read_object
 from mixmodal.interop.chameleon.checkpoint import Checkpoint
 from mixmodal.interop.chameleon.layouts import META
 from mixmodal.interop.chameleon.settings import CONFIG
+from mixmodal.tokenization.control_tokens import ControlTokens
 from mixmodal.tokenization.preprocessing import Preprocess
 
 if TYPE_CHECKING:
     from mixmodal.tokenization.image import ImageTokenizer
 
-TEXT_FILES = ("tokenizer.json", "text_tokenizer.json", "tokenizer/text_tokenizer.json", "tokenizer.model")
+TEXT_FILES = ("tokenizer.json", "text_tokenizer.json", "tokenizer/text_tokenizer.json")
 VQGAN, VQGAN_CONFIG = "vqgan.ckpt", "vqgan.yaml"
+DEFAULT_PREPROCESS: Preprocess = "meta"
 DEFAULT_RESOLUTION = 512
 """Of `ChameleonVQVAEConfig` in transformers, whose files leave defaults out."""
 
@@ -34,6 +36,23 @@ def find_text_tokenizer(checkpoint: Checkpoint) -> Path | None:
     """The file of the text tokenizer; None where there is none."""
     files = (place / name for place in places(checkpoint) for name in TEXT_FILES)
     return next((path for path in files if path.is_file()), None)
+
+
+def read_text_tokenizer(path: Path, vocab_size: int) -> ControlTokens:
+    """The control tokens of a file that can be read as a whole.
+
+    Raises:
+        ValueError: naming the file, where it is of another kind or can not be read.
+        ImportError: where the library `tokenizers` is not installed.
+    """
+    if path.suffix != ".json":
+        raise ValueError(
+            f"{path} is no tokenizer.json, which alone can be imported; in transformers "
+            "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) writes one"
+        )
+    from mixmodal.tokenization.json_text import JsonTextTokenizer
+
+    return JsonTextTokenizer(path, vocab_size).control
 
 
 def find_image_tokenizer(checkpoint: Checkpoint) -> Path | None:
@@ -79,13 +98,21 @@ def load_image_tokenizer(
         image_size: pixels; None reads it beside the weights.
 
     Raises:
-        ValueError: naming the file, for one that can not be read or does not say the size.
+        ValueError: naming the file, for one that can not be read or does not say the size, or for an option that can
+            not act on a folder of ours.
     """
     from mixmodal.interop.vqgan import load_vqgan
     from mixmodal.tokenization.image import ImageTokenizer, is_saved
 
     if source is not None and is_saved(source):
-        return ImageTokenizer.load(source)
+        tokenizer = ImageTokenizer.load(source)
+        own = tokenizer.config
+        if image_size not in (None, own.image_size) or preprocess not in (DEFAULT_PREPROCESS, own.preprocess):
+            raise ValueError(
+                f"{source} has the image_size {own.image_size} and preprocess {own.preprocess}, not {image_size} and "
+                f"{preprocess}; leave both out"
+            )
+        return tokenizer
     given = source is not None
     source = source or find_image_tokenizer(checkpoint)
     if source is None:

@@ -181,8 +181,7 @@ def write_transformers(found: Exported, folder: Path, allow_lossy: bool) -> int:
     size = write_weights(folder, tensors())
     dtype = str(found.weights["embedding.weight"].dtype).removeprefix("torch.")
     write_json(folder / "config.json", describe_transformers(found, dtype))
-    ids = {"bos_token_id": Vocabulary.bos, "eos_token_id": Vocabulary.eos, "pad_token_id": Vocabulary.pad}
-    write_json(folder / "generation_config.json", {**ids, "_from_model_config": False})
+    write_json(folder / "generation_config.json", {**special_ids(found), "_from_model_config": False})
     images = _pictures(found)
     if found.text_tokenizer is not None and found.vocabulary is not None and images is not None:
         config = images.config
@@ -209,9 +208,7 @@ def describe_transformers(found: Exported, dtype: str) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
-        "bos_token_id": Vocabulary.bos,
-        "eos_token_id": Vocabulary.eos,
-        "pad_token_id": Vocabulary.pad,
+        **special_ids(found),
     }
     if found.layout is LLAMA:
         kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "head_dim": sizes["head_dim"]}
@@ -229,6 +226,12 @@ def describe_transformers(found: Exported, dtype: str) -> dict[str, Any]:
         "vq_config": pictures or smallest_vqgan(found),
         "vocabulary_map": vocabulary_map(found.vocabulary) if found.vocabulary is not None else None,
     }
+
+
+def special_ids(found: Exported) -> dict[str, int | None]:
+    """Ids of control tokens; none for a bare network, of which nothing says what its ids mean."""
+    ids = {name: getattr(Vocabulary, name) if found.vocabulary is not None else None for name in ("bos", "eos", "pad")}
+    return {f"{name}_token_id": identity for name, identity in ids.items()}
 
 
 def smallest_vqgan(found: Exported) -> dict[str, Any]:

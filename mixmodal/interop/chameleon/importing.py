@@ -13,13 +13,13 @@ from torch import Tensor
 
 from mixmodal.document import UNIT_PIXELS, FormatName, SequenceFormat, build_format
 from mixmodal.files import write_whole
-from mixmodal.interop.chameleon.beside import find_text_tokenizer, load_image_tokenizer
+from mixmodal.interop.chameleon.beside import find_text_tokenizer, load_image_tokenizer, read_text_tokenizer
 from mixmodal.interop.chameleon.checkpoint import Checkpoint
 from mixmodal.interop.chameleon.conversion import import_tensors, read_shape
 from mixmodal.interop.export import CARD, CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZERS, describe_model, staged, write_card
 from mixmodal.interop.new_rows import add_rows
 from mixmodal.models.transformer import TransformerConfig
-from mixmodal.tokenization.control_tokens import ControlTokens, read_control_tokens, vocabulary_of
+from mixmodal.tokenization.control_tokens import ControlTokens, vocabulary_of
 from mixmodal.tokenization.preprocessing import Preprocess
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 from mixmodal.weights import write_weights
@@ -62,22 +62,23 @@ def gather_parts(
 
     Raises:
         ValueError: naming the file, where parts are broken or do not belong together.
+        ImportError: where a text tokenizer needs a library that is not installed.
     """
     config = read_shape(checkpoint)
     text = text_tokenizer or find_text_tokenizer(checkpoint)
     images = load_image_tokenizer(checkpoint, image_tokenizer, image_size, preprocess)
     missing = []
+    control = None if text is None else read_text_tokenizer(text, config.vocab_size)
     if text is None:
         missing.append("the text tokenizer (tokenizer.json): prompts can not be spelled; give --text_tokenizer")
     if images is None:
         missing.append("the image tokenizer: give --image_tokenizer vqgan.ckpt, or a folder of ours")
     elif images.decoder is None:
         missing.append("the picture decoder: pictures can be read, and none drawn; give --image_tokenizer vqgan.ckpt")
-    if text is None or images is None:
+    if text is None or control is None or images is None:
         return Parts(
             config=config, text_tokenizer=text, image_tokenizer=images, format=None, base=False, missing=tuple(missing)
         )
-    control = read_control_tokens(text, config.vocab_size)
     is_base = not control.num_codes
     if is_base:
         codes = {"image": images.codebook_size}
@@ -130,8 +131,7 @@ def write_model(checkpoint: Checkpoint, parts: Parts, out: Path, seed: int = 0) 
         write_whole(staging / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         write_whole(staging / CARD, write_card(card, config).encode())
         if parts.text_tokenizer is not None:
-            name = TEXT_TOKENIZERS[parts.text_tokenizer.suffix]
-            write_whole(staging / name, parts.text_tokenizer.read_bytes())
+            write_whole(staging / TEXT_TOKENIZERS[".json"], parts.text_tokenizer.read_bytes())
         if parts.image_tokenizer is not None:
             parts.image_tokenizer.save(staging / IMAGE_TOKENIZER)
     return size

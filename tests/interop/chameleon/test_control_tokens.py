@@ -1,6 +1,7 @@
 """Control tokens are found in a tokenizer file by their names, and keep their ids in our vocabulary."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -75,15 +76,14 @@ def test_the_placeholder_of_transformers_is_a_control_token(tmp_path: Path) -> N
     assert vocabulary_of(control, len(ids)).num_reserved == 4
 
 
-def test_a_sep_token_of_another_name_ends_turns(tmp_path: Path) -> None:
-    ids = write_tokenizer(tmp_path / "tokenizer.json")
-    rename(tmp_path / "tokenizer.json", "<reserved08706>", "<turn>")
-    with pytest.raises(ValueError, match=r"tokenizer\.json: has image codes and no <reserved08706>, nor a sep_token"):
+@pytest.mark.parametrize("name", ["<eoss>", "<racm3:break>", "<reserved08706>"])
+def test_codes_without_the_tokens_around_them_are_refused(tmp_path: Path, name: str) -> None:
+    """All is in the one file, whose hash stands for the ids: a sep_token named in another file is not looked for."""
+    write_tokenizer(tmp_path / "tokenizer.json")
+    rename(tmp_path / "tokenizer.json", name, "<turn>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"sep_token": "<turn>"}))
+    with pytest.raises(ValueError, match=rf"tokenizer\.json: has image codes and no {name}$"):
         read_control_tokens(tmp_path / "tokenizer.json")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"sep_token": {"content": "<turn>"}}))
-    control = read_control_tokens(tmp_path / "tokenizer.json")
-    assert control.end_of_turn == ids["<reserved08706>"]
-    assert control.first_piece == ids["<reserved08709>"] + 1
 
 
 def test_added_tokens_without_a_row_are_ignored(tmp_path: Path) -> None:
@@ -145,4 +145,34 @@ def test_a_file_of_text_alone_has_no_vocabulary_of_chameleon(tmp_path: Path) -> 
 def test_files_of_another_kind_are_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "t.json").write_text(content)
     with pytest.raises(ValueError, match=r"t\.json"):
+        read_control_tokens(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"added_tokens": {"content": "<a>"}}, "added_tokens holds"),
+        ({"added_tokens": ["<a>"]}, "added_tokens holds <a>; content and id"),
+        ({"added_tokens": [{"content": "<a>", "id": "7"}]}, "added_tokens holds"),
+        ({"added_tokens": [{"content": "a", "id": 3}]}, "'a' has the id 0, and among added_tokens 3"),
+        ({"vocab": {"a": "0"}}, "'a' has the id '0'"),
+        ({"vocab": {"a": None}}, "'a' has the id None"),
+        ({"vocab": {"a": 1.0}}, "'a' has the id 1.0"),
+        ({"vocab": {"a": -1}}, "'a' has the id -1"),
+        ({"vocab": {"a": 1 << 31}}, "'a' has the id 2147483648"),
+        ({"vocab": {"a": 0, "b": 0}}, "'a' and 'b' have the same id 0"),
+        ({"merges": "ab"}, "merges holds 'ab'"),
+        ({"merges": {"a": "b"}}, "merges holds"),
+        ({"merges": [None]}, "merges holds 'None', which is no pair"),
+        ({"merges": ["ab"]}, "merges holds 'ab', which is no pair"),
+        ({"merges": [["a", "b", "ab"]]}, "which is no pair"),
+        ({"continuing_subword_prefix": "##"}, "continuing_subword_prefix is '##'"),
+        ({"end_of_word_suffix": "</w>"}, "end_of_word_suffix is '</w>'"),
+    ],
+)
+def test_a_file_with_odd_entries_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+    content = {"added_tokens": changes.pop("added_tokens", []), "model": {**model, **changes}}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"t\.json: .*{re.escape(message)}"):
         read_control_tokens(tmp_path / "t.json")

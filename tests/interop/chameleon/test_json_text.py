@@ -199,3 +199,12 @@ def test_a_missing_file_and_a_missing_library_are_named(tmp_path: Path, monkeypa
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(ImportError, match=r"t\.json: a text tokenizer in JSON needs `pip install"):
         JsonTextTokenizer(tmp_path / "t.json")
+
+
+def test_a_merge_of_pieces_that_are_not_there_is_refused_not_dropped(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "t.json")
+    content = json.loads((tmp_path / "t.json").read_text())
+    content["model"]["merges"].append(["zz", "yy"])
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"t\.json: the `tokenizers` library can not read it: .*zz"):
+        JsonTextTokenizer(tmp_path / "t.json")
