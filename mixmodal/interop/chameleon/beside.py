@@ -13,11 +13,12 @@ from mixmodal.interop.chameleon.checkpoint import Checkpoint
 from mixmodal.interop.chameleon.layouts import META
 from mixmodal.interop.chameleon.settings import CONFIG
 from mixmodal.tokenization.preprocessing import Preprocess
+from mixmodal.weights import read_weights
 
 if TYPE_CHECKING:
     from mixmodal.tokenization.image import ImageTokenizer
 
-TEXT_FILES = ("tokenizer.json", "text_tokenizer.json", "tokenizer/text_tokenizer.json", "tokenizer.model")
+TEXT_FILES = ("tokenizer.json", "text_tokenizer.json", "tokenizer/text_tokenizer.json")
 VQGAN, VQGAN_CONFIG = "vqgan.ckpt", "vqgan.yaml"
 DEFAULT_RESOLUTION = 512
 """Of `ChameleonVQVAEConfig` in transformers, whose files leave defaults out."""
@@ -90,5 +91,7 @@ def load_image_tokenizer(
     source = source or find_image_tokenizer(checkpoint)
     if source is None:
         return None
+    if given:
+        read_weights(source)  # names a file that is none before anything is asked about it
     size = image_size or read_image_size(checkpoint, source)
     return load_vqgan(source, size, preprocess=preprocess, encoder_only=not given).tokenizer

@@ -103,8 +103,9 @@ def find_shards(source: Path) -> list[Path]:
     """
     if source.is_dir():
         folders = [source] if any(SHARD.fullmatch(path.name) for path in source.iterdir()) else []
-        if not folders and (source / "models").is_dir():
-            folders = sorted({path.parent for path in source.glob("models/*/consolidated*.pth")})
+        if not folders:
+            inner = "*" if source.name == "models" else "models/*"
+            folders = sorted({path.parent for path in source.glob(f"{inner}/consolidated*.pth")})
         if len(folders) > 1:
             raise ValueError(f"{source} holds {len(folders)} models ({', '.join(map(str, folders))}); give one of them")
         if folders:
