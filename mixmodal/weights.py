@@ -251,6 +251,11 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
     return total
 
 
+def say_size(num_bytes: int) -> str:
+    """Bytes in words, `13.48 GB` or `0.17 MB`."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
+
+
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Writes one safetensors file.
 

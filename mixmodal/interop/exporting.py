@@ -60,6 +60,7 @@ def export_model(config: ExportConfig) -> None:
     """
     from mixmodal.interop.chameleon.exporting import gather_export, write_exported
     from mixmodal.interop.export import find_export
+    from mixmodal.weights import say_size
 
     found = gather_export(
         find_export(config.model), None if config.to == "transformers" else config.to, config.num_shards
@@ -67,9 +68,12 @@ def export_model(config: ExportConfig) -> None:
     size = write_exported(found, config.out, allow_lossy=config.allow_lossy)
     lines = {
         "layout": found.layout.name,
-        "weights": f"{size / 1e9:.2f} GB",
-        "shards": f"{found.num_sets}, each with QK-norms of its own" if found.layout.norms == "shard" else "none",
-        **{f"left out {number}": one for number, one in enumerate(found.missing, 1)},
+        "weights": say_size(size),
+        **({"shards": f"{found.num_sets}, each with QK-norms of its own"} if found.num_sets > 1 else {}),
+        **{
+            f"left out {number}" if len(found.missing) > 1 else "left out": one
+            for number, one in enumerate(found.missing, 1)
+        },
         "written to": str(config.out),
     }
     for name, value in lines.items():

@@ -56,6 +56,8 @@ class ImportConfig:
     def __post_init__(self) -> None:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise ValueError(f"out: {self.out} is there and not empty; choose a new folder")
+        if self.image_size is not None and self.image_size < 1:
+            raise ValueError(f"image_size is {self.image_size}; pixels are needed, at least 1")
 
     @staticmethod
     def read_arguments(argv: list[str]) -> list[str]:
@@ -73,7 +75,11 @@ def import_checkpoint(config: ImportConfig) -> None:
         ValueError: naming the file that can not be read, or is of another architecture.
     """
     from mixmodal.interop.chameleon.checkpoint import open_checkpoint
+    from mixmodal.interop.export import is_export
+    from mixmodal.tokenization.image import is_saved
 
+    if is_export(config.source) or is_saved(config.source):
+        raise ValueError(f"{config.source} is a folder of mixmodal's own; use it as it is")
     layout = None if config.layout == "auto" else config.layout
     checkpoint = open_checkpoint(config.source, layout, config.norm_placement)
     if checkpoint is not None:
@@ -110,9 +116,14 @@ def import_model(config: ImportConfig, checkpoint: Checkpoint) -> dict[str, str]
 
 def import_image_tokenizer(config: ImportConfig) -> dict[str, str]:
     """Writes an image tokenizer; what was found, in words."""
-    from mixmodal.interop.vqgan import load_vqgan
+    from mixmodal.interop.vqgan import inner_weights, load_vqgan
+    from mixmodal.weights import read_weights
 
     if config.image_size is None:
+        try:
+            inner_weights(read_weights(config.source))
+        except ValueError as error:
+            raise error if str(config.source) in str(error) else ValueError(f"{config.source}: {error}") from error
         raise ValueError(f"{config.source} is an image tokenizer alone, whose weights fit any size; give --image_size")
     found = load_vqgan(config.source, config.image_size, preprocess=config.preprocess)
     found.tokenizer.save(config.out)

@@ -67,6 +67,17 @@ def write_own(folder: Path, tokenizers: Path, vqgan: bool = True, **changes: Any
     return folder
 
 
+def test_a_tokenizer_without_decoder_loads_in_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_download(tmp_path / "x")
+    encoder = foreign.draw_state("taming", with_decoder=False)
+    torch.save(encoder, tmp_path / "x" / "tokenizer" / "vqgan.ckpt")
+    run("import", tmp_path / "x", "--out", tmp_path / "ours")
+    run("export", tmp_path / "ours", tmp_path / "theirs")
+    assert f"left out  the picture decoder: {tmp_path / 'ours'} has none" in capsys.readouterr().out
+    state = load_theirs(tmp_path / "theirs").state_dict()
+    assert torch.equal(state["model.vqmodel.quant_conv.weight"], encoder["quant_conv.weight"])
+
+
 def load_theirs(folder: Path) -> Any:
     from transformers import ChameleonForConditionalGeneration
 

@@ -138,7 +138,41 @@ def test_parts_of_two_models_are_told_apart(tmp_path: Path, capsys: pytest.Captu
     assert "layout transformers has a tensor model.embed_tokens.weight, which the checkpoint has not" in message
     message = fails(capsys, *arguments, "--norm_placement", "post_sublayer")
     assert "params.json: norms stand at pre" in message
+    write_tokenizer(tmp_path / "text.json", num_codes=0, num_sentinels=0)
+    assert "text.json names no codes" in fails(capsys, *arguments, "--text_tokenizer", tmp_path / "text.json")
+    write_tokenizer(tmp_path / "more.json", num_codes=CODES, num_reserved=40)
+    message = fails(capsys, *arguments, "--text_tokenizer", tmp_path / "more.json")
+    assert "more.json: 'image' has the id " in message
+    (tmp_path / "t.model").touch()
+    assert "t.model is no tokenizer.json" in fails(capsys, *arguments, "--text_tokenizer", tmp_path / "t.model")
+    message = fails(capsys, *arguments, "--image_tokenizer", tmp_path / "none.ckpt")
+    assert "none.ckpt does not exist" in message
     assert not list(tmp_path.glob("*no*"))
+
+
+def test_what_is_no_foreign_checkpoint_is_named(
+    imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    PIL.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    save_file({"transformer.wte.weight": torch.zeros(2, 2)}, tmp_path / "gpt.safetensors")
+    for source, words in (
+        (imported, "is a folder of mixmodal's own"),
+        (imported / "image_tokenizer", "is a folder of mixmodal's own"),
+        (tmp_path / "a.png", "a.png is no file of weights"),
+        (tmp_path / "gpt.safetensors", "gpt.safetensors: no image tokenizer of the VQGAN family"),
+    ):
+        assert words in fails(capsys, "import", source, "--out", tmp_path / "no")
+    with pytest.raises(SystemExit):
+        run("import", tmp_path / "a.png", "--out", tmp_path / "no", "--image_size", 0)
+    assert "image_size is 0" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_models_are_found_from_any_folder_of_a_download(tmp_path: Path) -> None:
+    write_download(tmp_path / "x")
+    for number, source in enumerate(("x", "x/models", "x/models/7b", "x/models/7b/consolidated.pth")):
+        run("import", tmp_path / source, "--out", tmp_path / str(number))
+        assert (tmp_path / str(number) / "text_tokenizer.json").is_file()
 
 
 def test_options_of_models_are_refused_for_an_image_tokenizer(

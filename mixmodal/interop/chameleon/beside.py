@@ -14,6 +14,7 @@ from mixmodal.interop.chameleon.layouts import META
 from mixmodal.interop.chameleon.settings import CONFIG
 from mixmodal.tokenization.control_tokens import ControlTokens
 from mixmodal.tokenization.preprocessing import Preprocess
+from mixmodal.weights import read_weights
 
 if TYPE_CHECKING:
     from mixmodal.tokenization.image import ImageTokenizer
@@ -117,5 +118,7 @@ def load_image_tokenizer(
     source = source or find_image_tokenizer(checkpoint)
     if source is None:
         return None
+    if given:
+        read_weights(source)  # names a file that is none before anything is asked about it
     size = image_size or read_image_size(checkpoint, source)
     return load_vqgan(source, size, preprocess=preprocess, encoder_only=not given).tokenizer

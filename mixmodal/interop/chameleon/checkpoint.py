@@ -103,8 +103,9 @@ def find_shards(source: Path) -> list[Path]:
     """
     if source.is_dir():
         folders = [source] if any(SHARD.fullmatch(path.name) for path in source.iterdir()) else []
-        if not folders and (source / "models").is_dir():
-            found = source.glob("models/*/consolidated*.pth")
+        if not folders:
+            inner = "*" if source.name == "models" else "models/*"
+            found = source.glob(f"{inner}/consolidated*.pth")
             folders = sorted({path.parent for path in found if SHARD.fullmatch(path.name)})
         if len(folders) > 1:
             raise ValueError(f"{source} holds {len(folders)} models ({', '.join(map(str, folders))}); give one of them")

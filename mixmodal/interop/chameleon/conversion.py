@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mixmodal.interop.chameleon.checkpoint import Checkpoint, average
 from mixmodal.interop.chameleon.layouts import K_NORM, Q_NORM, QKV, UP, Layout
+from mixmodal.interop.chameleon.settings import CONFIG
 from mixmodal.models.transformer import TransformerConfig
 
 SHOWN = 10
@@ -48,10 +49,14 @@ def read_shape(checkpoint: Checkpoint) -> TransformerConfig:
         head_dim = settings.sizes.get("head_dim") or (query // heads if heads else 0)
     else:
         head_dim = shapes[name + layout.parts[f"{Q_NORM}.weight"][0]][-1]
-    if not head_dim or query % head_dim or key % head_dim or head_dim % 2:
+    if not head_dim:
         raise ValueError(
-            f"{checkpoint.folder}: {query} rows of queries and {key} of keys do not divide into heads of width "
-            f"{head_dim or 'unknown, as no config.json says how many there are'}"
+            f"{checkpoint.folder / CONFIG} is missing, or has no num_attention_heads: weights without QK-norms do "
+            "not show how many heads there are; put the file beside them"
+        )
+    if query % head_dim or key % head_dim or head_dim % 2:
+        raise ValueError(
+            f"{checkpoint.folder}: {query} rows of queries and {key} of keys do not make heads of width {head_dim}"
         )
     config = TransformerConfig(
         vocab_size=vocab_size,
@@ -179,7 +184,7 @@ def gather_norm(norms: Tensor, name: str, num_sets: int, layout: Layout, allow_l
     if not allow_lossy and not (groups == groups[:, :1]).all():
         raise ValueError(
             f"{name}: heads have QK-norms of their own, and layout {layout.name} stores {num_sets}; averaging them "
-            "loses what tells them apart. Export to another layout, or with --allow_lossy"
+            "loses what tells them apart. Export to another layout, or with --allow_lossy true"
         )
     sets = torch.stack([average(list(group)) for group in groups])
     if layout.adjacent_pairs:

@@ -96,7 +96,7 @@ def gather_export(folder: Path, name: LayoutName | None, num_shards: int = 0) ->
             if getattr(config, key) % num_sets:
                 raise ValueError(
                     f"{folder / CONFIG}: model.{key} {getattr(config, key)} can not be cut into {num_sets} shards, one "
-                    "for each set of QK-norms; choose another layout, or --num_shards with --allow_lossy"
+                    "for each set of QK-norms; choose another layout, or --num_shards with --allow_lossy true"
                 )
     vocabulary = read_vocabulary(folder)
     if vocabulary is None and layout is TRANSFORMERS:
@@ -111,12 +111,16 @@ def gather_export(folder: Path, name: LayoutName | None, num_shards: int = 0) ->
         if obstacle or layout is LLAMA:
             missing.append(f"the image tokenizer: {obstacle or 'a Llama has none'}; use ours beside the export")
             images = None
+        elif images.decoder is None or layout is TRANSFORMERS:
+            missing.append(f"the picture decoder: {'transformers' if images.decoder else folder} has none")
     else:
         missing.append(f"the image tokenizer: there is none in {folder}")
     text = find_text_tokenizer(folder)
     if not text.is_file():
         text = None
         missing.append(f"the text tokenizer: there is none in {folder}")
+    elif vocabulary is None:
+        missing.append(f"the text tokenizer: {folder / CONFIG} has no vocabulary")
     return Exported(
         folder=folder,
         config=config,

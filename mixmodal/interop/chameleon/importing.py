@@ -19,10 +19,10 @@ from mixmodal.interop.chameleon.conversion import import_tensors, read_shape
 from mixmodal.interop.export import CARD, CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZERS, describe_model, staged, write_card
 from mixmodal.interop.new_rows import add_rows
 from mixmodal.models.transformer import TransformerConfig
-from mixmodal.tokenization.control_tokens import ControlTokens, vocabulary_of
+from mixmodal.tokenization.control_tokens import ControlTokens, read_tokenizer_file, vocabulary_of
 from mixmodal.tokenization.preprocessing import Preprocess
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
-from mixmodal.weights import write_weights
+from mixmodal.weights import say_size, write_weights
 
 if TYPE_CHECKING:
     from mixmodal.tokenization.image import ImageTokenizer
@@ -79,7 +79,12 @@ def gather_parts(
         return Parts(
             config=config, text_tokenizer=text, image_tokenizer=images, format=None, base=False, missing=tuple(missing)
         )
+    check_pieces(text, config.vocab_size)
     is_base = not control.num_codes
+    if is_base and checkpoint.layout.norms != "none":
+        raise ValueError(
+            f"{text} names no codes (IMGIMG...Z): it is not the text tokenizer of a Chameleon; give --text_tokenizer"
+        )
     if is_base:
         codes = {"image": images.codebook_size}
         vocabulary = Vocabulary(VocabularyConfig(num_text_pieces=config.vocab_size, codebook_sizes=codes))
@@ -92,6 +97,19 @@ def gather_parts(
     return Parts(
         config=config, text_tokenizer=text, image_tokenizer=images, format=format, base=is_base, missing=tuple(missing)
     )
+
+
+def check_pieces(text: Path, vocab_size: int) -> None:
+    """Whether a network has a row for every piece of a text tokenizer; added tokens may go without.
+
+    Raises:
+        ValueError: where it has not.
+    """
+    name, last = max(read_tokenizer_file(text)["model"]["vocab"].items(), key=lambda piece: piece[1])
+    if last >= vocab_size:
+        raise ValueError(
+            f"{text}: {name!r} has the id {last}, and the network {vocab_size:,} rows: they are not of the same model"
+        )
 
 
 def check_codes(control: ControlTokens, images: ImageTokenizer, text: Path) -> None:
@@ -166,7 +184,7 @@ def describe_import(checkpoint: Checkpoint, parts: Parts, size: int, out: Path) 
         "layout": f"{checkpoint.layout.name}, in {files}",
         "network": f"{config.num_layers} layers of {config.dim}, {sizes['num_heads']} heads, {sizes['num_kv_heads']} "
         f"for keys and values, norms {config.norm_placement}",
-        "weights": f"{size / 1e9:.2f} GB",
+        "weights": say_size(size),
         "vocabulary": f"{config.vocab_size:,} rows",
     }
     if parts.format is not None:

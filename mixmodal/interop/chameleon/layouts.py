@@ -183,8 +183,9 @@ def check_layout(layout: Layout, found: Layout, shapes: Mapping[str, tuple[int, 
     shape = shapes.get(key)
     if found is TRANSFORMERS and layout is TRANSFORMERS_4_43 and shape == shapes.get(key.replace("q_norm", "k_norm")):
         return  # as many shards as heads: both layouts say the same
-    wanted = {"one": "(head_dim,)", "shard": "(shards, head_dim)", "head": "(heads, head_dim)", "none": "none"}
+    wanted = {"one": "(head_dim,)", "shard": "(shards, head_dim)", "head": "(heads, head_dim)"}
+    theirs = f"{key} of shape {wanted[layout.norms]}" if layout.norms in wanted else f"no {key}"
     raise ValueError(
-        f"layout {layout.name} has {key} of shape {wanted[layout.norms]}, and the checkpoint "
+        f"layout {layout.name} has {theirs}, and the checkpoint "
         f"{'has it of shape ' + str(shape) if shape else 'does not have it'}: that is layout {found.name}"
     )

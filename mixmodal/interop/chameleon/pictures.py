@@ -46,7 +46,8 @@ def find_obstacle(autoencoder: AutoencoderConfig, quantizer: QuantizerConfig) ->
 def to_vqgan(tokenizer: ImageTokenizer) -> dict[str, Tensor]:
     """Weights under Chameleon's names: of the encoder and the codebook, and of the decoder where there is one.
 
-    Where ours goes without the 1x1 convolutions around the quantizer, they get the identity.
+    Where ours goes without the 1x1 convolutions around the quantizer, they get the identity; so does the second, which
+    belongs to the decoder, where there is none.
     """
     config, state = tokenizer.config.autoencoder, tokenizer.state_dict()
     modules = dict(names(TAMING, config))
@@ -55,11 +56,12 @@ def to_vqgan(tokenizer: ImageTokenizer) -> dict[str, Tensor]:
         module, _, part = name.rpartition(".")
         if module in modules and not name.startswith("quantizer."):
             found[f"{modules[module]}.{part}"] = tensor.detach()
-    for name in ("quant_conv", "post_quant_conv"):
+    dim = found[CODEBOOK].shape[1]
+    latents = config.latent_channels or dim
+    for name, outer, inner in (("quant_conv", dim, latents), ("post_quant_conv", latents, dim)):
         if f"{name}.weight" not in found:
-            width = found[CODEBOOK].shape[1] if not config.latent_channels else config.latent_channels
-            found[f"{name}.weight"] = torch.eye(width)[..., None, None].to(tokenizer.dtype)
-            found[f"{name}.bias"] = torch.zeros(width, dtype=tokenizer.dtype)
+            found[f"{name}.weight"] = torch.eye(outer, inner)[..., None, None].to(tokenizer.dtype)
+            found[f"{name}.bias"] = torch.zeros(outer, dtype=tokenizer.dtype)
     return {name: tensor.cpu().contiguous() for name, tensor in found.items()}
 
 
