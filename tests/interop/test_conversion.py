@@ -216,6 +216,17 @@ def test_a_tensor_that_does_not_fit_the_others_is_named(
         read(folder)
 
 
+def test_heads_of_odd_width_are_refused(tmp_path: Path) -> None:
+    size = synthetic.SMALL
+    state = synthetic.draw_state(size)
+    for name in synthetic.NORMS:
+        for layer in range(size.layers):
+            state[f"model.layers.{layer}.{name}"] = torch.ones(32, 1)
+    folder = synthetic.write_transformers(tmp_path / "x", state, size, num_attention_heads=32, num_key_value_heads=32)
+    with pytest.raises(ValueError, match="32 rows of queries and 32 of keys do not divide into heads of width 1"):
+        read(folder)
+
+
 def test_shards_that_differ_in_shape_are_named(tmp_path: Path) -> None:
     size = synthetic.SHARDED
     folder = synthetic.write_meta(tmp_path / "x", synthetic.draw_state(size), size)

@@ -152,6 +152,17 @@ def test_options_of_models_are_refused_for_an_image_tokenizer(
     assert "give --image_size" in fails(capsys, *arguments)
 
 
+@pytest.mark.parametrize(("inside", "source"), [("", "x"), ("x", "."), ("x/models", "7b"), ("x/models/7b", ".")])
+def test_a_download_is_found_from_wherever_it_is_named(
+    inside: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_download(tmp_path / "x")
+    monkeypatch.chdir(tmp_path / inside)
+    run("import", source, "--out", tmp_path / "ours")
+    assert load_export(tmp_path / "ours").format.name == "chameleon"
+    assert "# 7b in mixmodal's format" in (tmp_path / "ours" / "README.md").read_text()
+
+
 def test_what_can_not_act_or_be_loaded_again_is_refused(
     tmp_path: Path, tokenizers: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,8 +28,9 @@ DEFAULT_RESOLUTION = 512
 def places(checkpoint: Checkpoint) -> Iterator[Path]:
     """Folders to look in: the checkpoint's, and for `models/NAME` of Meta's download the one above both."""
     yield checkpoint.folder
-    if checkpoint.layout is META and checkpoint.folder.parent.name == "models":
-        yield checkpoint.folder.parent.parent
+    above = checkpoint.folder.absolute().parent  # the folder may be given as `.` or `7b`
+    if checkpoint.layout is META and above.name == "models":
+        yield above.parent
 
 
 def find_text_tokenizer(checkpoint: Checkpoint) -> Path | None:

@@ -96,7 +96,8 @@ def import_tensors(checkpoint: Checkpoint, config: TransformerConfig) -> Iterato
     """Our names and tensors, in the stored type, one after another.
 
     Raises:
-        ValueError: naming the tensor, for a shape that does not fit the others, or values that are no floats.
+        ValueError: naming the tensor, for a shape that does not fit the others, or values that are no floats of at
+            least 16 bits.
     """
     sizes, layout = config.attention_sizes, checkpoint.layout
     head_dim = sizes["head_dim"]
@@ -111,7 +112,7 @@ def import_tensors(checkpoint: Checkpoint, config: TransformerConfig) -> Iterato
         if norm in heads:
             parts = [spread_norm(parts[0], theirs[0], heads[norm], head_dim, layout)]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if tuple(tensor.shape) != wanted[own] or not tensor.is_floating_point():
+        if tuple(tensor.shape) != wanted[own] or not tensor.is_floating_point() or tensor.itemsize < 2:
             raise ValueError(
                 f"{checkpoint.folder}: {' and '.join(theirs)} have shape {[tuple(one.shape) for one in parts]} of "
                 f"{tensor.dtype}, where {wanted[own]} in all are needed"

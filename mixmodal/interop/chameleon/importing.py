@@ -121,7 +121,7 @@ def write_model(checkpoint: Checkpoint, parts: Parts, out: Path, seed: int = 0) 
     """
     config = describe_model(parts.config, parts.format)
     card = {
-        "title": f"{checkpoint.folder.name} in mixmodal's format",
+        "title": f"{checkpoint.folder.absolute().name} in mixmodal's format",
         "data": f"Imported from a checkpoint of layout {checkpoint.layout.name}; its own card says more.",
         "limits": ["Its licence is that of the checkpoint.", *(f"Missing: {one}." for one in parts.missing)],
     }
