@@ -80,7 +80,8 @@ def read_image_size(checkpoint: Checkpoint, weights: Path) -> int:
             raise ValueError(f"{beside} does not say model.params.ddconfig.resolution; give --image_size") from error
     elif (checkpoint.folder / CONFIG).is_file():
         beside = checkpoint.folder / CONFIG
-        size = (read_object(beside).get("vq_config") or {}).get("resolution", DEFAULT_RESOLUTION)
+        found = read_object(beside).get("vq_config") or {}
+        size = found.get("resolution", DEFAULT_RESOLUTION) if isinstance(found, dict) else found
     else:
         raise ValueError(f"{beside} is missing, and no weights show the size of pictures; give --image_size")
     if not isinstance(size, int) or size < 1:
