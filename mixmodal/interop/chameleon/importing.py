@@ -16,6 +16,7 @@ from mixmodal.files import write_whole
 from mixmodal.interop.chameleon.beside import find_text_tokenizer, load_image_tokenizer, read_text_tokenizer
 from mixmodal.interop.chameleon.checkpoint import Checkpoint
 from mixmodal.interop.chameleon.conversion import import_tensors, read_shape
+from mixmodal.interop.chameleon.layouts import LLAMA
 from mixmodal.interop.export import CARD, CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZERS, describe_model, staged, write_card
 from mixmodal.interop.new_rows import add_rows
 from mixmodal.models.transformer import TransformerConfig
@@ -80,6 +81,11 @@ def gather_parts(
             config=config, text_tokenizer=text, image_tokenizer=images, format=None, base=False, missing=tuple(missing)
         )
     is_base = not control.num_codes
+    if is_base and checkpoint.layout is not LLAMA:
+        raise ValueError(
+            f"{text} names no image codes (IMGIMG...Z), and {checkpoint.folder} is a Chameleon, whose ids it can not "
+            "be of; give the tokenizer of the model"
+        )
     if is_base:
         codes = {"image": images.codebook_size}
         vocabulary = Vocabulary(VocabularyConfig(num_text_pieces=config.vocab_size, codebook_sizes=codes))
