@@ -74,13 +74,13 @@ def read_control_tokens(path: Path | str, vocab_size: int | None = None) -> Cont
     there only what is marked.
 
     Args:
-        vocab_size: rows of the model's embedding; ids behind it are ignored. By default the ids of the BPE
+        vocab_size: rows of the model's embedding; added tokens behind it are ignored. By default the ids of the BPE
             vocabulary, and for a file without image codes those of the added tokens, too: behind Chameleon's rows,
             added tokens are placeholders without a row (Lumina-mGPT's `<|image|>`).
 
     Raises:
         ValueError: naming file and token, for a file of another kind, codes that do not stand one behind the other
-            in their order, or codes without the tokens that enclose them.
+            in their order, pieces without a row, or codes without the tokens that enclose them.
     """
     path = Path(path)
     return find_control_tokens(read_tokenizer_file(path), path, vocab_size)
@@ -149,6 +149,12 @@ def find_control_tokens(content: Mapping[str, Any], path: Path, vocab_size: int 
         num_rows = 1 + max([*own.values(), *(() if codes else added.values())], default=-1)
     else:
         num_rows = vocab_size
+    lost = [name for name, identity in own.items() if identity >= num_rows and name not in added]
+    if lost:
+        raise ValueError(
+            f"{path}: {len(lost)} pieces, such as {lost[0]!r} with the id {own[lost[0]]}, have no row in an embedding "
+            f"of {num_rows}; give the tokenizer of the model"
+        )
     ids = {name: identity for name, identity in {**own, **added}.items() if identity < num_rows}
     special = {BOS: ids.get(BOS), PAD: ids.get(PAD), EOS: ids.get(EOS), UNK: ids.get(UNK)}
     if not codes:

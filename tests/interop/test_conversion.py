@@ -216,6 +216,44 @@ def test_a_tensor_that_does_not_fit_the_others_is_named(
         read(folder)
 
 
+@pytest.mark.parametrize("shape", [(), (0, 8), (4, 0), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.embed_tokens.weight",
+        "model.norm.weight",
+        *(
+            f"model.layers.{layer}.self_attn.{part}.weight"
+            for layer in (0, 1)
+            for part in ("q_proj", "q_norm", "k_norm")
+        ),
+    ],
+)
+def test_a_tensor_of_other_dimensions_is_named(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    size = synthetic.SMALL
+    state = {**synthetic.draw_state(size), name: torch.zeros(shape)}
+    folder = synthetic.write_transformers(tmp_path / "x", state, size)
+    with pytest.raises(ValueError, match=rf"{name.rpartition('.')[0]}|k_norm|32 rows of queries"):
+        read(folder)
+
+
+def test_a_model_without_layers_is_refused(tmp_path: Path) -> None:
+    state = {name: tensor for name, tensor in synthetic.draw_state(synthetic.SMALL).items() if "layers" not in name}
+    with pytest.raises(ValueError, match=r"there is no tensor whose name begins with model\.layers\.0\."):
+        read(synthetic.write_transformers(tmp_path / "x", state, synthetic.SMALL))
+
+
+def test_heads_of_odd_width_are_refused(tmp_path: Path) -> None:
+    size = synthetic.SMALL
+    state = synthetic.draw_state(size)
+    for name in synthetic.NORMS:
+        for layer in range(size.layers):
+            state[f"model.layers.{layer}.{name}"] = torch.ones(32, 1)
+    folder = synthetic.write_transformers(tmp_path / "x", state, size, num_attention_heads=32, num_key_value_heads=32)
+    with pytest.raises(ValueError, match="32 rows of queries and 32 of keys do not divide into heads of width 1"):
+        read(folder)
+
+
 def test_shards_that_differ_in_shape_are_named(tmp_path: Path) -> None:
     size = synthetic.SHARDED
     folder = synthetic.write_meta(tmp_path / "x", synthetic.draw_state(size), size)

@@ -134,6 +134,10 @@ def test_parts_of_two_models_are_told_apart(tmp_path: Path, capsys: pytest.Captu
     arguments = ["import", tmp_path / "x", "--out", tmp_path / "no"]
     message = fails(capsys, *arguments, "--text_tokenizer", tmp_path / "other.json")
     assert f"other.json names {CODES - 3} codes" in message
+    content = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
+    (tmp_path / "text.json").write_text(json.dumps(content))
+    message = fails(capsys, *arguments, "--text_tokenizer", tmp_path / "text.json")
+    assert "text.json names no image codes (IMGIMG...Z), and" in message
     message = fails(capsys, *arguments, "--layout", "transformers")
     assert "layout transformers has a tensor model.embed_tokens.weight, which the checkpoint has not" in message
     message = fails(capsys, *arguments, "--norm_placement", "post_sublayer")
@@ -184,6 +188,27 @@ def test_options_of_models_are_refused_for_an_image_tokenizer(
         "alone ", ""
     )
     assert "give --image_size" in fails(capsys, *arguments)
+
+
+@pytest.mark.parametrize(("inside", "source"), [("", "x"), ("x", "."), ("x/models", "7b"), ("x/models/7b", ".")])
+def test_a_download_is_found_from_wherever_it_is_named(
+    inside: str, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_download(tmp_path / "x")
+    monkeypatch.chdir(tmp_path / inside)
+    run("import", source, "--out", tmp_path / "ours")
+    assert load_export(tmp_path / "ours").format.name == "chameleon"
+    assert "# 7b in mixmodal's format" in (tmp_path / "ours" / "README.md").read_text()
+
+
+def test_what_fails_while_weights_are_copied_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = write_download(tmp_path / "x")
+    path = tmp_path / "x" / "models" / "7b" / "consolidated.pth"
+    state = torch.load(path)
+    torch.save({**state, "output.weight": torch.ones(size.vocab, 7)}, path)
+    message = fails(capsys, "import", tmp_path / "x", "--out", tmp_path / "ours")
+    assert f"output.weight have shape [({size.vocab}, 7)]" in message
+    assert [one.name for one in tmp_path.iterdir()] == ["x"]
 
 
 def test_what_can_not_act_or_be_loaded_again_is_refused(

@@ -25,6 +25,18 @@ from mixmodal.interop.chameleon.checkpoint import open_checkpoint
             r"config\.json: rotary positions are scaled",
         ),
         ("transformers", {"rope_parameters": 3}, r"config\.json: rope_parameters is 3; an object is needed"),
+        ("transformers", {"rope_parameters": {"full": {"rope_theta": 3.0}}}, "rope_parameters is .*, the same for all"),
+        ("transformers", {"rms_norm_eps": -1.0}, r"config\.json: rms_norm_eps is -1\.0; a number above 0"),
+        ("transformers", {"rope_theta": 0}, r"config\.json: rope_theta is 0"),
+        ("transformers", {"rope_theta": float("inf")}, r"config\.json: rope_theta is inf"),
+        ("transformers", {"rope_theta": float("nan")}, r"config\.json: rope_theta is nan"),
+        (
+            "transformers",
+            {"max_position_embeddings": 1 << 40},
+            r"config\.json: max_position_embeddings is 1099511627776",
+        ),
+        ("meta", {"norm_eps": 0}, r"params\.json: norm_eps is 0"),
+        ("meta", {"max_seq_len": 0}, r"params\.json: max_seq_len is 0"),
         ("transformers", {"partial_rotary_factor": 0.5}, r"config\.json: partial_rotary_factor is 0\.5"),
         ("transformers", {"mlp_bias": True}, r"config\.json: mlp_bias is True"),
         ("transformers", {"quantization_config": {"bits": 4}}, r"config\.json: quantization_config is"),
@@ -75,6 +87,13 @@ def test_what_a_file_of_transformers_leaves_out_has_the_defaults_of_transformers
         assert config.norm_eps == defaults.rms_norm_eps
         assert config.max_seq_len == defaults.max_position_embeddings
         assert config.rope_theta == defaults.rope_parameters["rope_theta"]  # type: ignore[index]
+
+
+def test_a_size_that_meta_leaves_open_is_read_from_the_weights(tmp_path: Path) -> None:
+    size = synthetic.SMALL
+    folder = synthetic.write_meta(tmp_path / "x", synthetic.draw_state(size), size)
+    change(folder / "params.json", vocab_size=-1, n_kv_heads=None)
+    assert read(folder)[0].vocab_size == size.vocab
 
 
 def test_meta_settings_are_read_in_the_order_of_its_loader(tmp_path: Path) -> None:

@@ -29,8 +29,9 @@ DEFAULT_RESOLUTION = 512
 def places(checkpoint: Checkpoint) -> Iterator[Path]:
     """Folders to look in: the checkpoint's, and for `models/NAME` of Meta's download the one above both."""
     yield checkpoint.folder
-    if checkpoint.layout is META and checkpoint.folder.parent.name == "models":
-        yield checkpoint.folder.parent.parent
+    above = checkpoint.folder.absolute().parent  # the folder may be given as `.` or `7b`
+    if checkpoint.layout is META and above.name == "models":
+        yield above.parent
 
 
 def find_text_tokenizer(checkpoint: Checkpoint) -> Path | None:
@@ -80,7 +81,8 @@ def read_image_size(checkpoint: Checkpoint, weights: Path) -> int:
             raise ValueError(f"{beside} does not say model.params.ddconfig.resolution; give --image_size") from error
     elif (checkpoint.folder / CONFIG).is_file():
         beside = checkpoint.folder / CONFIG
-        size = (read_object(beside).get("vq_config") or {}).get("resolution", DEFAULT_RESOLUTION)
+        found = read_object(beside).get("vq_config") or {}
+        size = found.get("resolution", DEFAULT_RESOLUTION) if isinstance(found, dict) else found
     else:
         raise ValueError(f"{beside} is missing, and no weights show the size of pictures; give --image_size")
     if not isinstance(size, int) or size < 1:

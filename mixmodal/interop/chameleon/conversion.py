@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from mixmodal.interop.chameleon.checkpoint import Checkpoint, average
+from mixmodal.interop.chameleon.checkpoint import Checkpoint, average, is_norm_of_heads
 from mixmodal.interop.chameleon.layouts import K_NORM, Q_NORM, QKV, UP, Layout
 from mixmodal.interop.chameleon.settings import CONFIG
 from mixmodal.models.transformer import TransformerConfig
@@ -41,6 +41,8 @@ def read_shape(checkpoint: Checkpoint) -> TransformerConfig:
     num_layers = 0
     while any(key.startswith(layout.block.format(num_layers)) for key in shapes):
         num_layers += 1
+    if not num_layers:
+        raise ValueError(f"{checkpoint.folder}: there is no tensor whose name begins with {name}")
     check_names(layout, shapes, num_layers, has_output=layout.output in shapes or not settings.tied)
     vocab_size, dim = shapes[layout.embedding]
     query, key, _ = (shapes[name + part][0] for part in layout.parts[QKV])
@@ -81,7 +83,7 @@ def check_names(layout: Layout, shapes: Mapping[str, tuple[int, ...]], num_layer
     """Whether the tensors are those of the layout, with an output of its own or without.
 
     Raises:
-        ValueError: listing what is missing and what is unknown.
+        ValueError: listing what is missing and what is unknown, or naming one that is no matrix or vector as it should.
     """
     wanted = {name for _, theirs in layout.names(num_layers, has_output) for name in theirs}
     kinds = {
@@ -93,6 +95,12 @@ def check_names(layout: Layout, shapes: Mapping[str, tuple[int, ...]], num_layer
         if names:
             more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
             parts.append(f"{len(names)} {kind} ({', '.join(names[:SHOWN])}{more})")
+    for name in wanted & set(shapes):
+        dimensions = (1, 2) if is_norm_of_heads(name) else (1,) if name.endswith("norm.weight") else (2,)
+        if len(shapes[name]) not in dimensions or 0 in shapes[name]:
+            raise ValueError(
+                f"{name} has shape {shapes[name]}; {' or '.join(map(str, dimensions))} dimensions are needed"
+            )
     if parts:
         raise ValueError(f"not a whole transformer of layout {layout.name}: {'; '.join(parts)}")
 
@@ -101,7 +109,8 @@ def import_tensors(checkpoint: Checkpoint, config: TransformerConfig) -> Iterato
     """Our names and tensors, in the stored type, one after another.
 
     Raises:
-        ValueError: naming the tensor, for a shape that does not fit the others, or values that are no floats.
+        ValueError: naming the tensor, for a shape that does not fit the others, or values that are no floats of at
+            least 16 bits.
     """
     sizes, layout = config.attention_sizes, checkpoint.layout
     head_dim = sizes["head_dim"]
@@ -116,7 +125,7 @@ def import_tensors(checkpoint: Checkpoint, config: TransformerConfig) -> Iterato
         if norm in heads:
             parts = [spread_norm(parts[0], theirs[0], heads[norm], head_dim, layout)]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if tuple(tensor.shape) != wanted[own] or not tensor.is_floating_point():
+        if tuple(tensor.shape) != wanted[own] or not tensor.is_floating_point() or tensor.itemsize < 2:
             raise ValueError(
                 f"{checkpoint.folder}: {' and '.join(theirs)} have shape {[tuple(one.shape) for one in parts]} of "
                 f"{tensor.dtype}, where {wanted[own]} in all are needed"

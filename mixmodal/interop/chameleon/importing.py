@@ -16,6 +16,7 @@ from mixmodal.files import write_whole
 from mixmodal.interop.chameleon.beside import find_text_tokenizer, load_image_tokenizer, read_text_tokenizer
 from mixmodal.interop.chameleon.checkpoint import Checkpoint
 from mixmodal.interop.chameleon.conversion import import_tensors, read_shape
+from mixmodal.interop.chameleon.layouts import LLAMA
 from mixmodal.interop.export import CARD, CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZERS, describe_model, staged, write_card
 from mixmodal.interop.new_rows import add_rows
 from mixmodal.models.transformer import TransformerConfig
@@ -81,9 +82,10 @@ def gather_parts(
         )
     check_pieces(text, config.vocab_size)
     is_base = not control.num_codes
-    if is_base and checkpoint.layout.norms != "none":
+    if is_base and checkpoint.layout is not LLAMA:
         raise ValueError(
-            f"{text} names no codes (IMGIMG...Z): it is not the text tokenizer of a Chameleon; give --text_tokenizer"
+            f"{text} names no image codes (IMGIMG...Z), and {checkpoint.folder} is a Chameleon, whose ids it can not "
+            "be of; give the tokenizer of the model"
         )
     if is_base:
         codes = {"image": images.codebook_size}
@@ -140,7 +142,7 @@ def write_model(checkpoint: Checkpoint, parts: Parts, out: Path, seed: int = 0) 
     """
     config = describe_model(parts.config, parts.format)
     card = {
-        "title": f"{checkpoint.folder.name} in mixmodal's format",
+        "title": f"{checkpoint.folder.absolute().name} in mixmodal's format",
         "data": f"Imported from a checkpoint of layout {checkpoint.layout.name}; its own card says more.",
         "limits": ["Its licence is that of the checkpoint.", *(f"Missing: {one}." for one in parts.missing)],
     }

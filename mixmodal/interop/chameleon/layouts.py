@@ -154,7 +154,7 @@ def find_layout(shapes: Mapping[str, tuple[int, ...]], num_shards: int) -> Layou
         return LLAMA
     if len(query) == 1:
         return ANOLE
-    if len(query) == 2 and key is not None and len(key) == 2 and None not in rows:
+    if len(query) == 2 and key is not None and len(key) == 2 and query[1] and None not in rows:
         heads = tuple(row[0] // query[1] for row in rows if row)
         if (query[0], key[0]) == heads:
             return TRANSFORMERS

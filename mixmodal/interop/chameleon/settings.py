@@ -17,6 +17,7 @@ CLASSES = {"chameleon": 1e-5, "llama": 1e-6}
 """The `model_type`s of transformers that are read, and `rms_norm_eps` where their file leaves it out."""
 MAX_POSITIONS = {"chameleon": 4096, "llama": 2048}
 """`max_position_embeddings` where a file of transformers leaves it out, as it does with every default."""
+LARGEST = 1 << 31
 FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "quantization_config": None}
 """Keys of a file of transformers that may have one value only, where they are there."""
 
@@ -103,9 +104,9 @@ def _from_meta(path: Path, data: dict[str, Any]) -> Settings:
     return Settings(
         path=path,
         norm_placement=None if swin is None else ("post_sublayer" if swin else "pre"),
-        norm_eps=_value(path, model, "norm_eps", float, 1e-5),
-        rope_theta=_value(path, model, "rope_theta", float, 10000.0),
-        max_seq_len=_value(path, model, "max_seq_len", int, 4096),
+        norm_eps=_value(path, model, "norm_eps", float, 1e-5, positive=True),
+        rope_theta=_value(path, model, "rope_theta", float, 10000.0, positive=True),
+        max_seq_len=_value(path, model, "max_seq_len", int, 4096, positive=True),
         num_shards=_value(path, model, "model_parallel_size", int, 0),
         sizes=_sizes(path, model, {**keys, "num_kv_heads": "n_kv_heads"}),
     )
@@ -132,9 +133,9 @@ def _from_transformers(path: Path, data: dict[str, Any]) -> Settings:
     return Settings(
         path=path,
         norm_placement="post_sublayer" if swin else "pre",
-        norm_eps=_value(path, data, "rms_norm_eps", float, CLASSES[kind]),
-        rope_theta=_value(path, {**data, **rope}, "rope_theta", float, 10000.0),
-        max_seq_len=_value(path, data, "max_position_embeddings", int, MAX_POSITIONS[kind]),
+        norm_eps=_value(path, data, "rms_norm_eps", float, CLASSES[kind], positive=True),
+        rope_theta=_value(path, {**data, **rope}, "rope_theta", float, 10000.0, positive=True),
+        max_seq_len=_value(path, data, "max_position_embeddings", int, MAX_POSITIONS[kind], positive=True),
         num_shards=_value(path, data, "model_parallel_size", int, 0),
         sizes=_sizes(path, data, keys),
         special=_read_special(path, data),
@@ -151,8 +152,8 @@ def _read_rope(path: Path, data: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key in ("rope_scaling", "rope_parameters"):
         rope = data.get(key) or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"{path}: {key} is {rope!r}; an object is needed")
+        if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError(f"{path}: {key} is {rope!r}; an object is needed, the same for all layers")
         if rope.get("rope_type", rope.get("type", "default")) != "default" or "factor" in rope:
             raise ValueError(f"{path}: rotary positions are scaled ({key} {rope}), which can not be imported")
         found |= rope
@@ -178,11 +179,15 @@ def _sizes(path: Path, data: Mapping[str, Any], keys: Mapping[str, str]) -> dict
     return {own: size for own, size in sizes.items() if size is not None and size > 0}
 
 
-def _value(path: Path, data: Mapping[str, Any], key: str, kind: type, default: Any = None) -> Any:
+def _value(
+    path: Path, data: Mapping[str, Any], key: str, kind: type, default: Any = None, *, positive: bool = False
+) -> Any:
     """A value of the file in its type; what is absent or null has the default."""
     found = data.get(key)
     if found is None:
         return default
     if isinstance(found, bool) != (kind is bool) or not isinstance(found, (int, float)) or kind(found) != found:
         raise ValueError(f"{path}: {key} is {found!r}; {kind.__name__} is needed")
+    if positive and not 0 < found < LARGEST:
+        raise ValueError(f"{path}: {key} is {found!r}; a number above 0 and below 2^31 is needed")
     return kind(found)

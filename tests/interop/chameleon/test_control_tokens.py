@@ -99,6 +99,15 @@ def test_added_tokens_without_a_row_are_ignored(tmp_path: Path) -> None:
     assert read_control_tokens(tmp_path / "t.json", len(ids) + 8).names[len(ids)] == "<|image|>"
 
 
+def test_pieces_without_a_row_are_refused(tmp_path: Path) -> None:
+    """A tokenizer of another model: its pieces would be spelled with others."""
+    ids = write_tokenizer(tmp_path / "t.json")
+    with pytest.raises(
+        ValueError, match=rf"t\.json: 3 pieces, such as .* have no row in an embedding of {len(ids) - 3}"
+    ):
+        read_control_tokens(tmp_path / "t.json", len(ids) - 3)
+
+
 def test_codes_out_of_order_are_named(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "t.json")
     change(tmp_path / "t.json", IMGIMGFZ="IMGIMGGZ")
