@@ -107,8 +107,12 @@ def test_without_a_decoder_pictures_are_read_and_none_drawn(tmp_path: Path, caps
     assert "missing  the picture decoder: pictures can be read, and none drawn" in capsys.readouterr().out
     model = MixedModal.from_pretrained(tmp_path / "ours")
     assert model.generate([PIL.new("RGB", (20, 20)), "a"], "text", max_new_tokens=3)
-    with pytest.raises(ValueError, match="no decoder"):
-        model.generate(["a red apple"], "image", guidance_scale=1.0)
+    for output in ("image", "mixed"):  # a mixed sample without a picture would pass by chance
+        with pytest.raises(ValueError, match="no decoder"):
+            model.generate(["a red apple"], output, max_new_tokens=1 if output == "mixed" else None)
+    options = ["--prompt", "a", "--output", "mixed", "--out", tmp_path / "samples"]
+    assert "no decoder" in fails(capsys, "generate", "--model", tmp_path / "ours", *options)
+    assert not (tmp_path / "samples").exists()
     torch.save(foreign.draw_state("taming"), tmp_path / "vqgan.ckpt")
     run("import", folder, "--out", tmp_path / "whole", "--image_tokenizer", tmp_path / "vqgan.ckpt", "--image_size", 16)
     assert MixedModal.from_pretrained(tmp_path / "whole").generate(["a"], "image", guidance_scale=1.0)
