@@ -59,7 +59,7 @@ class TokensConfig:
         image_tokenizer: a folder of `mixmodal train-image-tokenizer`.
         sequence_format: how documents are spelled. In `lumina` pictures have several sizes, of the area of the image
             tokenizer's at most: each is resized and cropped to the one that keeps most of it.
-        num_sentinels: mask tokens of the vocabulary; a JSON file with image codes says how many it has.
+        num_sentinels: mask tokens of the vocabulary; by default 512, or as many as a JSON file with image codes has.
         num_text_pieces: of the model's vocabulary, where its embedding has rows that a JSON file has no pieces for, or
             none for some of its added tokens; by default the pieces of the file.
         num_variants: documents a sample gives; the first has its pictures as they are, the others changed ones.
@@ -74,7 +74,7 @@ class TokensConfig:
     text_tokenizer: Path
     image_tokenizer: Path
     sequence_format: FormatName = "cm3leon"
-    num_sentinels: int = 512
+    num_sentinels: int | None = None
     num_text_pieces: int | None = None
     num_variants: int = 1
     augment: AugmentConfig = field(default_factory=AugmentConfig)

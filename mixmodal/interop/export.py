@@ -160,7 +160,8 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu", dtype: t
     text_path = find_text_tokenizer(folder)
     for name in (text_path.name, IMAGE_TOKENIZER):
         if not (folder / name).exists():
-            raise ExportError(f"{folder} is not a whole exported model: {name} is missing")
+            network = f"mixmodal.load_transformer('{folder}') gives its network alone"
+            raise ExportError(f"{folder} is not a whole exported model: {name} is missing; {network}")
     model = load_transformer(folder, device, dtype)
     try:
         vocabulary = Vocabulary.from_dict(config["vocabulary"])
@@ -231,6 +232,12 @@ def read_vocabulary(folder: Path) -> Vocabulary | None:
         return None if named is None else Vocabulary.from_dict(named)
     except (TypeError, ValueError) as error:
         raise ExportError(f"{folder / CONFIG}: section 'vocabulary' can not be used: {error}") from error
+
+
+def read_format_name(folder: Path) -> str | None:
+    """The sequence format that a folder names; None for a bare network."""
+    spelled = _read_config(folder).get("sequence_format")
+    return spelled.get("name") if isinstance(spelled, dict) else None
 
 
 def fill_transformer(

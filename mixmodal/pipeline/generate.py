@@ -189,8 +189,9 @@ class Drawing:
     def draw(self, prompts: Iterable[NamedPrompt]) -> Iterator[Finished]:
         """Prompts as they are finished."""
         options: dict[str, Any] = self.config.drawing_options()
+        drawn = self.model.generate_each(map(self._ask, prompts), self.config.output, **options)
         self.config.out.mkdir(parents=True, exist_ok=True)
-        for one in self.model.generate_each(map(self._ask, prompts), self.config.output, **options):
+        for one in drawn:
             prompt, documents, written = self._open[one.key]
             if isinstance(one, Failed):
                 del self._open[one.key]

@@ -284,6 +284,8 @@ class MixedModal(Infilling, Scoring, HubModel):
         """
         if (best_of if output == INFILL else order) not in (1, "raster"):
             raise ValueError("best_of can not act on the output infill, nor order on any other; leave it out")
+        if output != INFILL:  # of which the kind of each prompt's holes decides
+            self._check_output(output)
         drawn, room = ("image", None) if output == INFILL else (output, max_new_tokens)
 
         def plan(ask: Ask, parts: Sequence[Content], grid: Grid | None = None) -> Plan:
@@ -321,6 +323,11 @@ class MixedModal(Infilling, Scoring, HubModel):
         pieces = self._generator.stream(plan.requests, plan.sampling, plan.guidance, **chunk)
         yield from read_pieces(self.codec, plan.requests, pieces, previews=bool(preview_every))
 
+    def _check_output(self, output: str) -> None:
+        """Whether the model can show what it draws, before it begins: mixed samples have pictures by chance."""
+        if output != "text":
+            self.codec.image_tokenizer.check_decoder()
+
     def _plan(
         self,
         prompts: Sequence[str | Sequence[Content]],
@@ -334,6 +341,7 @@ class MixedModal(Infilling, Scoring, HubModel):
         grid: Grid | None = None,
     ) -> Plan:
         """`num` requests for each prompt; `grid` stands in for the size of the options."""
+        self._check_output(output)
         if retrieve and before is not None:
             raise ValueError("retrieve and before both say what is read before the prompt; give one of them")
         if grid is None:

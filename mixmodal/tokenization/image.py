@@ -116,7 +116,7 @@ class ImageTokenizer(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
         """Images to their reconstructions `(B, 3, H, W)`, float32 and not clamped, and what the quantizer did."""
         self._check_images(images)
-        decoder = self._decoder()
+        decoder = self.check_decoder()
         images = to_encoder_range(images, self.config.preprocess).to(self.dtype)
         quantized = self.quantizer(self.encoder(channels_last(images)))
         return decoder(quantized.latents.to(self.dtype)).float(), quantized
@@ -148,12 +148,17 @@ class ImageTokenizer(nn.Module):
             ValueError: where there is no decoder.
         """
         self._check_codes(codes)
-        decoder = self._decoder()
+        decoder = self.check_decoder()
         with torch.autocast(codes.device.type, enabled=False):
             latents = self.quantizer.codes_to_latents(codes)
             return decoder(latents.to(self.dtype)).float().clamp(-1, 1)
 
-    def _decoder(self) -> Decoder:
+    def check_decoder(self) -> Decoder:
+        """The decoder.
+
+        Raises:
+            ValueError: where there is none.
+        """
         if self.decoder is None:
             raise ValueError(
                 "this image tokenizer has no decoder, since the checkpoint that it was imported from had none: it "

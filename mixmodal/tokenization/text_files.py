@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -58,11 +59,12 @@ def load_text_tokenizer(path: Path | str, num_pieces: int | None = None) -> Piec
 
 
 def size_vocabulary(
-    tokenizer: PieceTokenizer, codebook_sizes: Mapping[str, int], num_sentinels: int, num_reserved: int = 1
+    tokenizer: PieceTokenizer, codebook_sizes: Mapping[str, int], num_sentinels: int | None, num_reserved: int = 1
 ) -> VocabularyConfig:
     """Sizes of a vocabulary around a tokenizer; a file with image codes has said them all.
 
     Args:
+        num_sentinels: None takes the file's, where it has said them, else the default of `VocabularyConfig`.
         num_reserved: control tokens behind the sentinels that are needed; such a file may have more.
 
     Raises:
@@ -71,11 +73,10 @@ def size_vocabulary(
     from mixmodal.tokenization.json_text import JsonTextTokenizer
 
     given = VocabularyConfig(
-        codebook_sizes=dict(codebook_sizes),
-        num_text_pieces=tokenizer.num_pieces,
-        num_sentinels=num_sentinels,
-        num_reserved=num_reserved,
+        codebook_sizes=dict(codebook_sizes), num_text_pieces=tokenizer.num_pieces, num_reserved=num_reserved
     )
+    if num_sentinels is not None:
+        given = replace(given, num_sentinels=num_sentinels)
     if not isinstance(tokenizer, JsonTextTokenizer) or not tokenizer.control.num_codes:
         return given
     from mixmodal.tokenization.control_tokens import vocabulary_of
@@ -83,7 +84,7 @@ def size_vocabulary(
     named = vocabulary_of(tokenizer.control, tokenizer.control.num_rows)
     for name, one, other in (
         ("codes of modalities", dict(given.codebook_sizes), dict(named.codebook_sizes)),
-        ("num_sentinels", given.num_sentinels, named.num_sentinels),
+        ("num_sentinels", named.num_sentinels if num_sentinels is None else num_sentinels, named.num_sentinels),
     ):
         if one != other:
             raise ValueError(f"{name}: {one} here, and the file of the text tokenizer has the tokens of {other}")

@@ -12,6 +12,7 @@ from mixmodal.interop.export import (
     IMAGE_TOKENIZER,
     fill_transformer,
     find_text_tokenizer,
+    read_format_name,
     read_transformer_config,
     read_vocabulary,
 )
@@ -62,7 +63,8 @@ class BaseModel:
         return shape
 
     def check(self, shards: TokenShards) -> None:
-        """Whether token shards have the ids of this model, and were made with its tokenizers, where it has them.
+        """Whether token shards have the ids of this model and spell documents as it does, with its tokenizers, where it
+        has them.
 
         Raises:
             ValueError: naming both sides and what differs.
@@ -79,6 +81,12 @@ class BaseModel:
                 f"init_from {self.folder} has {self.config.vocab_size} rows, but the vocabulary of "
                 f"{shards.manifest_path} {vocabulary.size} ids; give a folder with rows for all of them"
             )
+        spelled, wanted = shards.manifest["sequence_format"]["name"], read_format_name(self.folder)
+        if wanted not in (None, spelled):
+            raise ValueError(
+                f"init_from {self.folder} spells documents as {wanted}, and the token shards {shards.manifest_path} as "
+                f"{spelled}; prepare them with tokens.sequence_format {wanted}"
+            )
         text, image = find_text_tokenizer(self.folder), self.folder / IMAGE_TOKENIZER
         if text.is_file():
             shards.check(text_tokenizer_sha256=load_text_tokenizer(text).sha256)
@@ -86,6 +94,12 @@ class BaseModel:
             from mixmodal.tokenization.image import ImageTokenizer
 
             shards.check(image_tokenizer_sha256=ImageTokenizer.sha256(image))
+
+    @property
+    def tokenizers(self) -> tuple[Path, Path] | None:
+        """The text tokenizer's file and the image tokenizer's folder; None where one of them is missing."""
+        text, image = find_text_tokenizer(self.folder), self.folder / IMAGE_TOKENIZER
+        return (text, image) if text.is_file() and image.is_dir() else None
 
     def build(self, config: TransformerConfig) -> Transformer:
         """The network of `config`, float32 on the CPU, with the folder's weights in whatever type they are stored.

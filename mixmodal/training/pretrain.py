@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,7 +65,8 @@ class PretrainConfig:
             under a mask; `documents` (best on the CPU) each document for itself, and nothing in padding; `flex` (CUDA)
             skips empty blocks of the mask; `auto` takes what suits the device.
         text_tokenizer: model file; must be the one that the token shards were made with.
-        image_tokenizer: folder; likewise. Without both tokenizers, the network alone is exported.
+        image_tokenizer: folder; likewise. By default both are those of `init_from`; without both, the network alone is
+            exported.
         sample_every: evaluations from one sample sheet to the next: pictures for held-out captions, in TensorBoard.
             There is one at the end, too; 0 makes none. It needs both tokenizers and held-out documents.
         num_samples: captions on a sample sheet.
@@ -144,11 +145,12 @@ class PretrainTask(Task):
         self.held_out = TokenShards.open(config.data.held_out_tokens) if config.data.held_out_tokens else None
         if self.held_out:
             self.held_out.check_like(self.shards)
-        self._check_tokenizers()
-        check_modality_weights(config.modality_weights, self.vocabulary)
         self.base = BaseModel(config.init_from) if config.init_from else None
         if self.base:
             self.base.check(self.shards)
+            self._take_tokenizers(self.base)
+        self._check_tokenizers()
+        check_modality_weights(config.modality_weights, self.vocabulary)
         self.model_config = build_shape(config.model, self.base, self.vocabulary.size, config.data.seq_len)
         self.objective = CausalMasked(config.objective, self.vocabulary)
         self.figures: dict[str, float | None] = {}
@@ -156,6 +158,11 @@ class PretrainTask(Task):
         self._sheet = self._build_sheet() if self.draws_pictures else None
         self._text_bytes = self._build_text_bytes()
         self._split = (0, 1)
+
+    def _take_tokenizers(self, base: BaseModel) -> None:
+        if base.tokenizers and not (self.config.text_tokenizer or self.config.image_tokenizer):
+            text, image = base.tokenizers
+            self.config = replace(self.config, text_tokenizer=text, image_tokenizer=image)
 
     def _check_tokenizers(self) -> None:
         text, image = self.config.text_tokenizer, self.config.image_tokenizer

@@ -250,7 +250,7 @@ def test_heads_of_odd_width_are_refused(tmp_path: Path) -> None:
         for layer in range(size.layers):
             state[f"model.layers.{layer}.{name}"] = torch.ones(32, 1)
     folder = synthetic.write_transformers(tmp_path / "x", state, size, num_attention_heads=32, num_key_value_heads=32)
-    with pytest.raises(ValueError, match="32 rows of queries and 32 of keys do not divide into heads of width 1"):
+    with pytest.raises(ValueError, match="32 rows of queries and 32 of keys do not make heads of width 1"):
         read(folder)
 
 

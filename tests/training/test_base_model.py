@@ -18,6 +18,7 @@ from test_launcher import pretrain_on_ranks
 
 from mixmodal.config import parse
 from mixmodal.data.packing import Batch
+from mixmodal.data.token_shards import TokenShards
 from mixmodal.interop.export import ExportError, load_transformer
 from mixmodal.models.transformer import TransformerConfig
 from mixmodal.training.base_model import BaseModel
@@ -168,6 +169,28 @@ def test_another_vocabulary_is_refused_with_both(config: Callable[..., PretrainC
     edit(base, "vocabulary", {"num_words": 3})
     with pytest.raises(ExportError, match=r"config\.json: section 'vocabulary' can not be used"):
         PretrainTask(config())
+
+
+def test_documents_that_are_spelled_otherwise_are_refused(config: Callable[..., PretrainConfig], base: Path) -> None:
+    edit(base, "sequence_format", {"name": "cm3leon", "grids": {}})
+    assert PretrainTask(config()).base
+    edit(base, "sequence_format", {"name": "chameleon", "grids": {}})
+    with pytest.raises(
+        ValueError, match=r"as chameleon, and the token shards .*manifest\.json as cm3leon; prepare them"
+    ):
+        PretrainTask(config())
+
+
+def test_tokenizers_of_the_base_model_are_exported(
+    config: Callable[..., PretrainConfig], base: Path, tokenizers: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert PretrainTask(config()).config.text_tokenizer is None
+    shutil.copyfile(tokenizers / "text.model", base / "text_tokenizer.model")
+    shutil.copytree(tokenizers / "image", base / "image_tokenizer")
+    monkeypatch.setattr(TokenShards, "check", lambda *_, **__: None)  # the shards name no real tokenizers
+    monkeypatch.setattr(PretrainTask, "_build_text_bytes", lambda _: None)  # nor are ids theirs
+    found = PretrainTask(config()).config
+    assert (found.text_tokenizer, found.image_tokenizer) == (base / "text_tokenizer.model", base / "image_tokenizer")
 
 
 def test_a_folder_without_vocabulary_needs_enough_rows(config: Callable[..., PretrainConfig], base: Path) -> None:

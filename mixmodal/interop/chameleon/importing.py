@@ -20,7 +20,7 @@ from mixmodal.interop.chameleon.layouts import LLAMA
 from mixmodal.interop.export import CARD, CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZERS, describe_model, staged, write_card
 from mixmodal.interop.new_rows import add_rows
 from mixmodal.models.transformer import TransformerConfig
-from mixmodal.tokenization.control_tokens import ControlTokens, read_tokenizer_file, vocabulary_of
+from mixmodal.tokenization.control_tokens import ControlTokens, vocabulary_of
 from mixmodal.tokenization.preprocessing import Preprocess
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 from mixmodal.weights import say_size, write_weights
@@ -80,7 +80,6 @@ def gather_parts(
         return Parts(
             config=config, text_tokenizer=text, image_tokenizer=images, format=None, base=False, missing=tuple(missing)
         )
-    check_pieces(text, config.vocab_size)
     is_base = not control.num_codes
     if is_base and checkpoint.layout is not LLAMA:
         raise ValueError(
@@ -99,19 +98,6 @@ def gather_parts(
     return Parts(
         config=config, text_tokenizer=text, image_tokenizer=images, format=format, base=is_base, missing=tuple(missing)
     )
-
-
-def check_pieces(text: Path, vocab_size: int) -> None:
-    """Whether a network has a row for every piece of a text tokenizer; added tokens may go without.
-
-    Raises:
-        ValueError: where it has not.
-    """
-    name, last = max(read_tokenizer_file(text)["model"]["vocab"].items(), key=lambda piece: piece[1])
-    if last >= vocab_size:
-        raise ValueError(
-            f"{text}: {name!r} has the id {last}, and the network {vocab_size:,} rows: they are not of the same model"
-        )
 
 
 def check_codes(control: ControlTokens, images: ImageTokenizer, text: Path) -> None:

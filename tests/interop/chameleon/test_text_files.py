@@ -44,7 +44,8 @@ def test_a_file_with_image_codes_says_the_sizes_of_the_vocabulary(tmp_path: Path
         size_vocabulary(tokenizer, {"image": 75}, 8)
     with pytest.raises(ValueError, match=r"num_sentinels: 512 here, .* of 8"):
         size_vocabulary(tokenizer, {"image": 40}, 512)
-    own = size_vocabulary(load_text_tokenizer(tokenizers / "text.model"), {"image": 75}, 512)
+    assert size_vocabulary(tokenizer, {"image": 40}, None) == vocabulary.config
+    own = size_vocabulary(load_text_tokenizer(tokenizers / "text.model"), {"image": 75}, None)
     assert (own.num_sentinels, own.num_reserved) == (512, 1)
 
 
