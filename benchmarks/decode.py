@@ -1,6 +1,7 @@
 """Codes a second of drawing pictures with classifier-free guidance: ours, transformers' Chameleon, and the bound.
 
     python benchmarks/decode.py [--shape 100m] [--batch_sizes 1 8] [--turns 3] [--precision float32] [--cuda_graphs]
+    python benchmarks/decode.py --shape tiny --imported
 
 - ours: `SequenceGenerator`, the prompt and the prompt without its text as two rows of one batch.
 - transformers: `ChameleonForConditionalGeneration.generate` with the same weights and prompts, `guidance_scale` and
@@ -20,8 +21,10 @@ take turns in one process; nothing else should run meanwhile.
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,6 +36,10 @@ from train_throughput import SHAPES as TRAINING_SHAPES
 from train_throughput import build_peer
 
 from mixmodal.document import CM3LeonFormat, SequenceFormat
+from mixmodal.interop.chameleon.conversion import export_tensors
+from mixmodal.interop.chameleon.layouts import TRANSFORMERS
+from mixmodal.interop.export import load_transformer
+from mixmodal.interop.importing import ImportConfig, import_checkpoint
 from mixmodal.models.presets import PRESETS
 from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.sampling.engine import Request
@@ -79,29 +86,29 @@ def build_format(vocab_size: int, codebook_size: int, grid: tuple[int, int]) -> 
 
 def peer_weights(model: Transformer) -> dict[str, Tensor]:
     """The tensors of our network under the names of transformers' Chameleon."""
-    sizes, state, found = model.config.attention_sizes, model.state_dict(), {}
-    heads = [sizes[name] * sizes["head_dim"] for name in ("num_heads", "num_kv_heads", "num_kv_heads")]
-    found["model.embed_tokens.weight"] = state["embedding.weight"]
-    found["lm_head.weight"] = state.get("output.weight", state["embedding.weight"])
-    found["model.norm.weight"] = state["norm.weight"]
-    for layer in range(model.config.num_layers):
-        ours, theirs = f"blocks.{layer}.", f"model.layers.{layer}."
-        for name, part in zip("qkv", state[ours + "attention.qkv.weight"].split(heads)):
-            found[f"{theirs}self_attn.{name}_proj.weight"] = part
-        found[theirs + "self_attn.o_proj.weight"] = state[ours + "attention.out.weight"]
-        for norm in ("q_norm", "k_norm"):
-            for kind in ("weight", "bias"):
-                found[f"{theirs}self_attn.{norm}.{kind}"] = state[f"{ours}attention.{norm}.{kind}"]
-        for name, part in zip(("gate", "up"), state[ours + "ffn.up.weight"].chunk(2)):
-            found[f"{theirs}mlp.{name}_proj.weight"] = part
-        found[theirs + "mlp.down_proj.weight"] = state[ours + "ffn.out.weight"]
-        found[theirs + "input_layernorm.weight"] = state[ours + "attention_norm.weight"]
-        found[theirs + "post_attention_layernorm.weight"] = state[ours + "ffn_norm.weight"]
-    return found
+    state = model.state_dict()
+    found = dict(export_tensors(TRANSFORMERS, model.config, state.__getitem__, 1))
+    return {TRANSFORMERS.output: state["embedding.weight"], **found}
+
+
+def import_networks(subject: Subject, device: torch.device, options: argparse.Namespace) -> tuple[Transformer, Any]:
+    """Ours by `mixmodal import` of a folder that transformers wrote, and transformers' from the same folder."""
+    from transformers import ChameleonForConditionalGeneration
+
+    with tempfile.TemporaryDirectory() as name:
+        theirs, ours = Path(name) / "theirs", Path(name) / "ours"
+        torch.manual_seed(0)
+        build_peer(subject.config).save_pretrained(theirs)
+        import_checkpoint(ImportConfig(source=theirs, out=ours))
+        model = load_transformer(ours, device, getattr(torch, options.precision))
+        peer = ChameleonForConditionalGeneration.from_pretrained(theirs, dtype=getattr(torch, options.peer_precision))
+    return model, peer.to(device).eval()  # type: ignore[arg-type]
 
 
 def build_networks(subject: Subject, device: torch.device, options: argparse.Namespace) -> tuple[Transformer, Any]:
     """Ours and transformers', of the same random weights."""
+    if options.imported:
+        return import_networks(subject, device, options)
     torch.manual_seed(0)
     model = Transformer(subject.config).to(device, getattr(torch, options.precision)).eval()
     if options.alone:
@@ -284,7 +291,8 @@ class Comparison:
             "guidance": SCALE,
             "num_threads": torch.get_num_threads(),
         }
-        label = f"{self.options.shape}, batch of {batch_size}: {what}"
+        shape = f"{self.options.shape}{', imported' * self.options.imported}"
+        label = f"{shape}, batch of {batch_size}: {what}"
         self.write("decode", label, values, unit, self.device.type, settings)
 
     def compare(self, batch_size: int) -> None:
@@ -357,6 +365,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--cuda_graphs", action="store_true", help="ours launches each step as one graph")
     parser.add_argument("--compile", action="store_true", help="ours runs compiled blocks")
     parser.add_argument("--alone", action="store_true", help="without transformers")
+    parser.add_argument("--imported", action="store_true", help="ours is what `mixmodal import` makes of transformers'")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=0, help="of torch; 0 leaves them alone")
     parser.add_argument("--dry", action="store_true", help="print instead of recording")

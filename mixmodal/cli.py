@@ -86,7 +86,13 @@ COMMANDS: dict[str, Subcommand] = {
     ),
     "serve": Subcommand("mixmodal.serve.server", "ServeConfig", "serve", "a web page: chat with pictures, and editing"),
     "import": Subcommand(
-        "mixmodal.interop.importing", "ImportConfig", "import_checkpoint", "image tokenizers of other projects"
+        "mixmodal.interop.importing",
+        "ImportConfig",
+        "import_checkpoint",
+        "models and image tokenizers of other projects",
+    ),
+    "export": Subcommand(
+        "mixmodal.interop.exporting", "ExportConfig", "export_model", "models as other software loads them"
     ),
     "inspect": Subcommand("mixmodal.data.inspect", "InspectConfig", "inspect", "packed training rows in colour"),
 }

@@ -92,6 +92,18 @@ class Vocabulary:
             raise ValueError(f"vocabulary: no range {name!r}; there are {', '.join(self._ranges)}")
         return self._ranges[name]
 
+    def named(self, name: str) -> range:
+        """Ids of a range, or the one id of a control token: `bos`, `pad`, `eos`, `unk`, `end_of_span`, `break` or
+        `end_of_turn`."""
+        tokens = {name: getattr(self, name) for name in ("bos", "pad", "eos", "unk", "end_of_span", "end_of_turn")}
+        tokens["break"] = self.break_
+        if name in self._ranges:
+            return self._ranges[name]
+        if name not in tokens:
+            known = ", ".join([*self._ranges, *tokens])
+            raise ValueError(f"vocabulary: no range or control token {name!r}; there are {known}")
+        return range(tokens[name], tokens[name] + 1)
+
     def to_ids(self, name: str, indices: Ids) -> Ids:
         """Indices within the range `name` (codes or text pieces, any shape) to ids."""
         return indices + self.ids(name).start  # type: ignore[operator]

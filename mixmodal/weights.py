@@ -1,23 +1,30 @@
-"""Tensors out of foreign checkpoints: safetensors, whole or in shards, and pickles read without running their code."""
+"""Tensors in checkpoint files: safetensors, whole or in shards, and pickles read without running their code."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
-from collections.abc import Iterator, Mapping
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+SAFETENSORS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 FILES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
+    SAFETENSORS,
+    INDEX,
     "diffusion_pytorch_model.safetensors",
     "diffusion_pytorch_model.safetensors.index.json",
     "vqgan.ckpt",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
     "diffusion_pytorch_model.bin",
 )
 """What a folder is looked through for, in this order."""
@@ -25,18 +32,41 @@ CONTAINERS = ("ema", "state_dict", "model", "module")
 """Keys under which trainers put the weights; averaged weights first, as LlamaGen takes them."""
 
 
-class SafetensorsFiles(Mapping[str, Tensor]):
-    """Tensors of safetensors files by name; each is read when it is asked for, so that a large model stays on disk."""
+SHARD_BYTES = 1 << 30
+"""Most bytes of a file that `write_weights` writes, unless one tensor has more: what it holds in memory."""
+READ_BYTES = 1 << 30
+"""Files are opened anew after this many bytes: what was read of a mapped file counts as memory while it is open."""
 
-    def __init__(self, files: Mapping[str, Path]) -> None:
+
+class LazyFiles(Mapping[str, Tensor]):
+    """Tensors of checkpoint files by name; each is read when it is asked for, so that a large model stays on disk."""
+
+    def __init__(self, files: Mapping[str, Path], opened: Mapping[Path, Any] | None = None) -> None:
         self._files = dict(files)
-        self._open: dict[Path, Any] = {}
+        self._open = dict(opened or {})
+        self._read = 0
 
     def __getitem__(self, name: str) -> Tensor:
+        if self._read > READ_BYTES:
+            self._open, self._read = {path: found for path, found in self._open.items() if not can_map(path)}, 0
+        found = self._file(name)
+        tensor = found[name] if isinstance(found, dict) else found.get_tensor(name)
+        self._read += tensor.nbytes
+        return tensor.clone() if can_map(self._files[name]) else tensor  # it would keep the whole file mapped
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, of which nothing else is read."""
+        found = self._file(name)
+        return tuple(found[name].shape if isinstance(found, dict) else found.get_slice(name).get_shape())
+
+    def _file(self, name: str) -> Any:
         path = self._files[name]
         if path not in self._open:
-            self._open[path] = open_safetensors(path)
-        return self._open[path].get_tensor(name)
+            self._open[path] = open_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+        found = self._open[path]
+        if name not in found.keys():  # noqa: SIM118 - an open safetensors file is no mapping
+            raise ValueError(f"{path} has no tensor {name}, though the index of the checkpoint says so")
+        return found
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -44,8 +74,12 @@ class SafetensorsFiles(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._files)
 
+    def path(self, name: str) -> Path:
+        """The file of a tensor."""
+        return self._files[name]
 
-def read_weights(source: Path) -> Mapping[str, Tensor]:
+
+def read_weights(source: Path) -> LazyFiles:
     """The named tensors of a checkpoint, on the CPU.
 
     Args:
@@ -58,9 +92,8 @@ def read_weights(source: Path) -> Mapping[str, Tensor]:
     path = find_file(source)
     if path.name.endswith(".index.json"):
         return read_index(path)
-    if path.suffix == ".safetensors":
-        return SafetensorsFiles(dict.fromkeys(open_safetensors(path).keys(), path))
-    return read_pickle(path)
+    found = open_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
+    return LazyFiles(dict.fromkeys(found.keys(), path), {path: found})
 
 
 def find_file(source: Path) -> Path:
@@ -79,7 +112,7 @@ def find_file(source: Path) -> Path:
     raise ValueError(f"{source} holds no checkpoint of a known name ({', '.join(FILES)}); give the file itself")
 
 
-def read_index(path: Path) -> SafetensorsFiles:
+def read_index(path: Path) -> LazyFiles:
     """The tensors of the shards that an index names.
 
     Raises:
@@ -91,11 +124,13 @@ def read_index(path: Path) -> SafetensorsFiles:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not the index of a sharded checkpoint: {error}") from error
     for file in sorted(set(files.values())):
-        if Path(file).name != file or not file.endswith(".safetensors"):
-            raise ValueError(f"{path}: shard {file!r} is not the name of a safetensors file in the same folder")
+        if Path(file).name != file or not file.endswith((".safetensors", ".bin")):
+            raise ValueError(
+                f"{path}: shard {file!r} is not the name of a .safetensors or .bin file in the same folder"
+            )
         if not (path.parent / file).is_file():
             raise ValueError(f"{path}: shard {file} is missing; download it, too")
-    return SafetensorsFiles({name: path.parent / file for name, file in files.items()})
+    return LazyFiles({name: path.parent / file for name, file in files.items()})
 
 
 def open_safetensors(path: Path) -> Any:
@@ -112,6 +147,11 @@ def open_safetensors(path: Path) -> Any:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
 
 
+def can_map(path: Path) -> bool:
+    """Whether a file's tensors can be mapped, not read at once: files of torch.save before version 1.6 can not."""
+    return path.suffix == ".safetensors" or zipfile.is_zipfile(path)
+
+
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """The tensors of a file of torch.save, those in a container such as `state_dict` where there is one.
 
@@ -119,7 +159,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         ValueError: naming the file; what it holds besides tensors is never run.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=can_map(path))
     except pickle.UnpicklingError as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
         raise ValueError(
@@ -141,3 +181,65 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 def _maps(value: Any) -> bool:
     return isinstance(value, Mapping)
+
+
+def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
+    """Writes safetensors as they come: `model.safetensors`, or shards of it with an index, as transformers names them.
+
+    Args:
+        tensors: names and tensors; no more of them than fill a shard are held.
+        shard_bytes: most bytes of a file, unless one tensor has more.
+
+    Returns:
+        Bytes of all tensors.
+
+    Raises:
+        OSError: naming the file, where the disk is full or does not let it be written.
+    """
+    shards: list[list[str]] = []
+    total = 0
+    for number, shard in enumerate(_gather(tensors, shard_bytes)):
+        save_tensors(shard, folder / f"shard-{number}.partial")
+        shards.append(list(shard))
+        total += sum(tensor.nbytes for tensor in shard.values())
+    places = {}
+    for number, names in enumerate(shards):
+        file = SAFETENSORS if len(shards) == 1 else f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
+        os.replace(folder / f"shard-{number}.partial", folder / file)
+        places.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return total
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Writes one safetensors file.
+
+    Raises:
+        OSError: naming the file, where the disk is full or does not let it be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"}
+        )
+    except SafetensorError as error:  # it holds the number of the system's error in its text alone
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
+
+
+def _gather(tensors: Iterable[tuple[str, Tensor]], most: int) -> Iterator[dict[str, Tensor]]:
+    """The tensors in groups of at most so many bytes."""
+    group: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if group and size + tensor.nbytes > most:
+            yield group
+            group, size = {}, 0
+        group[name] = tensor
+        size += tensor.nbytes
+    yield group

@@ -2,7 +2,7 @@
 
 denoiser.json  unet/  scheduler/  README.md
 classes.txt                                                         where it is told classes
-text_tokenizer.model  text_encoder.json  text_encoder.safetensors   where it is told texts
+text_tokenizer.model (or .json)  text_encoder.json  text_encoder.safetensors   where it is told texts
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from mixmodal.models.denoiser import (
 )
 from mixmodal.tokenization.conditions import ClassNames, ConditionEncoder, TextTokens
 from mixmodal.tokenization.preprocessing import Preprocess
-from mixmodal.tokenization.text import TextTokenizer
+from mixmodal.tokenization.text_files import PieceTokenizer, load_text_tokenizer
 
 DESCRIPTION = "denoiser.json"
 CLASSES = "classes.txt"
-TEXT_TOKENIZER = "text_tokenizer.model"
+TEXT_TOKENIZERS = "text_tokenizer.model", "text_tokenizer.json"
 TEXT_CONFIG = "text_encoder.json"
 TEXT_WEIGHTS = "text_encoder.safetensors"
 PREPROCESS: Preprocess = "meta"
@@ -77,7 +77,7 @@ def save_denoiser(
     scheduler: Any,
     card: str,
     classes: Sequence[NamedClass] = (),
-    tokenizer: TextTokenizer | None = None,
+    tokenizer: PieceTokenizer | None = None,
 ) -> None:
     """Writes the folder; files of the same names are replaced.
 
@@ -99,7 +99,9 @@ def save_denoiser(
     write_whole(folder / DESCRIPTION, _json(description))
     if model.text_encoder:
         assert tokenizer is not None
-        tokenizer.save(folder / TEXT_TOKENIZER)
+        for name in TEXT_TOKENIZERS:
+            (folder / name).unlink(missing_ok=True)
+        tokenizer.save(folder / f"text_tokenizer{tokenizer.suffix}")
         write_whole(folder / TEXT_CONFIG, _json(asdict(model.text_encoder.config)))
         weights = {name: value.detach().cpu().contiguous() for name, value in model.text_encoder.state_dict().items()}
         write_whole(folder / TEXT_WEIGHTS, save(weights))
@@ -138,7 +140,8 @@ def load_denoiser(folder: Path | str, device: torch.device | str = "cpu") -> Loa
         conditions: ConditionEncoder = ClassNames(classes)
     else:
         settings = TextEncoderConfig(**_read_json(folder / TEXT_CONFIG))
-        tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER)
+        found = [folder / name for name in TEXT_TOKENIZERS if (folder / name).is_file()]
+        tokenizer = load_text_tokenizer(found[0] if found else folder / TEXT_TOKENIZERS[0])
         encoder = _load_text_encoder(settings, tokenizer.num_pieces, folder / TEXT_WEIGHTS).to(device).eval()
         conditions = TextTokens(tokenizer, settings.max_text_tokens)
     return LoadedDenoiser(

@@ -159,15 +159,16 @@ def _documents(batch: Batch, vocabulary: Vocabulary) -> Iterator[tuple[str, list
 
 
 def _find_text_tokenizer(config: InspectConfig, shards: TokenShards) -> TextCodec | None:
-    from mixmodal.tokenization.text import TextTokenizer
+    from mixmodal.tokenization.text_files import load_text_tokenizer
 
+    num_pieces = shards.vocabulary.config.num_text_pieces
     if config.text_tokenizer is not None:
-        text_tokenizer = TextTokenizer.load(config.text_tokenizer)
+        text_tokenizer = load_text_tokenizer(config.text_tokenizer, num_pieces)
         shards.check(text_tokenizer_sha256=text_tokenizer.sha256)
         return text_tokenizer
     for folder in (shards.folder, shards.folder.parent):
-        for path in sorted(folder.glob("*.model")):
-            text_tokenizer = TextTokenizer.load(path)
+        for path in sorted([*folder.glob("*.model"), *folder.glob("*tokenizer.json")]):
+            text_tokenizer = load_text_tokenizer(path, num_pieces)
             if text_tokenizer.sha256 == shards.manifest["text_tokenizer_sha256"]:
                 return text_tokenizer
     return None

@@ -30,8 +30,8 @@ from mixmodal.document import UNIT_PIXELS, Document, FormatName, Image, Part, Se
 from mixmodal.document.lumina import most_units
 from mixmodal.tokenization.codec import map_alike
 from mixmodal.tokenization.preprocessing import PictureError, Preprocess, resize_and_crop, to_tensor
-from mixmodal.tokenization.text import TextTokenizer
-from mixmodal.vocabulary import Vocabulary, VocabularyConfig
+from mixmodal.tokenization.text_files import PieceTokenizer, load_text_tokenizer, size_vocabulary
+from mixmodal.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -55,11 +55,13 @@ class TokensConfig:
     """What samples are made tokens with.
 
     Args:
-        text_tokenizer: a model file of `mixmodal train-text-tokenizer`.
+        text_tokenizer: a model file of `mixmodal train-text-tokenizer`, or a `tokenizers` JSON file.
         image_tokenizer: a folder of `mixmodal train-image-tokenizer`.
         sequence_format: how documents are spelled. In `lumina` pictures have several sizes, of the area of the image
             tokenizer's at most: each is resized and cropped to the one that keeps most of it.
-        num_sentinels: mask tokens of the vocabulary.
+        num_sentinels: mask tokens of the vocabulary; a JSON file with image codes says how many it has.
+        num_text_pieces: of the model's vocabulary, where its embedding has rows that a JSON file has no pieces for, or
+            none for some of its added tokens; by default the pieces of the file.
         num_variants: documents a sample gives; the first has its pictures as they are, the others changed ones.
         augment: how the further variants are changed.
         change_alike: whether a variant is one and the same change of all pictures; otherwise each has its own. With it,
@@ -73,6 +75,7 @@ class TokensConfig:
     image_tokenizer: Path
     sequence_format: FormatName = "cm3leon"
     num_sentinels: int = 512
+    num_text_pieces: int | None = None
     num_variants: int = 1
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     change_alike: bool = False
@@ -118,7 +121,12 @@ def pretokenize(config: PretokenizeConfig, progress: Progress | None = None) -> 
     """
     from mixmodal.tokenization.image import ImageTokenizer
 
-    text_tokenizer = TextTokenizer.load(config.text_tokenizer)
+    text_tokenizer = load_text_tokenizer(config.text_tokenizer, config.num_text_pieces)
+    if config.num_text_pieces not in (None, text_tokenizer.num_pieces):
+        raise ValueError(
+            f"num_text_pieces is {config.num_text_pieces}, but {config.text_tokenizer} is a sentencepiece model, which "
+            f"has {text_tokenizer.num_pieces}; leave it out"
+        )
     image_tokenizer = ImageTokenizer.load(config.image_tokenizer).to(config.device)
     sha256 = ImageTokenizer.sha256(config.image_tokenizer)
     size, preprocess = image_tokenizer.config.image_size, image_tokenizer.config.preprocess
@@ -142,7 +150,7 @@ class Pretokenizer:
     def __init__(
         self,
         config: PretokenizeConfig,
-        text_tokenizer: TextTokenizer,
+        text_tokenizer: PieceTokenizer,
         image_tokenizer: ImageEncoder,
         image_size: int,
         image_tokenizer_sha256: str,
@@ -152,16 +160,10 @@ class Pretokenizer:
         self.config, self.image_tokenizer = config, image_tokenizer
         self.image_size = image_size
         self.preprocess: Preprocess = preprocess
-        grid = image_tokenizer.grid
+        grid, sizes = image_tokenizer.grid, {Image.modality: image_tokenizer.codebook_size}
         units = 0 if codes_per_unit is None else most_units(max(1, grid[0] // codes_per_unit))
-        vocabulary = Vocabulary(
-            VocabularyConfig(
-                codebook_sizes={Image.modality: image_tokenizer.codebook_size},
-                num_text_pieces=text_tokenizer.num_pieces,
-                num_sentinels=config.num_sentinels,
-                num_reserved=Vocabulary.reserved_for_sizes(units) if units else 1,
-            )
-        )
+        num_reserved = Vocabulary.reserved_for_sizes(units) if units else 1
+        vocabulary = Vocabulary(size_vocabulary(text_tokenizer, sizes, config.num_sentinels, num_reserved))
         self.spelling: SequenceFormat = build_format(
             config.sequence_format, vocabulary, {Image.modality: grid}, text_tokenizer, codes_per_unit
         )

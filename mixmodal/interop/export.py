@@ -1,6 +1,6 @@
 """The folder of an exported model: everything that sampling and classification need, without pickle.
 
-config.json  model.safetensors  text_tokenizer.model  image_tokenizer/  README.md
+config.json  model.safetensors (or shards)  text_tokenizer.model (or .json)  image_tokenizer/  README.md
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,21 +19,25 @@ import torch
 
 from mixmodal.document import SequenceFormat, build_format
 from mixmodal.files import write_whole
-from mixmodal.hub import find_folder
+from mixmodal.hub import HubOptions, find_folder
+from mixmodal.interop.card import with_front_matter
 from mixmodal.models.transformer import Transformer, TransformerConfig, load_weights, save_weights
 from mixmodal.vocabulary import Vocabulary
+from mixmodal.weights import INDEX, SAFETENSORS
 
 if TYPE_CHECKING:
     from mixmodal.tokenization.codec import Codec
 
 CONFIG, WEIGHTS, TEXT_TOKENIZER, IMAGE_TOKENIZER, CARD = (
     "config.json",
-    "model.safetensors",
+    SAFETENSORS,
     "text_tokenizer.model",
     "image_tokenizer",
     "README.md",
 )
-EXPORT_FILES = [CONFIG, "model*.safetensors", TEXT_TOKENIZER, f"{IMAGE_TOKENIZER}/*", CARD]
+TEXT_TOKENIZERS = {".model": TEXT_TOKENIZER, ".json": "text_tokenizer.json"}
+"""Name of a text tokenizer in the folder by the suffix of its file."""
+EXPORT_FILES = [CONFIG, "model*.safetensors", INDEX, *TEXT_TOKENIZERS.values(), f"{IMAGE_TOKENIZER}/*", CARD]
 CARD_SECTIONS = {
     "data": "Training data",
     "attribution": "Attribution",
@@ -68,42 +73,54 @@ def save_export(
     format: SequenceFormat,
     text_tokenizer: Path | str,
     image_tokenizer: Path | str,
-    card: Mapping[str, Any],
+    card: Mapping[str, Any] | str,
 ) -> None:
     """Writes the folder beside its place and then renames it: what stood there stays in force until all is written.
 
     Args:
         folder: where the export goes; an export that stands there is replaced.
         format: names the vocabulary and the grids.
-        text_tokenizer: file of the sentencepiece model.
+        text_tokenizer: file of the sentencepiece model, or a `tokenizers` JSON file.
         image_tokenizer: folder with the image tokenizer's `config.json` and `model.safetensors`.
         card: `data`, `attribution`, `figures` and `limits` of the model card: text, a list, or a mapping of names to
-            values; `title` is optional.
+            values; `title` is optional. Or a whole card in Markdown, which gets what its front matter lacks.
 
     Raises:
-        ExportError: for a tokenizer that is not there or a card with unknown fields.
+        ExportError: for a tokenizer that is not there, or a card with unknown fields or a broken front matter.
         OSError: where the disk is full; an older export is untouched then.
     """
-    folder = Path(folder).absolute()
-    config = {
-        "format_version": 1,
-        "model": asdict(model.config),
-        "vocabulary": format.vocabulary.to_dict(),
-        "sequence_format": format.settings,
-    }
-    text = write_card(card, config)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
-    try:
-        staging.mkdir()
+    config = describe_model(model.config, format)
+    text, text_tokenizer = finish_card(card, config), Path(text_tokenizer)
+    text_name = TEXT_TOKENIZERS.get(text_tokenizer.suffix, TEXT_TOKENIZER)
+    with staged(folder) as staging:
         write_whole(staging / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
         write_whole(staging / CARD, text.encode())
-        shutil.copyfile(_existing(Path(text_tokenizer), "text tokenizer"), staging / TEXT_TOKENIZER)
+        shutil.copyfile(_existing(text_tokenizer, "text tokenizer"), staging / text_name)
         (staging / IMAGE_TOKENIZER).mkdir()
         for name in (CONFIG, WEIGHTS):  # named files only: nothing else of that folder may slip in
             source = _existing(Path(image_tokenizer) / name, "image tokenizer")
             shutil.copyfile(source, staging / IMAGE_TOKENIZER / name)
         save_weights(model, staging / WEIGHTS)
+
+
+def describe_model(model: TransformerConfig, format: SequenceFormat | None = None) -> dict[str, Any]:
+    """The content of `config.json`; without a format that of a bare network."""
+    config: dict[str, Any] = {"format_version": 1, "model": asdict(model)}
+    if format is not None:
+        config["vocabulary"] = format.vocabulary.to_dict()
+        config["sequence_format"] = format.settings
+    return config
+
+
+@contextmanager
+def staged(folder: Path | str) -> Iterator[Path]:
+    """A new folder beside `folder` to be filled; it takes its place where nothing is raised, and vanishes else."""
+    folder = Path(folder).absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        staging.mkdir()
+        yield staging
         replace_folder(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -137,17 +154,18 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu", dtype: t
     # here: the bare network needs no tokenizer
     from mixmodal.tokenization.codec import Codec
     from mixmodal.tokenization.image import ImageTokenizer
-    from mixmodal.tokenization.text import TextTokenizer
+    from mixmodal.tokenization.text_files import load_text_tokenizer
 
     folder = Path(folder)
     config = _read_config(folder)
-    for name in (TEXT_TOKENIZER, IMAGE_TOKENIZER):
+    text_path = find_text_tokenizer(folder)
+    for name in (text_path.name, IMAGE_TOKENIZER):
         if not (folder / name).exists():
             raise ExportError(f"{folder} is not a whole exported model: {name} is missing")
     model = load_transformer(folder, device, dtype)
     try:
         vocabulary = Vocabulary.from_dict(config["vocabulary"])
-        text_tokenizer = TextTokenizer.load(folder / TEXT_TOKENIZER)
+        text_tokenizer = load_text_tokenizer(text_path, vocabulary.config.num_text_pieces)
         format = build_format(vocabulary=vocabulary, text_tokenizer=text_tokenizer, **config["sequence_format"])
         image_tokenizer = ImageTokenizer.load(folder / IMAGE_TOKENIZER).to(device).eval()
         codec = Codec(text_tokenizer, image_tokenizer, format)
@@ -165,38 +183,93 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu", dtype: t
 def load_transformer(
     folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Transformer:
-    """The bare network, `(B, T)` tokens to `(B, T, V)` logits; needs `config.json` and `model.safetensors` only.
+    """The bare network, `(B, T)` tokens to `(B, T, V)` logits; needs `config.json` and `model*.safetensors` only.
 
     Raises:
         ExportError: naming folder and file, for what is missing, broken or of other shapes.
     """
     folder = Path(folder)
+    with torch.device("meta"):  # the weights are read in their own type, and none drawn
+        model = Transformer(read_transformer_config(folder))
+    fill_transformer(model, folder, device, dtype)
+    return model.eval()
+
+
+def read_transformer_config(folder: Path) -> TransformerConfig:
+    """The shape of the network in `folder`.
+
+    Raises:
+        ExportError: naming folder and file, for what is missing or broken.
+    """
     options = _read_config(folder).get("model")
     known = {field.name for field in fields(TransformerConfig)}
     if not isinstance(options, dict) or set(options) - known:
         unknown = sorted(set(options or {}) - known)
         raise ExportError(f"{folder / CONFIG}: section 'model' has unknown keys {unknown}; known are {sorted(known)}")
     try:
-        model = Transformer(TransformerConfig(**options))
+        config = TransformerConfig(**options)
     except (TypeError, ValueError) as error:
         raise ExportError(f"{folder / CONFIG}: section 'model' can not be used: {error}") from error
-    if not (folder / WEIGHTS).is_file():
-        raise ExportError(f"{folder} is not an exported model: {WEIGHTS} is missing")
-    try:
-        load_weights(model, folder / WEIGHTS)
-    except ValueError as error:
-        raise ExportError(str(error)) from error
-    return model.to(device=device, dtype=dtype).eval()
+    if config.vocab_size < 1:
+        raise ExportError(f"{folder / CONFIG}: section 'model' can not be used: vocab_size is {config.vocab_size}")
+    return config
 
 
-def find_export(source: Path | str) -> Path:
-    """A local folder as it is; else the snapshot of a hub id.
+def find_text_tokenizer(folder: Path) -> Path:
+    """The text tokenizer's file of an exported folder; where there is none, the name that it commonly has."""
+    found = [folder / name for name in TEXT_TOKENIZERS.values() if (folder / name).is_file()]
+    return found[0] if found else folder / TEXT_TOKENIZER
+
+
+def read_vocabulary(folder: Path) -> Vocabulary | None:
+    """The vocabulary that a folder names; None for a bare network.
 
     Raises:
-        ExportError: where there is neither.
+        ExportError: naming folder and file, where it is broken.
+    """
+    named = _read_config(folder).get("vocabulary")
+    try:
+        return None if named is None else Vocabulary.from_dict(named)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"{folder / CONFIG}: section 'vocabulary' can not be used: {error}") from error
+
+
+def fill_transformer(
+    model: Transformer, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> None:
+    """Puts the weights of `folder` into a network of its shape, which may be on the meta device.
+
+    Args:
+        device: where they go.
+        dtype: of them; None keeps the stored one.
+
+    Raises:
+        ExportError: naming folder and file, for what is missing, broken or of other shapes.
+    """
+    if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
+        raise ExportError(f"{folder} is not an exported model: {WEIGHTS} is missing")
+    try:
+        load_weights(model, folder, device, dtype)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
+
+
+def is_export(folder: Path) -> bool:
+    """Whether a folder has the config of an exported model."""
+    try:
+        return bool(_read_config(folder))
+    except ExportError:
+        return False
+
+
+def find_export(source: Path | str, options: HubOptions | None = None) -> Path:
+    """A local folder as it is; else the snapshot of a hub id, fetched with `options`.
+
+    Raises:
+        ExportError: where there is neither, or an option can not act.
     """
     try:
-        return find_folder(source, EXPORT_FILES, "an exported model")
+        return find_folder(source, EXPORT_FILES, "an exported model", options)
     except ValueError as error:
         raise ExportError(str(error)) from error
 
@@ -206,19 +279,32 @@ def write_card(card: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     unknown = sorted(set(card) - {"title", *CARD_SECTIONS})
     if unknown:
         raise ExportError(f"model card: unknown fields {unknown}; known are title, {', '.join(CARD_SECTIONS)}")
-    vocabulary, spelled = config["vocabulary"], config["sequence_format"]
-    lines = ["---", "library_name: mixmodal", "---", "", f"# {card.get('title', 'A mixmodal model')}", ""]
-    lines += [
-        "One decoder-only transformer over text pieces and image codes. Load it with",
-        '`mixmodal.MixedModal.from_pretrained("this folder")`.',
-        "",
-        f"- sequence format: {spelled['name']}, code grids {spelled['grids']}",
-        f"- vocabulary: {vocabulary['num_text_pieces']} text pieces, codebooks {vocabulary['codebook_sizes']}",
-        f"- network: {', '.join(f'{name} {value}' for name, value in config['model'].items())}",
-    ]
+    vocabulary, spelled = config.get("vocabulary"), config.get("sequence_format")
+    lines = [f"# {card.get('title', 'A mixmodal model')}", ""]
+    if vocabulary and spelled:
+        lines += [
+            "One decoder-only transformer over text pieces and image codes. Load it with",
+            '`mixmodal.MixedModal.from_pretrained("this folder")`.',
+            "",
+            f"- sequence format: {spelled['name']}, code grids {spelled['grids']}",
+            f"- vocabulary: {vocabulary['num_text_pieces']} text pieces, codebooks {vocabulary['codebook_sizes']}",
+        ]
+    else:
+        lines += ["A decoder-only transformer without its tokenizers. Load it with", "`mixmodal.load_transformer`.", ""]
+    lines.append(f"- network: {', '.join(f'{name} {value}' for name, value in config['model'].items())}")
     for key, heading in CARD_SECTIONS.items():
         lines += ["", f"## {heading}", "", *_card_lines(card.get(key))]
-    return "\n".join(lines) + "\n"
+    return with_front_matter("\n".join(lines) + "\n")
+
+
+def finish_card(card: Mapping[str, Any] | str, config: Mapping[str, Any]) -> str:
+    """`write_card`, or a card that is written already with what its front matter lacks."""
+    if not isinstance(card, str):
+        return write_card(card, config)
+    try:
+        return with_front_matter(card)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
 
 
 def _card_lines(value: Any) -> list[str]:

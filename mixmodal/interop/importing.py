@@ -4,31 +4,54 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
+from mixmodal.document import FormatName
 from mixmodal.tokenization.preprocessing import Preprocess
 
 if TYPE_CHECKING:
+    from mixmodal.interop.chameleon.checkpoint import Checkpoint
     from mixmodal.interop.vqgan import ForeignImageTokenizer
+
+LayoutChoice = Literal["auto", "meta", "anole", "transformers-4.43", "transformers", "llama"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """What to import, and where to: `mixmodal import SOURCE --out DIR --image_size N`.
+    """What to import, and where to: `mixmodal import SOURCE --out DIR`.
+
+    SOURCE is a model of the Chameleon family (Chameleon, Anole, Lumina-mGPT) in any of their four layouts, a text model
+    of Llama's kind, which gets rows for pictures, or an image tokenizer of the VQGAN family alone. Which it is, is read
+    from names and shapes. Models are copied tensor by tensor, so that memory need not hold one.
 
     Args:
-        source: file or folder of an image tokenizer of the VQGAN family: Chameleon's vqgan.ckpt, taming, LlamaGen, or
-            diffusers' VQModel.
-        out: folder for the image tokenizer; it must be empty or new.
-        image_size: height and width of the pictures that it shall code, pixels; 512 for Chameleon, which its model
-            knows no others of.
+        source: a folder, or a file of weights; in Meta's download `models/7b`, or the folder above where there is one
+            model. For an image tokenizer a file or folder of Chameleon's vqgan.ckpt, taming, LlamaGen, or diffusers'
+            VQModel.
+        out: folder for what is imported; it must be empty or new.
+        image_tokenizer: the image tokenizer of a model: vqgan.ckpt, or a folder of ours; null looks beside the weights,
+            and then among them. transformers keeps the encoder alone: pictures can be read then, and none drawn.
+        text_tokenizer: its text tokenizer, a tokenizer.json; null looks beside the weights.
+        layout: the layout of a model; `auto` finds it. A wrong one is refused.
+        norm_placement: where the norms of a model stand, `pre` (7B) or `post_sublayer` (34B), where no params.json or
+            config.json beside the weights says it.
+        sequence_format: how the model spells documents: `chameleon` for Chameleon and Anole, `lumina` for Lumina-mGPT.
+        image_size: height and width of the pictures, pixels; null reads it beside the weights. An image tokenizer
+            alone needs it, and its weights fit any; Chameleon knows 512 only.
         preprocess: how pictures become images for the encoder: as Meta's code or as transformers' does it.
+        seed: of the rows that a text model gets for pictures.
     """
 
     source: Path
     out: Path
-    image_size: int
+    image_tokenizer: Path | None = None
+    text_tokenizer: Path | None = None
+    layout: LayoutChoice = "auto"
+    norm_placement: Literal["pre", "post_sublayer"] | None = None
+    sequence_format: FormatName = "chameleon"
+    image_size: int | None = None
     preprocess: Preprocess = "meta"
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
@@ -40,24 +63,62 @@ class ImportConfig:
         return ["--source", *argv] if argv and not argv[0].startswith("-") else argv
 
 
-def import_checkpoint(config: ImportConfig) -> ForeignImageTokenizer:
-    """Writes the folder that `ImageTokenizer.load` reads, and says what was found.
+MODEL_OPTIONS = ("image_tokenizer", "text_tokenizer", "layout", "norm_placement", "sequence_format", "seed")
+
+
+def import_checkpoint(config: ImportConfig) -> None:
+    """Writes the folder that `MixedModal.from_pretrained` or `ImageTokenizer.load` reads, and says what was found.
 
     Raises:
         ValueError: naming the file that can not be read, or is of another architecture.
     """
+    from mixmodal.interop.chameleon.checkpoint import open_checkpoint
+
+    layout = None if config.layout == "auto" else config.layout
+    checkpoint = open_checkpoint(config.source, layout, config.norm_placement)
+    if checkpoint is not None:
+        found = import_model(config, checkpoint)
+    else:
+        idle = [name for name in MODEL_OPTIONS if getattr(config, name) != getattr(ImportConfig, name)]
+        if idle:
+            raise ValueError(
+                f"{config.source} holds no transformer, for which alone {', '.join(idle)} can be given: there are "
+                "neither tok_embeddings.weight nor model.embed_tokens.weight"
+            )
+        found = import_image_tokenizer(config)
+    for name, value in found.items():
+        print(f"{name:>15}  {value}")
+
+
+def import_model(config: ImportConfig, checkpoint: Checkpoint) -> dict[str, str]:
+    """Writes an exported model; what was found, in words."""
+    from mixmodal.interop.chameleon.importing import describe_import, gather_parts, write_model
+
+    parts = gather_parts(
+        checkpoint,
+        text_tokenizer=config.text_tokenizer,
+        image_tokenizer=config.image_tokenizer,
+        image_size=config.image_size,
+        preprocess=config.preprocess,
+        sequence_format=config.sequence_format,
+    )
+    size = write_model(checkpoint, parts, config.out, config.seed)
+    return describe_import(checkpoint, parts, size, config.out)
+
+
+def import_image_tokenizer(config: ImportConfig) -> dict[str, str]:
+    """Writes an image tokenizer; what was found, in words."""
     from mixmodal.interop.vqgan import load_vqgan
 
+    if config.image_size is None:
+        raise ValueError(f"{config.source} is an image tokenizer alone, whose weights fit any size; give --image_size")
     found = load_vqgan(config.source, config.image_size, preprocess=config.preprocess)
     found.tokenizer.save(config.out)
-    for name, value in summary(found).items():
-        print(f"{name:>15}  {value}")
-    print(f"{'written to':>15}  {config.out}")
-    return found
+    return {**summary(found), "written to": str(config.out)}
 
 
 def summary(found: ForeignImageTokenizer) -> dict[str, str]:
-    """What was found, in words."""
+    """What was found of an image tokenizer, in words."""
     config = found.tokenizer.config
     autoencoder, quantizer = config.autoencoder, config.quantizer
     stages = ", ".join(map(str, autoencoder.attention_stages)) or "none"

@@ -63,8 +63,7 @@ def load_vqgan(
         source: file or folder, see `read_weights`; diffusers' `config.json` stands beside the weights.
         image_size: height and width of the pictures, pixels: the weights fit any.
         preprocess: how pictures become images for the encoder.
-        encoder_only: take a checkpoint without decoder, as transformers' Chameleon is; what such a tokenizer decodes
-            means nothing.
+        encoder_only: take a checkpoint without decoder, as transformers' Chameleon is; the tokenizer has none then.
 
     Raises:
         ValueError: naming the file: unreadable, another architecture (with the names that are missing and
@@ -112,9 +111,12 @@ def build_vqgan(
         kind=layout.quantizer_kind, codebook_size=codebook_size, codebook_dim=codebook_dim, update="gradient"
     )
     tokenizer = ImageTokenizer(
-        ImageTokenizerConfig(image_size=image_size, preprocess=preprocess, autoencoder=autoencoder, quantizer=quantizer)
+        ImageTokenizerConfig(
+            image_size=image_size, preprocess=preprocess, autoencoder=autoencoder, quantizer=quantizer
+        ),
+        encoder_only=not has_decoder,
     )
-    taken = fill(tokenizer, kept, dict(names(layout, autoencoder)), has_decoder)
+    taken = fill(tokenizer, kept, dict(names(layout, autoencoder)))
     counts = {f"{start}*": number for start, number in skipped.items() if number}
     if num_outside:
         counts[f"all outside {prefix}*"] = num_outside
@@ -226,9 +228,7 @@ def one_or_each(numbers: list[int]) -> int | tuple[int, ...]:
     return numbers[0] if len(set(numbers)) == 1 else tuple(numbers)
 
 
-def fill(
-    tokenizer: ImageTokenizer, weights: Mapping[str, Tensor], modules: Mapping[str, str], has_decoder: bool
-) -> int:
+def fill(tokenizer: ImageTokenizer, weights: Mapping[str, Tensor], modules: Mapping[str, str]) -> int:
     """Puts their weights into ours, in float32; the number of tensors.
 
     Raises:
@@ -236,13 +236,15 @@ def fill(
     """
     missing, reshaped, state = [], [], {}
     unexpected = set(weights)
+    if tokenizer.decoder is None:  # transformers keeps the layer before the decoder
+        before = modules["decoder.from_latents"]
+        unexpected -= {f"{before}.weight", f"{before}.bias"}
     for name, own in tokenizer.state_dict().items():
         module, _, part = name.rpartition(".")
         theirs = f"{modules[module]}.{part}"
         found = weights.get(theirs)
         if found is None:
-            if has_decoder or not name.startswith("decoder.") or name.startswith("decoder.from_latents."):
-                missing.append(theirs)
+            missing.append(theirs)
             continue
         unexpected.discard(theirs)
         if found.ndim == 2 and own.ndim == 4:  # a linear layer is a 1x1 convolution
@@ -254,7 +256,7 @@ def fill(
         state[name] = found
     if missing or unexpected or reshaped:
         raise ValueError(differences(missing, sorted(unexpected), reshaped))
-    tokenizer.load_state_dict(state, strict=has_decoder)
+    tokenizer.load_state_dict(state)
     return len(state)
 
 

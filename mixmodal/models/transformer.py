@@ -5,9 +5,6 @@ It knows tensors and logits, not what an id means. Shapes: B batch, T tokens, D 
 
 from __future__ import annotations
 
-import errno
-import os
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +13,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mixmodal.models.attention import (
@@ -30,6 +25,7 @@ from mixmodal.models.attention import (
 )
 from mixmodal.models.blocked import Blocked, Linear, blocked_layers, can_block
 from mixmodal.models.packed_rows import AttentionKind, Documents, Pattern, find_pattern
+from mixmodal.weights import read_weights, save_tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -333,33 +329,30 @@ def save_weights(model: nn.Module, path: Path) -> None:
     Raises:
         OSError: naming the file, where the disk is full or does not let it be written.
     """
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, path)
-    except SafetensorError as error:  # it holds the number of the system's error in its text alone
-        number = re.search(r"os error (\d+)", str(error))
-        code = int(number[1]) if number else errno.EIO
-        raise OSError(code, os.strerror(code) if number else str(error), str(path)) from error
+    save_tensors(model.state_dict(), path)
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Fills `model` from a safetensors file, tensor by tensor.
+def load_weights(
+    model: nn.Module, source: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> None:
+    """Fills `model`, which may be on the meta device, tensor by tensor.
+
+    Args:
+        source: a safetensors file, or a folder with `model.safetensors` or its shards.
+        device: where the weights go.
+        dtype: of the weights; None keeps the stored one.
 
     Raises:
-        FileNotFoundError: where there is no file.
         ValueError: naming the file, for a damaged file, or a missing, unknown or differently shaped tensor.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    wanted = model.state_dict()
-    try:
-        with safe_open(path, framework="pt") as stored, torch.no_grad():
-            names = set(stored.keys())
-            for name in sorted(names ^ set(wanted)):
-                raise ValueError(f"{path}: tensor {name} is {'unknown to the model' if name in names else 'missing'}")
-            for name, tensor in wanted.items():
-                found = stored.get_slice(name).get_shape()
-                if tuple(found) != tuple(tensor.shape):
-                    raise ValueError(f"{path}: tensor {name} has shape {tuple(found)}, not {tuple(tensor.shape)}")
-                tensor.copy_(stored.get_tensor(name))
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+    found, wanted = read_weights(source), model.state_dict()
+    for name in sorted(set(found) ^ set(wanted)):
+        where = found.path(name) if name in found else source
+        raise ValueError(f"{where}: tensor {name} is {'unknown to the model' if name in found else 'missing'}")
+    state = {}
+    for name, own in wanted.items():
+        shape = found.shape(name)
+        if shape != tuple(own.shape):
+            raise ValueError(f"{found.path(name)}: tensor {name} has shape {shape}, not {tuple(own.shape)}")
+        state[name] = found[name].to(device=device, dtype=dtype)
+    model.load_state_dict(state, assign=True)

@@ -14,10 +14,12 @@ from typing_extensions import Unpack
 from mixmodal.classification.autoregressive import check_method
 from mixmodal.classification.likelihoods import SequenceScorer
 from mixmodal.document import Document, Grid, Image, Text
+from mixmodal.hub import HubOptions
 from mixmodal.interop.export import find_export, load_export
 from mixmodal.models.transformer import Transformer
 from mixmodal.pipeline.drawing import Piece, Plan, Sample, build_plan, parse_sample, read_pieces, sample_of
 from mixmodal.pipeline.filling import FillingQueue
+from mixmodal.pipeline.hub_model import HubModel
 from mixmodal.pipeline.infilling import Infilling, Order
 from mixmodal.pipeline.options import SamplingOptions
 from mixmodal.pipeline.prompts import (
@@ -41,8 +43,10 @@ from mixmodal.sampling.grammar import INFILL
 from mixmodal.tokenization.codec import Codec, Content
 
 
-class MixedModal(Infilling, Scoring):
+class MixedModal(Infilling, Scoring, HubModel):
     """A trained model with its tokenizers.
+
+    `save_pretrained` writes it as an exported folder, `push_to_hub` to the Hugging Face hub.
 
     Args:
         model: the network, in evaluation mode.
@@ -79,21 +83,23 @@ class MixedModal(Infilling, Scoring):
         device: torch.device | str = "auto",
         dtype: torch.dtype | None = None,
         batch_size: int = 64,
+        **hub: Unpack[HubOptions],
     ) -> MixedModal:
         """Loads an exported folder, or one from the Hugging Face hub where huggingface_hub is installed.
 
         Args:
-            source: a folder such as `runs/NAME/export`, or a hub id `OWNER/NAME`.
+            source: a folder such as `runs/NAME/export`, or a hub id `OWNER/NAME` or `OWNER/NAME@REVISION`.
             device: `auto` takes the accelerator where there is one.
             dtype: of the network's weights; None keeps the stored one.
             batch_size: most rows in one forward.
+            hub: how a hub id is fetched: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
         Raises:
-            ExportError: naming the folder and the file that is missing or broken.
+            ExportError: naming the folder and the file that is missing or broken, or the option that can not act.
         """
         if str(device) == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = find_export(source)
+        folder = find_export(source, hub)
         export = load_export(folder, device, dtype)
         return cls(export.model, export.codec, batch_size, folder=folder)
 

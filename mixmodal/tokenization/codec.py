@@ -28,7 +28,7 @@ from mixmodal.tokenization.preprocessing import open_picture, resize_and_crop, t
 
 if TYPE_CHECKING:
     from mixmodal.tokenization.image import ImageTokenizer
-    from mixmodal.tokenization.text import TextTokenizer
+    from mixmodal.tokenization.text_files import PieceTokenizer
 
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -50,7 +50,7 @@ class Codec:
 
     def __init__(
         self,
-        text_tokenizer: TextTokenizer,
+        text_tokenizer: PieceTokenizer,
         image_tokenizer: ImageTokenizer,
         format: SequenceFormat,
         batch_size: int = 64,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixmodal.models.denoiser import pad_tokens
-from mixmodal.tokenization.text import TextTokenizer
+from mixmodal.tokenization.text_files import PieceTokenizer
 
 
 class ConditionEncoder(Protocol):
@@ -59,7 +59,7 @@ class TextTokens(NamedTuple):
         max_text_tokens: T.
     """
 
-    tokenizer: TextTokenizer
+    tokenizer: PieceTokenizer
     max_text_tokens: int
 
     def encode(self, conditions: Sequence[str]) -> Tensor:

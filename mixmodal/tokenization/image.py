@@ -59,11 +59,15 @@ class ImageTokenizer(nn.Module):
 
     They have the sides `image_size`, or where `takes_other_sizes` any that are multiples of the pixels of a code.
 
+    Args:
+        config: its sizes.
+        encoder_only: there is no decoder, as in transformers' Chameleon: pictures can be read, and none drawn.
+
     Raises:
         ValueError: naming the key of a value that can not work.
     """
 
-    def __init__(self, config: ImageTokenizerConfig) -> None:
+    def __init__(self, config: ImageTokenizerConfig, *, encoder_only: bool = False) -> None:
         super().__init__()
         check_autoencoder(config.autoencoder, config.image_size)
         check_quantizer(config.quantizer)
@@ -71,7 +75,9 @@ class ImageTokenizer(nn.Module):
         self.config = config
         self.quantizer = build_quantizer(config.quantizer)
         self.encoder = Encoder(config.autoencoder, config.image_size, self.quantizer.codebook_dim)
-        self.decoder = Decoder(config.autoencoder, config.image_size, self.quantizer.codebook_dim)
+        self.decoder = None
+        if not encoder_only:
+            self.decoder = Decoder(config.autoencoder, config.image_size, self.quantizer.codebook_dim)
 
     @property
     def codebook_size(self) -> int:
@@ -110,9 +116,10 @@ class ImageTokenizer(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Quantized]:
         """Images to their reconstructions `(B, 3, H, W)`, float32 and not clamped, and what the quantizer did."""
         self._check_images(images)
+        decoder = self._decoder()
         images = to_encoder_range(images, self.config.preprocess).to(self.dtype)
         quantized = self.quantizer(self.encoder(channels_last(images)))
-        return self.decoder(quantized.latents.to(self.dtype)).float(), quantized
+        return decoder(quantized.latents.to(self.dtype)).float(), quantized
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
@@ -135,11 +142,24 @@ class ImageTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes, int64 `(B, h, w)`, to images `(B, 3, H, W)` in [-1, 1], float32."""
+        """Codes, int64 `(B, h, w)`, to images `(B, 3, H, W)` in [-1, 1], float32.
+
+        Raises:
+            ValueError: where there is no decoder.
+        """
         self._check_codes(codes)
+        decoder = self._decoder()
         with torch.autocast(codes.device.type, enabled=False):
             latents = self.quantizer.codes_to_latents(codes)
-            return self.decoder(latents.to(self.dtype)).float().clamp(-1, 1)
+            return decoder(latents.to(self.dtype)).float().clamp(-1, 1)
+
+    def _decoder(self) -> Decoder:
+        if self.decoder is None:
+            raise ValueError(
+                "this image tokenizer has no decoder, since the checkpoint that it was imported from had none: it "
+                "reads pictures and draws none. Import again with --image_tokenizer vqgan.ckpt of Meta's download"
+            )
+        return self.decoder
 
     @property
     def dtype(self) -> torch.dtype:
@@ -177,6 +197,8 @@ class ImageTokenizer(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         data = {"format_version": FORMAT_VERSION, "image_tokenizer": asdict(self.config)}
+        if self.decoder is None:
+            data["encoder_only"] = True
         write_whole(folder / WEIGHTS_NAME, save(state))
         write_whole(folder / CONFIG_NAME, (json.dumps(data, indent=2) + "\n").encode())
 
@@ -192,7 +214,7 @@ class ImageTokenizer(nn.Module):
 
         folder = Path(directory)
         weights = folder / WEIGHTS_NAME
-        tokenizer = cls(read_config(folder))
+        tokenizer = cls(read_config(folder), encoder_only=is_encoder_only(folder))
         try:
             state = load_file(weights)
         except SafetensorError as error:
@@ -222,6 +244,12 @@ class ImageTokenizer(nn.Module):
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             digest.update(hashlib.sha256((Path(directory) / name).read_bytes()).digest())
         return digest.hexdigest()
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder holds the files of an image tokenizer that `save` wrote."""
+    config = folder / CONFIG_NAME
+    return config.is_file() and b'"image_tokenizer"' in config.read_bytes() and (folder / WEIGHTS_NAME).is_file()
 
 
 def check_folder(folder: Path) -> None:
@@ -256,6 +284,11 @@ def read_config(folder: Path) -> ImageTokenizerConfig:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"image tokenizer: {path} is not the config of an image tokenizer: {error}") from error
+
+
+def is_encoder_only(folder: Path) -> bool:
+    """Whether a saved tokenizer, whose config can be read, has no decoder."""
+    return json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("encoder_only") is True
 
 
 def config_from_dict(config_type: type[Config], data: dict[str, Any]) -> Config:

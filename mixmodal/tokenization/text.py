@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import sentencepiece
 
@@ -38,6 +39,8 @@ class TextTokenizer:
         ValueError: where the bytes are no model, or one that changes text (no byte fallback, a normalisation rule,
             a dummy prefix, control tokens).
     """
+
+    suffix: ClassVar[str] = ".model"
 
     def __init__(self, model: bytes, name: str = "the text tokenizer") -> None:
         self._model = model
@@ -94,12 +97,7 @@ class TextTokenizer:
         Raises:
             ValueError: for a lone surrogate, which UTF-8 can not hold.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"text has a lone surrogate at character {error.start}, which UTF-8 can not hold"
-            ) from error
+        check_surrogates(text)
         first, *rest = text.split(SPACE_MARK)
         pieces = self._processor.EncodeAsIds(first)
         for stretch in rest:
@@ -116,6 +114,17 @@ class TextTokenizer:
         if pieces and (min(pieces) < 0 or max(pieces) >= self.num_pieces):
             raise ValueError(f"text pieces must lie in 0 .. {self.num_pieces - 1}")
         return self._processor.DecodeIds(pieces)
+
+
+def check_surrogates(text: str) -> None:
+    """
+    Raises:
+        ValueError: for a lone surrogate, which UTF-8 can not hold.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"text has a lone surrogate at character {error.start}, which UTF-8 can not hold") from error
 
 
 def train_text_tokenizer(

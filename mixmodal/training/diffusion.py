@@ -37,7 +37,7 @@ from mixmodal.models.denoiser import (
 )
 from mixmodal.objectives.loss import Sums, TokenLosses
 from mixmodal.tokenization.conditions import ClassNames, ConditionEncoder, TextTokens
-from mixmodal.tokenization.text import TextTokenizer
+from mixmodal.tokenization.text_files import PieceTokenizer, load_text_tokenizer
 from mixmodal.training.deepspeed_config import read_zero_file
 from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.task import Task, to_device
@@ -92,7 +92,7 @@ class DiffusionTask(Task):
         self.config = config
         self.scheduler = build_scheduler(config.model)
         self.classes: list[NamedClass] = []
-        self.tokenizer: TextTokenizer | None = None
+        self.tokenizer: PieceTokenizer | None = None
         self._held_out: DenoisingBatch | None = None
         names = None
         if config.data.classes is not None:
@@ -101,7 +101,7 @@ class DiffusionTask(Task):
             self.conditions: ConditionEncoder = names
         else:
             assert config.data.text_tokenizer is not None
-            self.tokenizer = TextTokenizer.load(config.data.text_tokenizer)
+            self.tokenizer = load_text_tokenizer(config.data.text_tokenizer)
             self.conditions = TextTokens(self.tokenizer, config.model.text.max_text_tokens)
         self.read = build_reader(names)
 

@@ -144,7 +144,7 @@ class ImageTokenizerTask(Task):
         if self.config.losses.perceptual_weight:
             self._perceptual = PerceptualLoss(self.config.losses.perceptual)
         if self.config.adversarial and self.config.adversarial.adaptive:
-            model.decoder.conv_out.register_forward_pre_hook(self._keep_last_inputs)
+            cast(Decoder, model.decoder).conv_out.register_forward_pre_hook(self._keep_last_inputs)
         return model
 
     def build_opponents(self) -> dict[str, Opponent]:

@@ -21,7 +21,8 @@ class OptimizerConfig:
         lr: peak learning rate.
         betas: decay of the two moments.
         eps: added to the root of the second moment.
-        weight_decay: decoupled decay of matrices; norms, biases and embeddings are not decayed.
+        weight_decay: decoupled decay of matrices; norms, biases, embeddings and matrices of which only some rows are
+            trained are not decayed.
         warmup_steps: optimizer steps of linear warm-up from 0; its last step has the peak rate.
         schedule: how the rate falls from the end of the warm-up to `min_lr_ratio * lr` at `trainer.max_steps`;
             `constant` does not fall.
@@ -94,13 +95,23 @@ def _exponential_left(progress: float, rate: float) -> float:
     return 1.0 - progress if rate == 0 else 1.0 - math.expm1(-rate * progress) / math.expm1(-rate)
 
 
+UNDECAYED = "undecayed"
+"""Attribute of a parameter that decay would move where it must not."""
+
+
+def leave_undecayed(parameter: nn.Parameter) -> None:
+    """Puts a parameter into the group without decay."""
+    setattr(parameter, UNDECAYED, True)
+
+
 def is_decayed(name: str, parameter: nn.Parameter, module: nn.Module) -> bool:
     """Whether weight decay acts on a parameter: matrices and kernels, but not embeddings and norms.
 
     The scale of a per-head norm has two dimensions, so the number of dimensions does not tell a norm.
     """
     is_norm = "norm" in type(module).__name__.lower() or any("norm" in part for part in name.lower().split("."))
-    return parameter.ndim >= 2 and not is_norm and not isinstance(module, nn.Embedding)
+    is_kept = isinstance(module, nn.Embedding) or getattr(parameter, UNDECAYED, False)
+    return parameter.ndim >= 2 and not is_norm and not is_kept
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -44,7 +44,7 @@ class PlanConfig:
     """Predicts the memory of a training on each GPU, without data, weights or a GPU.
 
     `--config FILE` is the config of the training, that of train-image-tokenizer or pretrain, and options with a dot
-    change its keys: `--trainer.micro_batch_size 8`. So does `--deepspeed FILE`.
+    change its keys: `--trainer.micro_batch_size 8`. So do `--deepspeed FILE` and `--init_from DIR`.
 
     Args:
         training: what `--config` gives.
@@ -87,7 +87,8 @@ class PlanConfig:
         while waiting:
             argument = waiting.pop(0)
             name, has_value, value = argument.partition("=")
-            if name not in ("--config", "--deepspeed") and not (name.startswith("--") and "." in name):
+            ours = name.replace("-", "_") not in ("__config", "__deepspeed", "__init_from")
+            if ours and not (name.startswith("--") and "." in name):
                 rest.append(argument)
                 continue
             if not has_value and waiting and not waiting[0].startswith("--"):
@@ -180,14 +181,18 @@ def load_training(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
         raise UsageError(f"--config {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: not valid YAML") from error
-    kinds = {"tokenizer": ImageTokenizerTrainingConfig, "model": PretrainConfig}
-    keys = [key for key in kinds if isinstance(data, dict) and "trainer" in data and isinstance(data.get(key), dict)]
-    if len(keys) != 1:
+    given = data if isinstance(data, dict) and "trainer" in data else {}
+    kinds = {
+        ImageTokenizerTrainingConfig: isinstance(given.get("tokenizer"), dict),
+        PretrainConfig: isinstance(given.get("model"), dict) or "init_from" in given,
+    }
+    found = [kind for kind, fits in kinds.items() if fits]
+    if len(found) != 1:
         raise UsageError(
             f"--config {path}: no training to plan; it must have the key `trainer` and either `tokenizer` "
-            "(train-image-tokenizer) or `model` (pretrain), each with keys below it"
+            "(train-image-tokenizer) or `model` (pretrain), each with keys below it, or `init_from` (pretrain)"
         )
-    return parse(kinds[keys[0]], ["--config", str(path), *overrides])
+    return parse(found[0], ["--config", str(path), *overrides])
 
 
 def build_plan(training: TrainingConfig, config: PlanConfig) -> Plan:

@@ -7,7 +7,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,13 +28,15 @@ from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.objectives.loss import Sums, TokenLosses, target_weights
 from mixmodal.objectives.modality_weights import check_modality_weights, weigh_modalities
 from mixmodal.objectives.output_loss import OutputLoss
-from mixmodal.tokenization.text import TextTokenizer
+from mixmodal.tokenization.text_files import load_text_tokenizer
 from mixmodal.training.attention_logits import attention_logit_max
+from mixmodal.training.base_model import BaseModel, build_shape
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.metrics import MetricSums, Peak
 from mixmodal.training.operations import Operations, count_operations
 from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.task import Task, to_device
+from mixmodal.training.trainable import TrainableConfig, restrict
 from mixmodal.training.trainer import FitResult, Trainer
 
 if TYPE_CHECKING:
@@ -46,7 +48,10 @@ class PretrainConfig:
     """Pretrains a transformer on token shards.
 
     Args:
-        model: shape of the network.
+        model: shape of the network; with `init_from` left out but for `dropout`, or the same as there.
+        init_from: folder of an exported or imported model, from whose weights, stored in any type, training starts.
+            Token shards must have its vocabulary. A run that goes on takes those of its checkpoint.
+        trainable: which parameters are trained, and which rows of embedding and output; all by default.
         data: token shards and how documents are varied and packed.
         objective: masks.
         optimizer: AdamW and its schedule.
@@ -68,6 +73,8 @@ class PretrainConfig:
     """
 
     model: TransformerConfig = field(default_factory=TransformerConfig)
+    init_from: Path | None = None
+    trainable: TrainableConfig = field(default_factory=TrainableConfig)
     data: DataConfig
     objective: CausalMaskedConfig = field(default_factory=CausalMaskedConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -139,7 +146,10 @@ class PretrainTask(Task):
             self.held_out.check_like(self.shards)
         self._check_tokenizers()
         check_modality_weights(config.modality_weights, self.vocabulary)
-        self.model_config = fit_to_data(config.model, self.vocabulary.size, config.data.seq_len)
+        self.base = BaseModel(config.init_from) if config.init_from else None
+        if self.base:
+            self.base.check(self.shards)
+        self.model_config = build_shape(config.model, self.base, self.vocabulary.size, config.data.seq_len)
         self.objective = CausalMasked(config.objective, self.vocabulary)
         self.figures: dict[str, float | None] = {}
         self.draws_pictures = config.sample_every > 0
@@ -158,7 +168,7 @@ class PretrainTask(Task):
         from mixmodal.tokenization.image import ImageTokenizer
 
         self.shards.check(
-            text_tokenizer_sha256=TextTokenizer.load(text).sha256, image_tokenizer_sha256=ImageTokenizer.sha256(image)
+            text_tokenizer_sha256=load_text_tokenizer(text).sha256, image_tokenizer_sha256=ImageTokenizer.sha256(image)
         )
 
     def _build_sheet(self) -> SampleSheet:
@@ -177,15 +187,19 @@ class PretrainTask(Task):
             return None
         table = torch.zeros(self.vocabulary.size)
         pieces = self.vocabulary.ids("text")
-        table[pieces.start : pieces.stop] = torch.tensor(
-            TextTokenizer.load(self.config.text_tokenizer).piece_bytes, dtype=table.dtype
-        )
+        tokenizer = load_text_tokenizer(self.config.text_tokenizer, len(pieces))
+        table[pieces.start : pieces.stop] = torch.tensor(tokenizer.piece_bytes, dtype=table.dtype)
         return table
 
     def build_model(self) -> nn.Module:
-        model = Transformer(self.model_config)
+        model = self.base.build(self.model_config) if self.base else Transformer(self.model_config)
         model.attention_kind = self.config.attention
+        self.restrict(model)
         return model
+
+    def restrict(self, model: nn.Module) -> None:
+        """Freezes what is not trained."""
+        restrict(model, self.config.trainable, self.vocabulary)
 
     def recomputed(self, model: nn.Module) -> Iterable[nn.Module]:
         assert isinstance(model, Transformer)
@@ -337,23 +351,6 @@ class PretrainTask(Task):
         figures = {f"held-out {name}{units[name]}": round(v, 4) for name, v in self.figures.items() if v is not None}
         card = {"title": self.config.trainer.run_dir.name, "data": dict(data), "figures": figures, **self.config.card}
         save_export(folder, model, self.shards.build_format(), text, image, card)
-
-
-def fit_to_data(config: TransformerConfig, vocab_size: int, seq_len: int) -> TransformerConfig:
-    """The model's config with the vocabulary's size filled in.
-
-    Raises:
-        ValueError: for a vocabulary or rows that the model is too small for.
-    """
-    if config.vocab_size == 0:
-        config = replace(config, vocab_size=vocab_size)
-    if config.vocab_size < vocab_size:
-        raise ValueError(
-            f"model.vocab_size is {config.vocab_size}, but the data's vocabulary has {vocab_size} ids; set it to 0"
-        )
-    if config.max_seq_len < seq_len:
-        raise ValueError(f"model.max_seq_len is {config.max_seq_len}, below data.seq_len {seq_len}; raise it")
-    return config
 
 
 @torch.no_grad()

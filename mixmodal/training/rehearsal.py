@@ -17,9 +17,10 @@ from mixmodal.models.packed_rows import resolve_kind
 from mixmodal.models.transformer import Transformer
 from mixmodal.objectives.output_loss import DEFAULT_CHUNK_ELEMENTS
 from mixmodal.tokenization.vector_quantizers import MovingAverageQuantizer
+from mixmodal.training.base_model import BaseModel, build_shape
 from mixmodal.training.image_tokenizer import ImageTokenizerTask, ImageTokenizerTrainingConfig
 from mixmodal.training.live_bytes import CastAsOnCuda, LiveBytes
-from mixmodal.training.pretrain import PretrainConfig, PretrainTask, fit_to_data
+from mixmodal.training.pretrain import PretrainConfig, PretrainTask
 from mixmodal.training.recomputing import recompute
 from mixmodal.training.task import MODEL, Losses, Task
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
@@ -69,6 +70,8 @@ class Rehearsal:
         if fake:
             with self._tensors:
                 drop_data([*self.networks.values(), *self.frozen])
+            if isinstance(self.task, PretrainTask):  # hooks of parameters went with their data
+                self.task.restrict(self.networks[MODEL])
         for network in self.networks.values():
             for parameter in network.parameters():
                 if parameter.requires_grad and keeps_gradients:
@@ -120,15 +123,18 @@ class DatalessPretrainTask(PretrainTask):
     """Pretraining before there is data: of the vocabulary only the size matters to memory.
 
     Raises:
-        ValueError: where neither config nor data tell that size.
+        ValueError: where neither config, base model nor data tell that size.
     """
 
     def __init__(self, config: PretrainConfig) -> None:  # without the parent's, which opens the data
-        self.config = config
-        size = config.model.vocab_size
+        self.config, self.base = config, None  # of a base model only the shape matters
+        base = BaseModel(config.init_from) if config.init_from else None
+        size = base.config.vocab_size if base else config.model.vocab_size
         tokens = next(iter(config.data.mixture.values())).tokens  # all sources have one vocabulary
         if (tokens / "manifest.json").exists():
             self.vocabulary = TokenShards.open(tokens).vocabulary
+        elif base and base.vocabulary:
+            self.vocabulary = base.vocabulary
         elif size < 1:
             raise ValueError(
                 f"model.vocab_size is 0, and {tokens} holds no token shards that tell it; give --model.vocab_size"
@@ -136,7 +142,7 @@ class DatalessPretrainTask(PretrainTask):
         else:
             sizes = VocabularyConfig(codebook_sizes={"image": 1}, num_text_pieces=max(1, size - 9), num_sentinels=1)
             self.vocabulary = Vocabulary(sizes)
-        self.model_config = fit_to_data(config.model, self.vocabulary.size, config.data.seq_len)
+        self.model_config = build_shape(config.model, base, self.vocabulary.size, config.data.seq_len)
 
 
 class _AsTrained(nn.Module):

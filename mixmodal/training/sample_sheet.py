@@ -16,7 +16,7 @@ from mixmodal.sampling.generator import SequenceGenerator
 from mixmodal.sampling.rules import TokenSampling
 from mixmodal.tokenization.codec import Codec
 from mixmodal.tokenization.image import ImageTokenizer
-from mixmodal.tokenization.text import TextTokenizer
+from mixmodal.tokenization.text_files import load_text_tokenizer
 from mixmodal.training.uncompiled import uncompiled
 
 SAMPLING = TokenSampling(temperature=1.0, top_p=0.9)
@@ -40,7 +40,8 @@ class SampleSheet:
     def __init__(
         self, held_out: TokenShards, text_tokenizer: Path, image_tokenizer: Path, count: int, max_len: int
     ) -> None:
-        text, images = TextTokenizer.load(text_tokenizer), ImageTokenizer.load(image_tokenizer).eval()
+        text = load_text_tokenizer(text_tokenizer, held_out.vocabulary.config.num_text_pieces)
+        images = ImageTokenizer.load(image_tokenizer).eval()
         self.codec = Codec(text, images, held_out.build_format(text))
         self.pairs = self._choose(held_out, count, max_len)
         if len(self.pairs) < count:

@@ -38,7 +38,9 @@ def state_bytes(network: nn.Module, precision: str, zero: Mapping[str, Any], gpu
     | 0 | w N | 4 N | 8 N | - |
     | 1 | w N | 4 N, and 2 N for 16 bits | 12 N / G, with float32 masters | buckets; none for `bfloat16` |
     | 2 | w N | 4 N / G | 12 N / G | buckets |
-    | 3 | w N / G + w min(N, stage3_max_live_parameters) | 4 N / G | 12 N / G | buckets |
+    | 3 | w M / G + w min(M, stage3_max_live_parameters) | 4 N / G | 12 N / G | buckets |
+
+    M counts frozen parameters, too, which the other stages keep whole on each GPU.
 
     A bucket is `reduce_bucket_size` weights, two of them with `overlap_comm` at stages 1 and 2. At stage 3 whole
     weights are gathered for a while, on one GPU too. Without buckets (stage 0, and 1 for `bfloat16`), up to 5e8
@@ -48,15 +50,15 @@ def state_bytes(network: nn.Module, precision: str, zero: Mapping[str, Any], gpu
     of weights at stage 3. Nobody has measured offload on a GPU yet.
     """
     stage, width = zero.get("stage", 0), 2 if precision in HALF else 4
-    parameters = list(trained(network))
-    count = sum(parameter.numel() for parameter in parameters)
-    constant = module_bytes(network) - sum(parameter.nbytes for parameter in parameters)
+    kept = list(network.parameters() if stage == 3 else trained(network))
+    size, count = (sum(tensor.numel() for tensor in tensors) for tensors in (kept, trained(network)))
+    constant = module_bytes(network) - sum(parameter.nbytes for parameter in kept)
     if stage == 0:
         return States(width * count + constant, 4 * count, 8 * count, 0)
     share = -(-count // gpus)
-    weights = width * count
+    weights, weight_share = width * size, -(-size // gpus)
     if stage == 3:
-        weights = width * (share + min(count, int(zero.get("stage3_max_live_parameters", 10**9))))
+        weights = width * (weight_share + min(size, int(zero.get("stage3_max_live_parameters", 10**9))))
     buckets = 2 if stage < 3 and zero.get("overlap_comm", False) else 1
     if (stage < 3 and not zero.get("contiguous_gradients", True)) or (stage == 1 and precision == "bfloat16"):
         buckets = 0
@@ -68,7 +70,7 @@ def state_bytes(network: nn.Module, precision: str, zero: Mapping[str, Any], gpu
         if stage > 1:
             host, gradients = host + gradients, 0
     if offloads(zero, "offload_param"):
-        host, weights = host + width * share, weights - width * share
+        host, weights = host + width * weight_share, weights - width * weight_share
     return States(weights + constant, gradients, optimizer, buckets * bucket, host)
 
 

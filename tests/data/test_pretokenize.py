@@ -18,6 +18,7 @@ from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
 from mixmodal.tokenization.preprocessing import resize_and_crop, to_tensor
 from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.tokenization.text import TextTokenizer, train_text_tokenizer
+from mixmodal.tokenization.text_files import load_text_tokenizer
 
 SHIFTS = AugmentConfig(move_share=1.0, max_shift=0.3)
 
@@ -344,3 +345,29 @@ def test_saved_image_tokenizer_is_loaded_and_named_in_the_manifest(build_shards,
     assert document == Document([Text("caption 0"), Image(codes.numpy())])
     with pytest.raises(ValueError, match="absent"):
         pretokenize(replace(config, image_tokenizer=tmp_path / "absent"))
+
+
+def test_a_json_tokenizer_fills_as_many_rows_as_the_model_has(build_shards, tmp_path):
+    """And a sentencepiece model has its own number."""
+    letters = {chr(code): code - 0x20 for code in range(0x20, 0x7F)}
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps({"version": "1.0", "model": {"type": "BPE", "vocab": letters, "merges": []}}))
+    ImageTokenizer(
+        ImageTokenizerConfig(
+            image_size=16,
+            autoencoder=AutoencoderConfig(channels=8, channel_multipliers=(1, 1), norm_groups=4, mid_blocks=()),
+            quantizer=QuantizerConfig(kind="fsq", levels=(4, 4)),
+        )
+    ).save(tmp_path / "image")
+    config = PretokenizeConfig(
+        shards=(build_shards(2),), out=tmp_path / "tokens", text_tokenizer=path, image_tokenizer=tmp_path / "image",
+        num_text_pieces=128,
+    )  # fmt: skip
+    tokens = pretokenize(config)
+    assert tokens.vocabulary.config.num_text_pieces == 128
+    parts = tokens.build_format(load_text_tokenizer(path, 128)).parse(tokens[0]).parts
+    assert parts[0] == Text("caption 0")
+    model = tmp_path / "text.model"
+    train_text_tokenizer(["caption"], model, vocab_size=290)
+    with pytest.raises(ValueError, match=r"num_text_pieces is 128, but .*text\.model is a sentencepiece model"):
+        pretokenize(replace(config, text_tokenizer=model, out=tmp_path / "other"))

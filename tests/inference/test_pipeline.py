@@ -281,7 +281,8 @@ BLOCKED = """
 import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("deepspeed", "faiss", "diffusers", "gradio", "transformers", "peft"):
+        libraries = "deepspeed faiss diffusers gradio transformers peft huggingface_hub"
+        if name.split(".")[0] in libraries.split():
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Block())
 import mixmodal

@@ -100,6 +100,16 @@ def test_the_encoder_is_that_of_transformers_chameleon() -> None:
     assert torch.equal(found.tokenizer.encode(images).flatten(), output.image_tokens.flatten())
 
 
+def test_a_tokenizer_without_decoder_reads_pictures_and_draws_none(tmp_path: Path) -> None:
+    state = foreign.draw_state("taming", with_decoder=False)
+    build_vqgan(state, foreign.SIZE, encoder_only=True).tokenizer.save(tmp_path)
+    tokenizer = ImageTokenizer.load(tmp_path)
+    codes = tokenizer.encode(draw_images())
+    assert codes.shape[1:] == tokenizer.grid
+    with pytest.raises(ValueError, match=r"no decoder, .* --image_tokenizer vqgan\.ckpt"):
+        tokenizer.decode(codes)
+
+
 @torch.no_grad()
 def test_codes_and_pictures_are_those_of_diffusers(tmp_path: Path) -> None:
     with warnings.catch_warnings():

@@ -15,6 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixmodal.config import save_config
+from mixmodal.training.pretrain import PretrainConfig
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
@@ -43,6 +46,16 @@ def launch(tmp_path: Path, num_processes: int, run_dir: Path, runs: Any = None, 
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def pretrain_on_ranks(tmp_path: Path, num_processes: int, config: PretrainConfig) -> None:
+    """`train/pretrain.py` under the launcher."""
+    path = tmp_path / "launched.yaml"
+    save_config(config, path)
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_processes)]
+    command += ["--master_port", str(free_port()), str(ROOT / "train/pretrain.py"), "--config", str(path)]
+    done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def curve(folder: Path) -> list[float]:

@@ -19,7 +19,8 @@ from mixmodal.interop.export import load_transformer
 from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
 from mixmodal.objectives.loss import target_weights
-from mixmodal.training.pretrain import PretrainConfig, PretrainTask, fit_to_data, mean_norm, pretrain
+from mixmodal.training.base_model import fit_to_data
+from mixmodal.training.pretrain import PretrainConfig, PretrainTask, mean_norm, pretrain
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,0 +1,76 @@
+"""Models of ours into folders that other software loads: the command `mixmodal export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+Target = Literal["transformers", "transformers-4.43", "anole", "meta"]
+POSITIONS = ("--model", "--out")
+"""What the first arguments are where they stand alone."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """What to export, and where to: `mixmodal export DIR OUT --to transformers`.
+
+    Networks with QK-norm, of Chameleon's block, become Chameleon models; those without become Llamas. Others, such as
+    CM3Leon's, have no class in transformers and are refused. Tensors are copied one by one.
+
+    Args:
+        model: folder of a model of ours, such as `runs/NAME/export`, or a hub id.
+        out: folder for the export; it must be empty or new.
+        to: `transformers` for what `ChameleonForConditionalGeneration.from_pretrained` and its processor load today,
+            `transformers-4.43` as that version stored models (Lumina-mGPT's weights), `anole` as Anole's fork does, or
+            `meta` for the files of Chameleon's own code.
+        num_shards: shards of `meta` and QK-norm sets of `transformers-4.43`; 0 takes as few as the model allows.
+        allow_lossy: average QK-norms that the layout can not hold, which changes what the model says.
+    """
+
+    model: str
+    out: Path
+    to: Target = "transformers"
+    num_shards: int = 0
+    allow_lossy: bool = False
+
+    def __post_init__(self) -> None:
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise ValueError(f"out: {self.out} is there and not empty; choose a new folder")
+        if self.num_shards < 0:
+            raise ValueError(f"num_shards is {self.num_shards}; at least 0 is needed")
+
+    @staticmethod
+    def read_arguments(argv: list[str]) -> list[str]:
+        """Lets the folders stand alone, in the first places."""
+        found = []
+        for option in POSITIONS:
+            if argv and not argv[0].startswith("-"):
+                found += [option, argv[0]]
+                argv = argv[1:]
+        return [*found, *argv]
+
+
+def export_model(config: ExportConfig) -> None:
+    """Writes the folder, and says what is in it and what is not.
+
+    Raises:
+        ValueError: naming folder and key, for a model that the layout can not hold.
+        OSError: where the disk is full.
+    """
+    from mixmodal.interop.chameleon.exporting import gather_export, write_exported
+    from mixmodal.interop.export import find_export
+
+    found = gather_export(
+        find_export(config.model), None if config.to == "transformers" else config.to, config.num_shards
+    )
+    size = write_exported(found, config.out, allow_lossy=config.allow_lossy)
+    lines = {
+        "layout": found.layout.name,
+        "weights": f"{size / 1e9:.2f} GB",
+        "shards": f"{found.num_sets}, each with QK-norms of its own" if found.layout.norms == "shard" else "none",
+        **{f"left out {number}": one for number, one in enumerate(found.missing, 1)},
+        "written to": str(config.out),
+    }
+    for name, value in lines.items():
+        print(f"{name:>15}  {value}")
