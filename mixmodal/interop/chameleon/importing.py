@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mixmodal.document import FormatName, SequenceFormat, build_format
+from mixmodal.document import UNIT_PIXELS, FormatName, SequenceFormat, build_format
+from mixmodal.document.lumina import num_reserved
 from mixmodal.files import write_whole
 from mixmodal.interop.chameleon.beside import find_text_tokenizer, load_image_tokenizer
 from mixmodal.interop.chameleon.checkpoint import Checkpoint
@@ -79,14 +80,18 @@ def gather_parts(
         )
     control = read_control_tokens(text, config.vocab_size)
     is_base = not control.num_codes
+    per_unit = images.codes_along(UNIT_PIXELS) if sequence_format == "lumina" else None
     if is_base:
         codes = {"image": images.codebook_size}
-        vocabulary = Vocabulary(VocabularyConfig(num_text_pieces=config.vocab_size, codebook_sizes=codes))
+        reserved = 1 if per_unit is None else num_reserved(images.grid, per_unit)
+        vocabulary = Vocabulary(
+            VocabularyConfig(num_text_pieces=config.vocab_size, codebook_sizes=codes, num_reserved=reserved)
+        )
         config = replace(config, vocab_size=vocabulary.size)
     else:
         vocabulary = Vocabulary(vocabulary_of(control, config.vocab_size))
         check_codes(control, images, text)
-    format = build_format(sequence_format, vocabulary, {"image": images.grid})
+    format = build_format(sequence_format, vocabulary, {"image": images.grid}, codes_per_unit=per_unit)
     return Parts(
         config=config, text_tokenizer=text, image_tokenizer=images, format=format, base=is_base, missing=tuple(missing)
     )
