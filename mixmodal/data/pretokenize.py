@@ -27,7 +27,7 @@ from mixmodal.data.token_shards import (
     write_token_shard,
 )
 from mixmodal.document import UNIT_PIXELS, Document, FormatName, Image, Part, SequenceFormat, Text, build_format
-from mixmodal.document.lumina import most_units
+from mixmodal.document.lumina import num_reserved
 from mixmodal.tokenization.codec import map_alike
 from mixmodal.tokenization.preprocessing import PictureError, Preprocess, resize_and_crop, to_tensor
 from mixmodal.tokenization.text_files import PieceTokenizer, load_text_tokenizer, size_vocabulary
@@ -160,10 +160,9 @@ class Pretokenizer:
         self.config, self.image_tokenizer = config, image_tokenizer
         self.image_size = image_size
         self.preprocess: Preprocess = preprocess
-        sizes, grid = {Image.modality: image_tokenizer.codebook_size}, image_tokenizer.grid
-        units = 0 if codes_per_unit is None else most_units(max(1, grid[0] // codes_per_unit))
-        num_reserved = Vocabulary.reserved_for_sizes(units) if units else 1
-        vocabulary = Vocabulary(size_vocabulary(text_tokenizer, sizes, config.num_sentinels, num_reserved))
+        grid, sizes = image_tokenizer.grid, {Image.modality: image_tokenizer.codebook_size}
+        reserved = 1 if codes_per_unit is None else num_reserved(grid, codes_per_unit)
+        vocabulary = Vocabulary(size_vocabulary(text_tokenizer, sizes, config.num_sentinels, reserved))
         self.spelling: SequenceFormat = build_format(
             config.sequence_format, vocabulary, {Image.modality: grid}, text_tokenizer, codes_per_unit
         )

@@ -37,6 +37,11 @@ def most_units(side: int) -> int:
     return max(max(grid) for grid in allowed_units(side))
 
 
+def num_reserved(grid: Sequence[int], codes_per_unit: int) -> int:
+    """`num_reserved` of a vocabulary whose pictures have at most the area of a square `grid` of codes."""
+    return Vocabulary.reserved_for_sizes(most_units(max(1, grid[0] // max(1, codes_per_unit))))
+
+
 class LuminaFormat(ChameleonFormat):
     """Chameleon's, but with pictures of several sizes (Lumina-mGPT, arXiv 2408.02657, section 2.2, released code).
 

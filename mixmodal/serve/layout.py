@@ -63,8 +63,11 @@ def build_page(studio: Studio, title: str) -> Any:
 
 
 def _head(studio: Studio, title: str) -> str:
-    height, width = studio.model.format.grids["image"]
-    facts = [f"{studio.image_size} px pictures", f"{height * width} codes each"]
+    grids = studio.model.format.allowed_grids("image")
+    codes = max(height * width for height, width in grids)
+    facts = [f"{studio.image_size} px pictures", f"{codes} codes each"]
+    if len(grids) > 1:
+        facts = [f"pictures of {len(grids)} sizes", f"{codes} codes at the most"]
     if studio.has_memory:
         facts.append("reads from a memory")
     spans = "".join(f"<span>{fact}</span>" for fact in facts)

@@ -61,7 +61,7 @@ def load_text_tokenizer(path: Path | str, num_pieces: int | None = None) -> Piec
 def size_vocabulary(
     tokenizer: PieceTokenizer, codebook_sizes: Mapping[str, int], num_sentinels: int | None, num_reserved: int = 1
 ) -> VocabularyConfig:
-    """Sizes of a vocabulary around a tokenizer; a file with image codes has said them all.
+    """Sizes of a vocabulary around a tokenizer; a file with image codes has said them all, reserved ids too.
 
     Args:
         num_sentinels: None takes the file's, where it has said them, else the default of `VocabularyConfig`.

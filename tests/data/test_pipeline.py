@@ -22,13 +22,12 @@ from mixmodal.objectives.loss import target_weights
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 VOCABULARY = Vocabulary(VocabularyConfig(codebook_sizes={"image": 8}, num_text_pieces=30, num_sentinels=20))
-FORMATS = ("cm3leon", "chameleon")  # those whose pictures have one grid
-FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 3)}) for name in FORMATS}
+FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 3)}) for name in ("cm3leon", "chameleon")}
 MASKED = CausalMasked(CausalMaskedConfig(), VOCABULARY)
 PLAIN = CausalMasked(CausalMaskedConfig(min_masks=0, poisson_rate=0), VOCABULARY)
 CONFIG = DataConfig(tokens=Path("shards"), seq_len=40)
 STORED = replace(CONFIG, image_first_share=0, caption_dropout=0, shuffle=False)
-every_format = pytest.mark.parametrize("name", FORMATS)
+every_format = pytest.mark.parametrize("name", FORMAT)
 
 
 class Listed:

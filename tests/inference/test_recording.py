@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mixmodal.document import Document, SequenceFormat, Text, build_format
-from mixmodal.models.transformer import Transformer
+from mixmodal.document import Document, LuminaFormat, Mask, SequenceFormat, Text, build_format
+from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.sampling import engine as engines
 from mixmodal.sampling.engine import Engine, Request
 from mixmodal.sampling.generator import SequenceGenerator
 from mixmodal.sampling.guidance import Guidance, build_streams
 from mixmodal.sampling.rules import TokenSampling
+from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 SETTINGS = {"text": TokenSampling(temperature=1.5), "image": TokenSampling(top_k=12, repetition_penalty=0.8)}
 GUIDANCE = Guidance(text_scale=3.0)
@@ -75,6 +76,14 @@ def queue(form: SequenceFormat, model: Transformer) -> list[Request]:
         weight, streams = build_streams(GUIDANCE, prompt, without, without) if seed != 1 else (1.0, ())
         asked.append(generator.request(prompt, seed, "image", weight=weight, streams=streams))
     return [*asked, generator.request(form.spell_prompt(Document([]), None), 7, "mixed")]
+
+
+@pytest.fixture
+def lumina() -> LuminaFormat:
+    """Pictures of up to 16 codes in several sizes."""
+    reserved = Vocabulary.reserved_for_sizes(8)
+    sizes = VocabularyConfig(codebook_sizes={"image": 16}, num_text_pieces=10, num_sentinels=6, num_reserved=reserved)
+    return LuminaFormat(Vocabulary(sizes), {"image": (4, 4)}, codes_per_unit=1)
 
 
 def draw(
@@ -141,3 +150,20 @@ def test_cuda_graphs_draw_what_single_steps_draw(
     generator.accelerate(**options)
     found = generator.generate(queue, SETTINGS, GUIDANCE)
     assert [ids.tolist() for ids in found] == [ids.tolist() for ids in expected]
+
+
+def test_replayed_steps_draw_pictures_of_several_sizes(lumina: LuminaFormat) -> None:
+    torch.manual_seed(0)
+    shape = {"dim": 32, "num_layers": 1, "num_heads": 1, "ffn_dim": 64, "max_seq_len": 48, "init_std": 0.3}
+    model = Transformer(TransformerConfig(vocab_size=lumina.vocabulary.size, **shape)).eval()  # type: ignore[arg-type]
+    generator, record, queue = SequenceGenerator(model, lumina), Recorder(), []
+    for seed, grid in enumerate([(4, 4), (2, 8), (8, 2), None]):
+        prompt = lumina.spell_prompt(Document([Mask(0)]), "image", grid)
+        without = lumina.spell_prompt(Document([]), "image", grid)
+        weight, streams = build_streams(GUIDANCE, prompt, without, without, bare=True)
+        queue.append(generator.request(prompt, seed, "image", weight=weight, streams=streams))
+    replayed = draw(model, lumina, queue, record)
+    assert replayed == draw(model, lumina, queue)
+    assert record.replayed > 15
+    for request, ids in zip(queue, replayed):
+        lumina.split([*request.prompt.tolist(), *ids, lumina.vocabulary.eos])  # type: ignore[arg-type]

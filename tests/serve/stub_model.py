@@ -32,7 +32,7 @@ class StubModel:
         config = SimpleNamespace(image_size=size, preprocess="meta")
         tokenizer = SimpleNamespace(config=config)
         self.codec = SimpleNamespace(image_tokenizer=tokenizer, from_documents=list, fit=self._fit)
-        self.format = SimpleNamespace(grids={"image": GRID}, parse=self._parse)
+        self.format = SimpleNamespace(grids={"image": GRID}, allowed_grids=lambda _: (GRID,), parse=self._parse)
         self.retriever = object() if has_memory else None
         self.calls: list[dict[str, Any]] = []
         self.open = self.most_open = self.num_closed = self.num_finished = self.num_infilled = 0

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mixmodal.document import UNIT_PIXELS, FormatName, SequenceFormat, build_format
+from mixmodal.document.lumina import num_reserved
 from mixmodal.files import write_whole
 from mixmodal.interop.chameleon.beside import find_text_tokenizer, load_image_tokenizer, read_text_tokenizer
 from mixmodal.interop.chameleon.checkpoint import Checkpoint
@@ -86,14 +87,17 @@ def gather_parts(
             f"{text} names no image codes (IMGIMG...Z), and {checkpoint.folder} is a Chameleon, whose ids it can not "
             "be of; give the tokenizer of the model"
         )
+    per_unit = images.codes_along(UNIT_PIXELS) if sequence_format == "lumina" else None
     if is_base:
         codes = {"image": images.codebook_size}
-        vocabulary = Vocabulary(VocabularyConfig(num_text_pieces=config.vocab_size, codebook_sizes=codes))
+        reserved = 1 if per_unit is None else num_reserved(images.grid, per_unit)
+        vocabulary = Vocabulary(
+            VocabularyConfig(num_text_pieces=config.vocab_size, codebook_sizes=codes, num_reserved=reserved)
+        )
         config = replace(config, vocab_size=vocabulary.size)
     else:
         vocabulary = Vocabulary(vocabulary_of(control, config.vocab_size))
         check_codes(control, images, text)
-    per_unit = images.codes_along(UNIT_PIXELS) if sequence_format == "lumina" else None
     format = build_format(sequence_format, vocabulary, {"image": images.grid}, codes_per_unit=per_unit)
     return Parts(
         config=config, text_tokenizer=text, image_tokenizer=images, format=format, base=is_base, missing=tuple(missing)
