@@ -177,3 +177,21 @@ def test_whoever_may_read_other_files_may_read_weights(tmp_path: Path) -> None:
     (tmp_path / "other").touch()
     save_tensors({"a": A}, tmp_path / "x.safetensors")
     assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_shards_have_at_most_so_many_bytes_unless_one_tensor_has_more(tmp_path: Path) -> None:
+    tensors = {"large": torch.rand(100), "a": torch.rand(10), "b": torch.rand(10), "c": torch.rand(10)}
+    total = write_weights(tmp_path, tensors.items(), shard_bytes=80)
+    assert total == 4 * 130
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    first, second, third = (f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3))
+    assert index == {
+        "metadata": {"total_size": total},
+        "weight_map": {"large": first, "a": second, "b": second, "c": third},
+    }
+    assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [first, second, third]
+    assert not list(tmp_path.glob("*.partial"))
+    found = read_weights(tmp_path)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert found.shape("b") == (10,)
+    assert found.path("c") == tmp_path / third

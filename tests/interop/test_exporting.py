@@ -204,8 +204,9 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, tokenizers: Pat
         write_exported(found, tmp_path / "out", allow_lossy=True)
     assert caught.value.errno == errno.EFBIG
     found = gather_export(tmp_path / "ours", None)
-    with pytest.raises(OSError, match=r": '.*shard-0\.partial'$"), no_file_above(20_000):
+    with pytest.raises(OSError, match=r": '.*shard-0\.partial'$") as caught, no_file_above(20_000):
         write_exported(found, tmp_path / "out")
+    assert caught.value.errno == errno.EFBIG
     assert {path.name for path in tmp_path.iterdir()} == {"ours", "image"}
 
 

@@ -153,19 +153,19 @@ def read_tensors(checkpoint: Checkpoint, parts: Parts, seed: int) -> Iterator[tu
     if not parts.base or parts.format is None:
         yield from tensors
         return
+    rows = draw_rows(checkpoint, parts.format.vocabulary, seed)
+    for name, tensor in tensors:
+        yield name, rows.pop(name, tensor)  # none is kept once it is written
+
+
+def draw_rows(checkpoint: Checkpoint, vocabulary: Vocabulary, seed: int) -> dict[str, Tensor]:
+    """Embedding and output of a base model for the whole vocabulary, by our names; a tied output is not among them."""
     layout = checkpoint.layout
     output = checkpoint.read(layout.output) if layout.output in checkpoint.shapes else None
     generator = torch.Generator().manual_seed(seed)
-    rows = add_rows(
-        checkpoint.read(layout.embedding), output, parts.format.vocabulary, generator, checkpoint.settings.special
-    )
-    for name, tensor in tensors:
-        if name == "embedding.weight":
-            yield name, rows.embedding
-        elif name == "output.weight" and rows.output is not None:
-            yield name, rows.output
-        else:
-            yield name, tensor
+    rows = add_rows(checkpoint.read(layout.embedding), output, vocabulary, generator, checkpoint.settings.special)
+    found = {"embedding.weight": rows.embedding}
+    return found if rows.output is None else {**found, "output.weight": rows.output}
 
 
 def describe_import(checkpoint: Checkpoint, parts: Parts, size: int, out: Path) -> dict[str, str]:

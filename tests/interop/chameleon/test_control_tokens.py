@@ -68,9 +68,13 @@ def test_the_vocabulary_gives_every_control_token_its_id(tmp_path: Path, marked:
     assert vocabulary.to_ids("text", tokenizer.encode("a")[0]) == ids["a"]
 
 
-def test_the_placeholder_of_transformers_is_a_control_token(tmp_path: Path) -> None:
+@pytest.mark.parametrize("marked", [True, False])
+def test_the_placeholder_of_transformers_is_a_control_token(tmp_path: Path, marked: bool) -> None:
     ids = write_tokenizer(tmp_path / "t.json")
     rename(tmp_path / "t.json", "<reserved08707>", "<image>")
+    if not marked:
+        content = json.loads((tmp_path / "t.json").read_text())
+        (tmp_path / "t.json").write_text(json.dumps({**content, "added_tokens": []}))
     control = read_control_tokens(tmp_path / "t.json")
     assert control.image_placeholder == ids["<reserved08707>"]
     assert vocabulary_of(control, len(ids)).num_reserved == 4

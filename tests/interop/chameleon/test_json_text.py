@@ -201,6 +201,33 @@ def test_a_missing_file_and_a_missing_library_are_named(tmp_path: Path, monkeypa
         JsonTextTokenizer(tmp_path / "t.json")
 
 
+def test_a_file_that_truncates_and_pads_does_neither_to_texts(tmp_path: Path) -> None:
+    """Files that were saved in training have both."""
+    write_tokenizer(tmp_path / "t.json")
+    plain = JsonTextTokenizer(tmp_path / "t.json")
+    content = json.loads((tmp_path / "t.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    content["padding"] = {"strategy": {"Fixed": 9}, "direction": "Left", "pad_to_multiple_of": None}
+    content["padding"] |= {"pad_id": 1, "pad_type_id": 0, "pad_token": "<pad>"}
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    tokenizer = JsonTextTokenizer(tmp_path / "t.json")
+    for text in ("a", "a red apple and a pear"):
+        assert tokenizer.encode(text) == plain.encode(text)
+
+
+def test_an_added_token_without_a_row_is_never_given(tmp_path: Path) -> None:
+    """Not even where it stands in the vocabulary of the BPE, which is looked up as a whole with `ignore_merges`."""
+    ids = write_tokenizer(tmp_path / "t.json")
+    content = json.loads((tmp_path / "t.json").read_text())
+    content["model"]["vocab"]["late"] = len(ids)
+    content["model"]["ignore_merges"] = True
+    content["added_tokens"].append({**content["added_tokens"][0], "id": len(ids), "content": "late", "special": False})
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    tokenizer = JsonTextTokenizer(tmp_path / "t.json", len(ids))
+    assert max(tokenizer.encode("late")) < tokenizer.num_pieces
+    assert tokenizer.decode(tokenizer.encode("late")) == "late"
+
+
 def test_a_merge_of_pieces_that_are_not_there_is_refused_not_dropped(tmp_path: Path) -> None:
     write_tokenizer(tmp_path / "t.json")
     content = json.loads((tmp_path / "t.json").read_text())
