@@ -69,7 +69,7 @@ def export_model(config: ExportConfig) -> None:
     lines = {
         "layout": found.layout.name,
         "weights": say_size(size),
-        **({"shards": f"{found.num_sets}, each with QK-norms of its own"} if found.num_sets > 1 else {}),
+        **({"shards": f"{found.num_sets}, each with QK-norms of its own"} if found.layout.norms == "shard" else {}),
         **{
             f"left out {number}" if len(found.missing) > 1 else "left out": one
             for number, one in enumerate(found.missing, 1)

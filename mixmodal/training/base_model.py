@@ -21,6 +21,8 @@ from mixmodal.tokenization.text_files import load_text_tokenizer
 
 KEPT = ("dropout",)
 """What is not of the shape: training's own choice, whatever the base model was trained with."""
+SET = ("num_text_pieces", "num_sentinels")
+"""What `mixmodal prepare` can be told of a vocabulary."""
 
 
 class BaseModel:
@@ -71,10 +73,12 @@ class BaseModel:
         """
         vocabulary, own = shards.vocabulary, self.vocabulary
         if own is not None and own.digest != vocabulary.digest:
+            theirs = vocabulary.to_dict()
+            differing = [f"tokens.{name} {own.to_dict()[name]}" for name in SET if own.to_dict()[name] != theirs[name]]
             raise ValueError(
                 f"init_from {self.folder} has the vocabulary {own.digest[:12]}... ({own.to_dict()}), but the token "
                 f"shards {shards.manifest_path} have {vocabulary.digest[:12]}... ({vocabulary.to_dict()}): their ids "
-                "mean other tokens; pretokenize with the vocabulary of the folder"
+                f"mean other tokens; prepare them with {' and '.join(['tokenizers of the folder', *differing])}"
             )
         if self.config.vocab_size < vocabulary.size:
             raise ValueError(

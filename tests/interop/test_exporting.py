@@ -78,6 +78,15 @@ def test_a_tokenizer_without_decoder_loads_in_transformers(tmp_path: Path, capsy
     assert torch.equal(state["model.vqmodel.quant_conv.weight"], encoder["quant_conv.weight"])
 
 
+def test_a_format_that_the_processor_does_not_spell_is_said(
+    tmp_path: Path, tokenizers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_own(tmp_path / "ours", tokenizers) / "config.json"
+    config.write_text(config.read_text().replace('"name": "chameleon"', '"name": "cm3leon"'))
+    run("export", tmp_path / "ours", tmp_path / "theirs")
+    assert "the sequence format cm3leon: their code spells prompts as chameleon does" in capsys.readouterr().out
+
+
 def load_theirs(folder: Path) -> Any:
     from transformers import ChameleonForConditionalGeneration
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import mixmodal
 from mixmodal.cli import main
-from mixmodal.interop.export import ExportError, load_export
+from mixmodal.interop.export import ExportError, is_export, load_export
 from mixmodal.interop.vqgan import build_vqgan
 from mixmodal.pipeline import MixedModal
 
@@ -160,6 +160,8 @@ def test_parts_of_two_models_are_told_apart(tmp_path: Path, capsys: pytest.Captu
 def test_what_is_no_foreign_checkpoint_is_named(
     imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert is_export(imported)
+    assert not is_export(imported / "image_tokenizer")
     PIL.new("RGB", (8, 8)).save(tmp_path / "a.png")
     save_file({"transformer.wte.weight": torch.zeros(2, 2)}, tmp_path / "gpt.safetensors")
     for source, words in (

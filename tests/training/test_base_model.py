@@ -164,7 +164,9 @@ def test_another_vocabulary_is_refused_with_both(config: Callable[..., PretrainC
     edit(base, "vocabulary", own.to_dict())
     assert PretrainTask(config()).base
     edit(base, "vocabulary", {**own.to_dict(), "num_sentinels": 7, "num_reserved": 2})
-    with pytest.raises(ValueError, match=f"'num_sentinels': 7.* have {own.digest[:12]}.*'num_sentinels': 8"):
+    with pytest.raises(
+        ValueError, match=f"'num_sentinels': 7.* have {own.digest[:12]}.*folder and tokens.num_sentinels 7"
+    ):
         PretrainTask(config())
     edit(base, "vocabulary", {"num_words": 3})
     with pytest.raises(ExportError, match=r"config\.json: section 'vocabulary' can not be used"):

@@ -19,6 +19,7 @@ from mixmodal.interop.export import (
     CONFIG,
     IMAGE_TOKENIZER,
     find_text_tokenizer,
+    read_format_name,
     read_transformer_config,
     read_vocabulary,
     staged,
@@ -96,7 +97,7 @@ def gather_export(folder: Path, name: LayoutName | None, num_shards: int = 0) ->
             if getattr(config, key) % num_sets:
                 raise ValueError(
                     f"{folder / CONFIG}: model.{key} {getattr(config, key)} can not be cut into {num_sets} shards, one "
-                    "for each set of QK-norms; choose another layout, or --num_shards with --allow_lossy true"
+                    "for each set of QK-norms; choose another layout, or --num_shards 1 --allow_lossy true"
                 )
     vocabulary = read_vocabulary(folder)
     if vocabulary is None and layout is TRANSFORMERS:
@@ -121,6 +122,9 @@ def gather_export(folder: Path, name: LayoutName | None, num_shards: int = 0) ->
         missing.append(f"the text tokenizer: there is none in {folder}")
     elif vocabulary is None:
         missing.append(f"the text tokenizer: {folder / CONFIG} has no vocabulary")
+    spelled = read_format_name(folder)
+    if spelled not in (None, "chameleon"):
+        missing.append(f"the sequence format {spelled}: their code spells prompts as chameleon does")
     return Exported(
         folder=folder,
         config=config,
