@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from mixmodal.data.source import Randomness
 from mixmodal.data.variation import Variation
-from mixmodal.document import FORMATS, Run, build_format
+from mixmodal.document import Run, build_format
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 VOCABULARY = Vocabulary(VocabularyConfig(codebook_sizes={"image": 8}, num_text_pieces=30, num_sentinels=6))
-FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 2)}) for name in FORMATS}
+SQUARE = ("cm3leon", "chameleon")  # formats of one grid
+FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 2)}) for name in SQUARE}
 SENTINELS = VOCABULARY.ids("sentinel")
 
 
@@ -41,7 +42,7 @@ def objectives(draw: Any) -> CausalMasked:
 
 
 @given(
-    name=st.sampled_from([*FORMATS]),
+    name=st.sampled_from([*SQUARE]),
     stored=st.lists(documents, min_size=1, max_size=3),
     before=st.lists(pairs | documents, max_size=3),
     objective=objectives(),
