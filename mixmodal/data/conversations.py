@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any, Literal, get_args
 
 from mixmodal.data.skipping import SampleError
+from mixmodal.document import Part, Turn
 
 Role = Literal["system", "user", "assistant"]
 Modality = Literal["text", "image"]
@@ -138,6 +139,26 @@ def dump_messages(messages: Sequence[Message], entries: Sequence[Mapping[str, An
         ]
         rows.append({"role": message.role, "parts": parts})
     return rows
+
+
+def turns_of(messages: Sequence[Message], parts: Sequence[Part]) -> list[Turn]:
+    """The turns of a conversation, for `spell_turns`; a system message stands at the start of the first one.
+
+    Args:
+        messages: as `parse_messages` gives them.
+        parts: of all messages, in order.
+    """
+    rest = iter(parts)
+    turns: list[Turn] = []
+    lead: tuple[tuple[Part, ...], tuple[bool, ...]] = ((), ())
+    for message in messages:
+        own = (*lead[0], *islice(rest, message.num_parts)), (*lead[1], *message.loss)
+        if message.role == "system":
+            lead = own
+        else:
+            turns.append(Turn(*own, is_answer=message.role == "assistant"))
+            lead = ((), ())
+    return turns
 
 
 def check_task(task: Any, source: str) -> str | None:

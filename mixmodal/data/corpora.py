@@ -249,6 +249,11 @@ def describe(report: dict[str, Any], out: Path) -> str:
             f"{out / 'tokens'}: {tokens['documents']:,} documents, {tokens['tokens']:,} tokens "
             f"({tokens['text_tokens']:,} text, {tokens['image_tokens']:,} image)"
         )
+        if "loss_tokens" in tokens:
+            lines.append(
+                f"  loss on {tokens['loss_tokens']:,} tokens ({tokens['text_loss_tokens']:,} text, "
+                f"{tokens['image_loss_tokens']:,} image) of the shards with conversations"
+            )
         lines += [f"  {number:,} skipped: {reason}" for reason, number in tokens["skipped"].items()]
     lines.append(f"report: {out / REPORT_NAME}")
     return "\n".join(lines)
