@@ -84,13 +84,12 @@ class ChameleonFormat(SequenceFormat):
     def pieces(self, runs: Sequence[Run]) -> list[Piece]:
         pieces: list[Piece] = []
         for index, run in enumerate(runs):
-            block = self.blocks.get(run.modality)
+            block, owner = self.blocks.get(run.modality), (index,)
             if block is None:
-                pieces.append(Piece(run.ids, (index,)))
+                pieces.append(Piece(run.ids, owner))
             else:
-                assert block.close_id is not None
-                ids = np.concatenate([[block.open_id], self._inside(run), [block.close_id]])
-                pieces.append(Piece(ids, (index,)))
+                ends = np.array([block.open_id, block.close_id], dtype=np.int64)
+                pieces += [Piece(ends[:1], owner), Piece(self._inside(run), owner), Piece(ends[1:], owner)]
         return pieces
 
     def _inside(self, run: Run) -> np.ndarray:
