@@ -24,8 +24,8 @@ from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 VOCABULARY = Vocabulary(VocabularyConfig(codebook_sizes={"image": 8}, num_text_pieces=30, num_sentinels=20))
-SQUARE = ("cm3leon", "chameleon")  # formats of one grid
-FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 3)}) for name in SQUARE}
+FORMATS = ("cm3leon", "chameleon")  # those whose pictures have one grid
+FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 3)}) for name in FORMATS}
 MASKED = CausalMasked(CausalMaskedConfig(min_masks=0), VOCABULARY)
 PLAIN = CausalMasked(CausalMaskedConfig(min_masks=0, poisson_rate=0), VOCABULARY)
 IMAGE = Run("image", np.arange(4, 10))
@@ -177,7 +177,7 @@ def test_documents_in_the_rows_of_other_ranks_are_not_read() -> None:
     assert packed.counts["documents"] > 20 * drawn.total()
 
 
-@pytest.mark.parametrize("name", SQUARE)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("objective", [MASKED, PLAIN])
 def test_the_length_of_a_document_is_known_before_it_is_varied(name: str, objective: CausalMasked) -> None:
     settings = {"seq_len": 40, "image_first_share": 0.5, "first_part_weight": 1.0}

@@ -9,8 +9,8 @@ from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 VOCABULARY = Vocabulary(VocabularyConfig(codebook_sizes={"image": 8}, num_text_pieces=30, num_sentinels=6))
-SQUARE = ("cm3leon", "chameleon")  # formats of one grid
-FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 2)}) for name in SQUARE}
+FORMATS = ("cm3leon", "chameleon")  # those whose pictures have one grid
+FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 2)}) for name in FORMATS}
 PLAIN = CausalMasked(CausalMaskedConfig(min_masks=0, max_masks=0), VOCABULARY)
 TEXT = Run("text", VOCABULARY.to_ids("text", np.arange(3)))
 IMAGE = Run("image", VOCABULARY.to_ids("image", np.arange(4)))
@@ -21,7 +21,7 @@ def variation(name: str, **options: float) -> Variation:
     return Variation(FORMAT[name], PLAIN, seq_len=80, **given)
 
 
-@pytest.mark.parametrize("name", SQUARE)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("own", [[TEXT, IMAGE], [IMAGE, TEXT]])
 @pytest.mark.parametrize("other", [[TEXT, IMAGE], [IMAGE, TEXT]])
 @pytest.mark.parametrize("share", [0.0, 1.0])
@@ -34,7 +34,7 @@ def test_retrieved_pairs_stand_as_the_one_they_were_found_for(name: str, own: li
     assert np.array_equal(sample.ids, form.chain([stands, stands]))
 
 
-@pytest.mark.parametrize("name", SQUARE)
+@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("part", [TEXT, IMAGE])
 def test_an_only_part_weighs_1(name: str, part: Run) -> None:
     sample = variation(name, first_part_weight=0.25).vary("a", FORMAT[name].join([part]), np.random.default_rng(0))

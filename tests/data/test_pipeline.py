@@ -22,13 +22,13 @@ from mixmodal.objectives.loss import target_weights
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 VOCABULARY = Vocabulary(VocabularyConfig(codebook_sizes={"image": 8}, num_text_pieces=30, num_sentinels=20))
-SQUARE = ("cm3leon", "chameleon")  # formats of one grid
-FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 3)}) for name in SQUARE}
+FORMATS = ("cm3leon", "chameleon")  # those whose pictures have one grid
+FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 3)}) for name in FORMATS}
 MASKED = CausalMasked(CausalMaskedConfig(), VOCABULARY)
 PLAIN = CausalMasked(CausalMaskedConfig(min_masks=0, poisson_rate=0), VOCABULARY)
 CONFIG = DataConfig(tokens=Path("shards"), seq_len=40)
 STORED = replace(CONFIG, image_first_share=0, caption_dropout=0, shuffle=False)
-every_format = pytest.mark.parametrize("name", SQUARE)
+every_format = pytest.mark.parametrize("name", FORMATS)
 
 
 class Listed:

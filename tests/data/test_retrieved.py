@@ -23,8 +23,8 @@ from mixmodal.retrieval.selection import CM3LEON, Candidates, DrawConfig
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 VOCABULARY = Vocabulary(VocabularyConfig(codebook_sizes={"image": 8}, num_text_pieces=30, num_sentinels=20))
-SQUARE = ("cm3leon", "chameleon")  # formats of one grid
-FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 3)}) for name in SQUARE}
+FORMATS = ("cm3leon", "chameleon")  # those whose pictures have one grid
+FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 3)}) for name in FORMATS}
 PLAIN = CausalMasked(CausalMaskedConfig(min_masks=0, poisson_rate=0), VOCABULARY)
 MASKED = CausalMasked(CausalMaskedConfig(), VOCABULARY)
 TWO = DrawConfig(counts=(2,), queries="all")
@@ -37,7 +37,7 @@ CONFIG = DataConfig(
     image_first_share=0.0,
     caption_dropout=0.0,
 )
-every_format = pytest.mark.parametrize("name", SQUARE)
+every_format = pytest.mark.parametrize("name", FORMATS)
 NUM = 12
 
 

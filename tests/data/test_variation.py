@@ -16,8 +16,8 @@ from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 VOCABULARY = Vocabulary(VocabularyConfig(codebook_sizes={"image": 8}, num_text_pieces=30, num_sentinels=6))
-SQUARE = ("cm3leon", "chameleon")  # formats of one grid
-FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 2)}) for name in SQUARE}
+FORMATS = ("cm3leon", "chameleon")  # those whose pictures have one grid
+FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 2)}) for name in FORMATS}
 SENTINELS = VOCABULARY.ids("sentinel")
 
 
@@ -42,7 +42,7 @@ def objectives(draw: Any) -> CausalMasked:
 
 
 @given(
-    name=st.sampled_from([*SQUARE]),
+    name=st.sampled_from([*FORMATS]),
     stored=st.lists(documents, min_size=1, max_size=3),
     before=st.lists(pairs | documents, max_size=3),
     objective=objectives(),

@@ -14,11 +14,11 @@ from mixmodal.objectives.causal_masked import TOKENS_PER_MASK, CausalMasked, Cau
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 VOCABULARY = Vocabulary(VocabularyConfig(codebook_sizes={"image": 8}, num_text_pieces=30, num_sentinels=20))
-SQUARE = ("cm3leon", "chameleon")  # formats of one grid
-FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 3)}) for name in SQUARE}
+FORMATS = ("cm3leon", "chameleon")  # those whose pictures have one grid
+FORMAT = {name: build_format(name, VOCABULARY, {"image": (2, 3)}) for name in FORMATS}
 T = VOCABULARY.ids("text").start
 MASK = VOCABULARY.sentinel(0)
-every_format = pytest.mark.parametrize("name", SQUARE)
+every_format = pytest.mark.parametrize("name", FORMATS)
 
 text_runs = st.lists(st.integers(0, 29), min_size=1, max_size=12).map(
     lambda pieces: Run("text", VOCABULARY.to_ids("text", np.array(pieces)))
