@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from mixmodal.data.conversations import ConversationCounter, Message, dump_messages, parse_messages
 from mixmodal.data.shards import PictureFile, Sample, read_samples, write_shards
-from mixmodal.data.skipping import SampleError
+from mixmodal.data.skipping import SampleError, SkipCounter
 
 USER = {"role": "user", "parts": [{"image": "a.png"}, {"text": "What is this?"}]}
 ANSWER = {"role": "assistant", "content": "An apple."}
@@ -123,3 +124,29 @@ def test_conversations_are_counted_by_task_role_and_modality_of_answers() -> Non
             "answers": {"both": 1, "image": 1, "text": 1},
         }
     }
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"messages": [USER, {"role": "bot", "content": "a"}]}, "unknown role"),
+        ({"messages": [{"role": "user", "parts": [{"image": "5.png"}]}, ANSWER]}, "no picture"),
+        ({"messages": [USER]}, "no assistant message"),
+        ({"messages": None}, "empty document"),
+        ({"task": ["a"]}, "broken metadata"),
+    ],
+)
+def test_bad_conversation_of_a_shard_is_counted_and_named_by_shard_and_key(
+    tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    good = {"messages": [{"role": "user", "content": "a"}, ANSWER]}
+    with tarfile.open(tmp_path / "00000.tar", "w") as archive:
+        for key, row in (("x", {**good, **change}), ("y", good)):
+            data = json.dumps(row).encode()
+            info = tarfile.TarInfo(f"{key}.json")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    counter = SkipCounter(max_share=1.0)
+    assert [sample.key for sample in read_samples(tmp_path, counter)] == ["y"]
+    assert counter.skipped == {reason: 1}
+    assert f"{tmp_path / '00000.tar'}:x" in counter.examples[0]
