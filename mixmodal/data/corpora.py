@@ -4,34 +4,40 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+from mixmodal.data.conversations import ConversationCounter, describe_conversations
+from mixmodal.data.converters import read_conversations, read_instructpix2pix, read_llava, read_mmc4, read_obelics
+from mixmodal.data.corpus_files import Reader, read_folder, read_jsonl
 from mixmodal.data.pretokenize import PretokenizeConfig, TokensConfig, pretokenize
 from mixmodal.data.shards import (
     INDEX_NAME,
-    PICTURE_SUFFIXES,
     PictureFile,
     Sample,
-    check_text,
     read_samples,
     remove_unfinished,
     write_atomically,
     write_shards,
 )
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
-from mixmodal.files import stays_inside
-from mixmodal.tokenization.preprocessing import PictureError, resize_and_crop
+from mixmodal.tokenization.preprocessing import PictureError, resize_and_crop, resize_and_pad
 
-CAPTIONS_NAME = "captions.jsonl"
 REPORT_NAME = "report.json"
-TEXT_KEYS = ("text", "caption")
-IMAGE_KEYS = ("image", "file_name")
-CorpusKind = Literal["folder", "jsonl", "shards"]
-Reader = Callable[[Path, SkipCounter, SampleLimits], Iterator[Sample]]
+CorpusKind = Literal["folder", "jsonl", "shards", "conversations", "llava", "instructpix2pix", "obelics", "mmc4"]
+READERS: dict[CorpusKind, Reader] = {
+    "folder": read_folder,
+    "jsonl": read_jsonl,
+    "shards": read_samples,
+    "conversations": read_conversations,
+    "llava": read_llava,
+    "instructpix2pix": read_instructpix2pix,
+    "obelics": read_obelics,
+    "mmc4": read_mmc4,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +47,9 @@ class CorpusConfig:
     Args:
         kind: `folder` holds pictures, each with a text file of the same name or all in one `captions.jsonl`; `jsonl` is
             a file with a line `{"image": ..., "text": ...}` or `{"parts": [{"text": ...}, {"image": ...}, ...]}` each,
-            its paths within its folder; `shards` is a folder of img2dataset's or this package's shards.
+            its paths within its folder; `shards` is a folder of img2dataset's or this package's shards. `conversations`
+            is a file of messages, `llava` and `instructpix2pix` are files that become such, and `obelics` and `mmc4`
+            are files of interleaved documents: see `mixmodal.data.converters`.
         path: the folder or file.
     """
 
@@ -168,17 +176,18 @@ def _prepare_shards(config: PrepareConfig) -> dict[str, Any]:
         if not corpus.path.exists():
             raise ValueError(f"{corpus.path}: there is no such corpus of kind {corpus.kind}")
     counters = [SkipCounter(config.limits.max_skipped_share) for _ in config.corpora]
+    conversations = [ConversationCounter() for _ in config.corpora]
     remove_unfinished(config.out / "shards")
 
     def report() -> dict[str, Any]:
         corpora = [
-            {"kind": corpus.kind, "path": str(corpus.path), **counter.to_dict()}
-            for corpus, counter in zip(config.corpora, counters)
+            {"kind": corpus.kind, "path": str(corpus.path), **counter.to_dict(), **found.to_dict()}
+            for corpus, counter, found in zip(config.corpora, counters, conversations)
         ]
         return {"samples": sum(counter.num_used for counter in counters), "corpora": corpora}
 
     paths = write_shards(
-        _validate(config, counters),
+        _validate(config, counters, conversations),
         config.out / "shards",
         config.shard_size,
         lambda: {"settings": _settings(config), "shards": report()},
@@ -188,136 +197,40 @@ def _prepare_shards(config: PrepareConfig) -> dict[str, Any]:
     return {"files": len(paths), **report()}
 
 
-def _validate(config: PrepareConfig, counters: list[SkipCounter]) -> Iterator[Sample]:
+def _validate(
+    config: PrepareConfig, counters: list[SkipCounter], conversations: list[ConversationCounter]
+) -> Iterator[Sample]:
     """Samples whose every picture decodes, under running keys."""
     numbers = count()
-    for corpus, counter in zip(config.corpora, counters):
+    for corpus, counter, found in zip(config.corpora, counters, conversations):
         for sample in READERS[corpus.kind](corpus.path, counter, config.limits):
             try:
                 parts = tuple(
-                    part if isinstance(part, str) else _check_picture(part, config.image_size, config.limits)
-                    for part in sample.parts
+                    part if isinstance(part, str) else _check_picture(part, config.image_size, config.limits, loss)
+                    for part, loss in zip(sample.parts, sample.losses)
                 )
             except PictureError as error:
                 counter.skip(SampleError("broken picture", str(error)))
                 continue
             counter.use()
+            found.add(
+                sample.messages,
+                ["text" if isinstance(part, str) else "image" for part in parts],
+                sample.metadata.get("task"),
+            )
             metadata = {**sample.metadata, "source": sample.source}
-            yield Sample(f"{next(numbers):09d}", parts, metadata, sample.source)
+            yield replace(sample, key=f"{next(numbers):09d}", parts=parts, metadata=metadata)
         counter.finish()
 
 
-def _check_picture(file: PictureFile, image_size: int, limits: SampleLimits) -> PictureFile:
-    """The picture, decoded once to see that it can be, scaled where asked for."""
+def _check_picture(file: PictureFile, image_size: int, limits: SampleLimits, loss: bool) -> PictureFile:
+    """The picture, decoded once to see that it can be, scaled where asked for: one without loss to be seen whole."""
     picture = file.open(limits.max_pixels)
     if not image_size:
         return file
     stream = io.BytesIO()
-    resize_and_crop(picture, image_size).save(stream, "PNG")
+    (resize_and_crop if loss else resize_and_pad)(picture, image_size).save(stream, "PNG")
     return PictureFile(stream.getvalue(), "png", file.name)
-
-
-def read_folder(path: Path, counter: SkipCounter, limits: SampleLimits) -> Iterator[Sample]:
-    """Pictures with a text file of the same name, at any depth in the order of their names, or `captions.jsonl`.
-
-    Raises:
-        ValueError: where the folder is none, or holds no picture.
-    """
-    if not path.is_dir():
-        raise ValueError(f"{path}: a corpus of kind folder must be a folder")
-    if (path / CAPTIONS_NAME).is_file():
-        yield from read_jsonl(path / CAPTIONS_NAME, counter, limits)
-        return
-    pictures = sorted(entry for entry in path.rglob("*") if entry.suffix[1:].lower() in PICTURE_SUFFIXES)
-    if not pictures:
-        raise ValueError(f"{path}: the folder holds no pictures ({', '.join(PICTURE_SUFFIXES)})")
-    for picture in pictures:
-        try:
-            yield _captioned(picture, counter, limits)
-        except SampleError as error:
-            counter.skip(error)
-
-
-def _captioned(picture: Path, counter: SkipCounter, limits: SampleLimits) -> Sample:
-    text = picture.with_suffix(".txt")
-    if not text.is_file():
-        raise SampleError("no caption", f"{picture}: there is no {text.name} beside it")
-    try:
-        caption = text.read_text(encoding="utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise SampleError("broken text", f"{text}: the text is not UTF-8 ({error})") from error
-    parts = (check_text(caption, str(text), counter, limits), _read_picture(picture, str(picture)))
-    return Sample(picture.stem, parts, {}, str(picture))
-
-
-def read_jsonl(path: Path, counter: SkipCounter, limits: SampleLimits) -> Iterator[Sample]:
-    """Lines with a picture and its caption, or with parts.
-
-    Raises:
-        ValueError: where there is no such file.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path}: a corpus of kind jsonl must be a file")
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            source = f"{path}:{number}"
-            try:
-                yield _line_sample(line, path.parent, source, counter, limits)
-            except SampleError as error:
-                counter.skip(error)
-
-
-def _line_sample(line: bytes, folder: Path, source: str, counter: SkipCounter, limits: SampleLimits) -> Sample:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise SampleError("broken metadata", f"{source}: not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise SampleError("broken metadata", f"{source}: the line is not an object")
-    used = {"parts", *TEXT_KEYS, *IMAGE_KEYS}
-    entries = (
-        row.get("parts") if "parts" in row else [{"text": _first(row, TEXT_KEYS)}, {"image": _first(row, IMAGE_KEYS)}]
-    )
-    if not isinstance(entries, list) or not entries:
-        raise SampleError("empty document", f"{source}: parts is no list, or empty")
-    parts = tuple(_line_part(entry, folder, source, counter, limits) for entry in entries)
-    return Sample(source, parts, {key: value for key, value in row.items() if key not in used}, source)
-
-
-def _first(row: dict[str, Any], keys: tuple[str, ...]) -> Any:
-    return next((row[key] for key in keys if key in row), None)
-
-
-def _line_part(entry: Any, folder: Path, source: str, counter: SkipCounter, limits: SampleLimits) -> str | PictureFile:
-    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
-        return check_text(entry["text"], source, counter, limits)
-    if isinstance(entry, dict) and isinstance(entry.get("image"), str):
-        return _read_picture(_inside(folder, entry["image"], source), f"{source}:{entry['image']}")
-    if entry == {"text": None}:
-        raise SampleError("no caption", f"{source}: none of the keys {', '.join(TEXT_KEYS)} is there")
-    if entry == {"image": None}:
-        raise SampleError("no picture", f"{source}: none of the keys {', '.join(IMAGE_KEYS)} is there")
-    raise SampleError("broken metadata", f"{source}: the part {str(entry)[:80]!r} is neither a text nor an image")
-
-
-def _inside(folder: Path, name: str, source: str) -> Path:
-    """A path of a corpus file, which must not lead out of its folder."""
-    if not stays_inside(name):
-        raise SampleError("unsafe name", f"{source}: the path {name!r} leads out of the folder")
-    return folder / name
-
-
-def _read_picture(path: Path, name: str) -> PictureFile:
-    suffix = path.suffix[1:].lower()
-    try:  # decoders look at the bytes; the suffix only has to be one that readers of shards take for a picture
-        return PictureFile(path.read_bytes(), suffix if suffix in PICTURE_SUFFIXES else "png", name)
-    except OSError as error:
-        raise SampleError("no picture", f"{name}: the file can not be read ({error.strerror})") from error
-
-
-READERS: dict[CorpusKind, Reader] = {"folder": read_folder, "jsonl": read_jsonl, "shards": read_samples}
 
 
 def describe(report: dict[str, Any], out: Path) -> str:
@@ -328,6 +241,7 @@ def describe(report: dict[str, Any], out: Path) -> str:
         lines += [f"  {number:,} skipped: {reason}" for reason, number in corpus["skipped"].items()]
         lines += [f"  {number:,} altered: {change}" for change, number in corpus["altered"].items()]
         lines += [f"    {example}" for example in corpus["examples"][:3]]
+        lines += describe_conversations(corpus)
     lines.append(f"{out / 'shards'}: {report['shards']['samples']:,} samples in {report['shards']['files']:,} files")
     tokens = report["tokens"]
     if tokens:
@@ -335,6 +249,11 @@ def describe(report: dict[str, Any], out: Path) -> str:
             f"{out / 'tokens'}: {tokens['documents']:,} documents, {tokens['tokens']:,} tokens "
             f"({tokens['text_tokens']:,} text, {tokens['image_tokens']:,} image)"
         )
+        if "loss_tokens" in tokens:
+            lines.append(
+                f"  loss on {tokens['loss_tokens']:,} tokens ({tokens['text_loss_tokens']:,} text, "
+                f"{tokens['image_loss_tokens']:,} image) of the shards with conversations"
+            )
         lines += [f"  {number:,} skipped: {reason}" for reason, number in tokens["skipped"].items()]
     lines.append(f"report: {out / REPORT_NAME}")
     return "\n".join(lines)

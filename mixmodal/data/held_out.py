@@ -8,7 +8,7 @@ from itertools import islice
 
 from mixmodal.data.packing import Batch, Sample, build_batch, pack
 from mixmodal.data.pipeline import DataConfig
-from mixmodal.data.source import Documents
+from mixmodal.data.source import Documents, loss_of
 from mixmodal.objectives.causal_masked import CausalMasked
 
 logger = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ def held_out_batches(
 ) -> Iterator[Batch]:
     """Every document once, as it is stored, packed in order; without masks, dropout or changes of order.
 
+    Where documents say which tokens carry loss, only those do.
+
     Every rank gets the same number of batches of the same shape, the last ones filled up with empty rows, so that
     ranks that must go in step do so; sums over all batches and ranks count each token once. Documents longer than
     `config.seq_len` are skipped; their number is logged.
@@ -38,7 +40,8 @@ def held_out_batches(
             if len(ids) > config.seq_len:
                 too_long.append(documents.keys[index])
             else:
-                yield Sample(documents.keys[index], ids, objective.weigh(ids))
+                weights, loss = objective.weigh(ids), loss_of(documents, index)
+                yield Sample(documents.keys[index], ids, weights if loss is None else weights * loss)
 
     rows = pack(samples(), config.seq_len)
     while chunk := list(islice(rows, micro_batch_size * world_size)):

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 from mixmodal.data.mixture import Mixture, StageConfig, check_mixture, weights_at
 from mixmodal.data.packing import Batch, Sample, build_batch
 from mixmodal.data.retrieved import NOTHING, DrawnDocuments, Retrieval, RetrievalConfig, check_retrieval, open_retrieval
-from mixmodal.data.source import PLAIN, REMEDY, Documents, Randomness, Source, SourceConfig, check_equal
+from mixmodal.data.source import PLAIN, REMEDY, Documents, Randomness, Source, SourceConfig, check_equal, loss_of
 from mixmodal.data.split import check_split
 from mixmodal.data.token_shards import TokenShards
-from mixmodal.data.variation import Variation
+from mixmodal.data.variation import Variation, check_loss_kept
 from mixmodal.document import SequenceError, SequenceFormat
 from mixmodal.objectives.causal_masked import CausalMasked
 
@@ -184,6 +184,8 @@ class PackedDocuments:
             )
             for name, source in config.mixture.items()
         }
+        for source in self.sources.values():
+            check_loss_kept(source, image_first_share=config.image_first_share, caption_dropout=config.caption_dropout)
         self._mixture = Mixture(self.sources, config.weights_at(0))
         self._variation = Variation(
             sequence_format,
@@ -351,7 +353,8 @@ class PackedDocuments:
         before = source.retrieval.read(drawn.retrieved) if source.retrieval else []
         try:
             own = drawn.randomness.of(drawn.document)
-            sample = self._variation.vary(key, source.documents[drawn.document], own, before)
+            loss = loss_of(source.documents, drawn.document)
+            sample = self._variation.vary(key, source.documents[drawn.document], own, before, loss)
             if len(sample.ids) > drawn.length:
                 raise SequenceError("it is not spelled as this version spells it")
         except SequenceError as error:

@@ -9,13 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mixmodal.data.augment import AugmentConfig, augment, draw_changes
+from mixmodal.data.conversations import turns_of
 from mixmodal.data.shards import PictureFile, Sample, find_shards, read_samples, write_atomically
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
 from mixmodal.data.token_shards import (
@@ -26,16 +27,34 @@ from mixmodal.data.token_shards import (
     write_manifest,
     write_token_shard,
 )
-from mixmodal.document import UNIT_PIXELS, Document, FormatName, Image, Part, SequenceFormat, Text, build_format
+from mixmodal.document import (
+    UNIT_PIXELS,
+    Document,
+    FormatName,
+    Image,
+    Part,
+    SequenceFormat,
+    Text,
+    build_format,
+    spell_turns,
+)
 from mixmodal.document.lumina import num_reserved
 from mixmodal.tokenization.codec import map_alike
-from mixmodal.tokenization.preprocessing import PictureError, Preprocess, resize_and_crop, to_tensor
+from mixmodal.tokenization.preprocessing import PictureError, Preprocess, resize_and_crop, resize_and_pad, to_tensor
 from mixmodal.tokenization.text_files import PieceTokenizer, load_text_tokenizer, size_vocabulary
 from mixmodal.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """Called with the numbers of finished and of all units of work."""
+
+
+class Spelled(NamedTuple):
+    """A document: its key, its ids `(T,)` int64, and which tokens carry loss, bool `(T,)`; None is all of them."""
+
+    key: str
+    ids: np.ndarray
+    loss: np.ndarray | None
 
 
 class ImageEncoder(Protocol):
@@ -237,16 +256,17 @@ class Pretokenizer:
     def _write_shard(self, number: int, source: Path, source_sha256: str) -> dict[str, Any]:
         """The record, written behind the shard's files: what is finished has one."""
         name, counter = f"shard_{number:05d}", SkipCounter(max_share=1.0)
-        documents: list[np.ndarray] = []
-        keys: list[str] = []
-        for key, ids in self._documents(number, source, counter):
-            documents.append(ids)
-            keys.append(key)
+        found = list(self._documents(number, source, counter))
+        documents, keys = [one.ids for one in found], [one.key for one in found]
+        losses = None
+        if any(one.loss is not None for one in found):
+            losses = [np.ones(len(one.ids), bool) if one.loss is None else one.loss for one in found]
         vocabulary = self.spelling.vocabulary
-        entry = write_token_shard(self.config.out, name, documents, keys, vocabulary.size)
-        counts = {"documents": len(documents), "tokens": entry["tokens"]}
-        for modality in vocabulary.modalities:
-            counts[f"{modality}_tokens"] = sum(int(vocabulary.contains(modality, ids).sum()) for ids in documents)
+        entry = write_token_shard(self.config.out, name, documents, keys, vocabulary.size, losses)
+        counts = {"documents": len(documents), "tokens": entry["tokens"], **self._count(documents, "tokens")}
+        if losses is not None:
+            trained = [ids[loss] for ids, loss in zip(documents, losses)]
+            counts |= {"loss_tokens": sum(map(len, trained)), **self._count(trained, "loss_tokens")}
         record = {
             "entry": entry,
             "source": str(source),
@@ -258,13 +278,25 @@ class Pretokenizer:
         write_atomically(self.config.out / f"{name}.json", json.dumps(record, indent=1).encode())
         return record
 
-    def _documents(self, shard: int, source: Path, counter: SkipCounter) -> Iterator[tuple[str, np.ndarray]]:
-        """Keys and ids of the documents of one shard; all variants of a sample, or none."""
+    def _count(self, documents: Sequence[np.ndarray], what: str) -> dict[str, int]:
+        """Tokens of each modality."""
+        vocabulary = self.spelling.vocabulary
+        return {
+            f"{modality}_{what}": sum(int(vocabulary.contains(modality, ids).sum()) for ids in documents)
+            for modality in vocabulary.modalities
+        }
+
+    def _documents(self, shard: int, source: Path, counter: SkipCounter) -> Iterator[Spelled]:
+        """The documents of one shard; all variants of a sample, or none."""
         batch: list[tuple[int, Sample, list[Tensor]]] = []
         waiting = 0
         for number, sample in enumerate(read_samples(source, counter, self.config.limits)):
             try:
-                images = [self._image(part) for part in sample.pictures]
+                images = [
+                    self._image(part, loss)
+                    for part, loss in zip(sample.parts, sample.losses)
+                    if isinstance(part, PictureFile)
+                ]
             except PictureError as error:
                 counter.skip(SampleError("broken picture", str(error)))
                 continue
@@ -276,14 +308,15 @@ class Pretokenizer:
                 batch, waiting = [], 0
         yield from self._spell(shard, batch)
 
-    def _image(self, picture: PictureFile) -> Tensor:
+    def _image(self, picture: PictureFile, loss: bool) -> Tensor:
+        """The picture in the size of its codes: cropped, or, where it is no answer of a conversation, padded."""
         opened = picture.open(self.config.limits.max_pixels)
         height, width = self.spelling.fitting_grid(Image.modality, opened.height, opened.width)
         square = self.image_tokenizer.grid
         size = self.image_size * width // square[1], self.image_size * height // square[0]
-        return to_tensor(resize_and_crop(opened, size, self.preprocess))
+        return to_tensor((resize_and_crop if loss else resize_and_pad)(opened, size, self.preprocess))
 
-    def _spell(self, shard: int, batch: Sequence[tuple[int, Sample, list[Tensor]]]) -> Iterator[tuple[str, np.ndarray]]:
+    def _spell(self, shard: int, batch: Sequence[tuple[int, Sample, list[Tensor]]]) -> Iterator[Spelled]:
         variants = range(self.config.num_variants)
         codes = [iter(self._encode(shard, batch, variant)) for variant in variants]
         for _, sample, _ in batch:
@@ -291,7 +324,12 @@ class Pretokenizer:
                 parts: list[Part] = [
                     Text(part) if isinstance(part, str) else Image(next(codes[variant])) for part in sample.parts
                 ]
-                yield f"{sample.key}#{variant}", self.spelling.spell(Document(parts))
+                ids, loss = (
+                    spell_turns(self.spelling, turns_of(sample.messages, parts))
+                    if sample.messages
+                    else (self.spelling.spell(Document(parts)), None)
+                )
+                yield Spelled(f"{sample.key}#{variant}", ids, loss)
 
     def _encode(self, shard: int, batch: Sequence[tuple[int, Sample, list[Tensor]]], variant: int) -> list[np.ndarray]:
         """Codes `(h, w)` of all pictures of a batch in one variant, in order."""

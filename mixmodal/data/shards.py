@@ -1,7 +1,8 @@
 """Shards in the img2dataset layout: tar files whose members share a key.
 
 A pair is `KEY.png` (or jpg, webp, ...), `KEY.txt` and `KEY.json`. A document of any other order of parts is
-`KEY.json` with `{"parts": [{"text": "..."}, {"image": "0.png"}, ...]}` and the members `KEY.0.png` and so on.
+`KEY.json` with `{"parts": [{"text": "..."}, {"image": "0.png"}, ...]}` and the members `KEY.0.png` and so on; a
+conversation has `messages` in the place of `parts`, see `mixmodal.data.conversations`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from PIL import Image
 
+from mixmodal.data.conversations import Message, check_task, dump_messages, parse_messages
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter, TooManySkipped
 from mixmodal.files import stays_inside, write_whole
 from mixmodal.tokenization.preprocessing import open_picture
@@ -64,13 +66,25 @@ class Sample:
         key: names the sample within its shards.
         parts: strings and encoded pictures.
         metadata: what else is known, as plain JSON data.
-        source: names shard and key in messages.
+        source: names shard and key in what is said about it.
+        messages: of a conversation, whose the parts are, in order; otherwise none. `task` is in the metadata.
     """
 
     key: str
     parts: tuple[str | PictureFile, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
     source: str = ""
+    messages: tuple[Message, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert not self.messages or len(self.losses) == len(self.parts), "messages do not share out the parts"
+
+    @property
+    def losses(self) -> tuple[bool, ...]:
+        """Which parts are trained on; all of them where the sample is no conversation."""
+        if not self.messages:
+            return (True,) * len(self.parts)
+        return tuple(flag for message in self.messages for flag in message.loss)
 
     @property
     def texts(self) -> list[str]:
@@ -199,17 +213,18 @@ def _members(sample: Sample) -> dict[str, Any]:
         raise ValueError(f"key {sample.key!r}: a key to write has 1 to 80 letters, digits, '-' or '_'")
     members: dict[str, Any] = {"__key__": sample.key}
     metadata = dict(sample.metadata)
-    if [type(part) for part in sample.parts] == [str, PictureFile]:
+    if not sample.messages and [type(part) for part in sample.parts] == [str, PictureFile]:
         text, picture = sample.parts
         members |= {picture.suffix: picture.data, "txt": text.encode()}  # type: ignore[union-attr]
     else:
-        metadata["parts"] = []
+        entries: list[dict[str, Any]] = []
         for number, part in enumerate(sample.parts):
             if isinstance(part, str):
-                metadata["parts"].append({"text": part})
+                entries.append({"text": part})
             else:
                 members[f"{number}.{part.suffix}"] = part.data
-                metadata["parts"].append({"image": f"{number}.{part.suffix}"})
+                entries.append({"image": f"{number}.{part.suffix}"})
+        metadata |= {"messages": dump_messages(sample.messages, entries)} if sample.messages else {"parts": entries}
     members["json"] = json.dumps(metadata, sort_keys=True).encode()
     return members
 
@@ -304,7 +319,12 @@ def parse_members(members: Mapping[str, Any], source: str, counter: SkipCounter,
         SampleError: where a part is missing, empty or not what it claims to be.
     """
     metadata = _metadata(members.get("json", b"{}"), source)
-    if isinstance(metadata.get("parts"), list):
+    messages: tuple[Message, ...] = ()
+    if "messages" in metadata:
+        check_task(metadata.get("task"), source)
+        messages, entries = parse_messages(metadata.pop("messages"), source)
+        parts = tuple(_part(entry, members, source) for entry in entries)
+    elif isinstance(metadata.get("parts"), list):
         parts = tuple(_part(part, members, source) for part in metadata.pop("parts"))
     else:
         pictures = [suffix for suffix in PICTURE_SUFFIXES if suffix in members]
@@ -317,7 +337,7 @@ def parse_members(members: Mapping[str, Any], source: str, counter: SkipCounter,
     if not parts:
         raise SampleError("empty document", f"{source}: the list of parts is empty")
     parts = tuple(check_text(part, source, counter, limits) if isinstance(part, str) else part for part in parts)
-    return Sample(members["__key__"], parts, metadata, source)
+    return Sample(members["__key__"], parts, metadata, source, messages)
 
 
 def _metadata(data: bytes, source: str) -> dict[str, Any]:

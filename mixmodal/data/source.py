@@ -7,7 +7,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,6 +34,20 @@ class Documents(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> np.ndarray: ...
+
+
+@runtime_checkable
+class LossDocuments(Protocol):
+    """Documents that may say which of their tokens carry loss, as `TokenShards` does."""
+
+    has_loss: bool
+
+    def loss(self, index: int, /) -> np.ndarray | None: ...
+
+
+def loss_of(documents: Documents, index: int) -> np.ndarray | None:
+    """Which tokens of a document carry loss, bool `(T,)`; None where nothing is said: all of them."""
+    return documents.loss(index) if isinstance(documents, LossDocuments) else None
 
 
 @dataclass(frozen=True, kw_only=True)

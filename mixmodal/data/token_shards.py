@@ -3,6 +3,7 @@
 manifest.json
 shard_00000.tokens.npy (uint16 or uint32, all documents)  shard_00000.offsets.npy (int64, documents + 1)
 shard_00000.keys.npy (uint8, UTF-8 of all keys)  shard_00000.key_offsets.npy (int64, documents + 1)
+shard_00000.loss.npy (uint8, 1 for each token that carries loss), where the shard holds conversations
 """
 
 from __future__ import annotations
@@ -28,19 +29,27 @@ FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 NUM_UINT16 = 1 << 16
 FILE_KINDS = ("tokens", "offsets", "keys", "key_offsets")
+LOSS_KIND = "loss"
+"""A file that only shards of conversations have; in others every token carries loss."""
 DIGITS = 8
 REMEDY = "pretokenize again"
 
 
 def write_token_shard(
-    folder: Path, name: str, documents: Sequence[np.ndarray], keys: Sequence[str], vocab_size: int
+    folder: Path,
+    name: str,
+    documents: Sequence[np.ndarray],
+    keys: Sequence[str],
+    vocab_size: int,
+    losses: Sequence[np.ndarray] | None = None,
 ) -> dict[str, Any]:
-    """Writes the four files of one shard, each whole or not at all.
+    """Writes the files of one shard, each whole or not at all.
 
     Args:
         documents: ids `(T,)` of each document.
         keys: one name a document.
         vocab_size: decides between 16 and 32 bits a token.
+        losses: which tokens carry loss, bool `(T,)` of each document; None is all of them, and no file.
 
     Returns:
         The shard's entry of the manifest.
@@ -49,6 +58,9 @@ def write_token_shard(
     tokens = np.concatenate([*documents, np.empty(0, dtype=np.int64)]).astype(dtype)
     key_bytes, key_offsets = encode_strings(keys)
     arrays = {"tokens": tokens, "offsets": offsets_of(documents), "keys": key_bytes, "key_offsets": key_offsets}
+    if losses is not None:
+        assert list(map(len, losses)) == list(map(len, documents)), "not one flag for each token"
+        arrays[LOSS_KIND] = np.concatenate([*losses, np.empty(0, dtype=bool)]).astype(np.uint8)
     sha256: dict[str, str] = {}
     for kind, array in arrays.items():
         data = _npy(array)
@@ -59,7 +71,7 @@ def write_token_shard(
 
 def is_token_shard(folder: Path, entry: Mapping[str, Any]) -> bool:
     """Whether the files of a manifest's entry are there and are those that it was written with."""
-    paths = {kind: folder / f"{entry['name']}.{kind}.npy" for kind in FILE_KINDS}
+    paths = {kind: folder / f"{entry['name']}.{kind}.npy" for kind in (*FILE_KINDS, *_loss_kinds(entry))}
     if not all(path.is_file() for path in paths.values()):
         return False
     return {kind: sha256_of(path) for kind, path in paths.items()} == entry["sha256"]
@@ -87,8 +99,11 @@ def build_manifest(
         shards: what `write_token_shard` returned, in order.
         counts: documents, tokens, text_tokens, image_tokens and `skipped` by reason.
         num_variants: documents a sample gives; document i is variant i % num_variants of its sample.
+
+    `loss` is there, and true, where a shard says which of its tokens carry loss.
     """
     return {
+        **({LOSS_KIND: True} if any(map(_loss_kinds, shards)) else {}),
         "format_version": FORMAT_VERSION,
         "vocabulary": spelling.vocabulary.to_dict(),
         "vocabulary_digest": spelling.vocabulary.digest,
@@ -106,8 +121,14 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     write_atomically(folder / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
 
 
+def _loss_kinds(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """The kind of the file of losses, where a shard has one."""
+    return (LOSS_KIND,) if LOSS_KIND in entry["sha256"] else ()
+
+
 def _shard_digest(entry: Mapping[str, Any]) -> str:
-    return hashlib.sha256("".join(entry["sha256"][kind] for kind in FILE_KINDS).encode()).hexdigest()[:DIGITS]
+    kinds = (*FILE_KINDS, *_loss_kinds(entry))
+    return hashlib.sha256("".join(entry["sha256"][kind] for kind in kinds).encode()).hexdigest()[:DIGITS]
 
 
 class TokenShards:
@@ -118,6 +139,7 @@ class TokenShards:
 
     Attributes:
         keys: key of each document: `KEY#variant`; a sequence that reads from disk what is asked for.
+        has_loss: whether some documents say which of their tokens carry loss.
 
     Raises:
         ValueError: where the manifest is missing or does not fit its shards or its vocabulary.
@@ -133,6 +155,8 @@ class TokenShards:
         entries = self.manifest["shards"]
         self._documents = RaggedArray([self._open_documents(entry) for entry in entries])
         self.keys = Strings(RaggedArray([self._open_keys(entry) for entry in entries]))
+        self._losses = [self._open_loss(entry) for entry in entries]
+        self.has_loss = any(losses is not None for losses in self._losses)
 
     @classmethod
     def open(cls, folder: Path | str) -> TokenShards:
@@ -147,6 +171,12 @@ class TokenShards:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.folder}: no document {index}, there are {len(self)}")
         return self._documents[index].astype(np.int64)
+
+    def loss(self, index: int, /) -> np.ndarray | None:
+        """Which tokens of one document carry loss, bool `(T,)`; None where its shard does not say: all of them."""
+        shard, row = self._documents.place(index)
+        losses = self._losses[shard]
+        return None if losses is None else losses[row] != 0
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -269,6 +299,17 @@ class TokenShards:
     def _open_keys(self, entry: Mapping[str, Any]) -> RaggedShard:
         """The keys of one shard; their offsets are compared with them when a key is read, so that none is read now."""
         return self._open(entry, "keys", "key_offsets")
+
+    def _open_loss(self, entry: Mapping[str, Any]) -> RaggedArray | None:
+        if not _loss_kinds(entry):
+            return None
+        shard = self._open(entry, LOSS_KIND, "offsets")
+        if len(shard.values) != entry["tokens"]:
+            raise ValueError(
+                f"{shard.path}: {len(shard.values)} flags for the {entry['tokens']} tokens of {self.manifest_path}; "
+                "pretokenize again"
+            )
+        return RaggedArray([shard])
 
     def _open(self, entry: Mapping[str, Any], values: str, offsets: str) -> RaggedShard:
         path, ends = (self.folder / f"{entry['name']}.{kind}.npy" for kind in (values, offsets))

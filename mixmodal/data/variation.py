@@ -1,6 +1,7 @@
 """How a stored document is varied before it is packed: captions dropped, pairs turned round, masks drawn.
 
 Documents that were retrieved for it stand before it and are turned round with it; masks are drawn in all of them.
+A document may say which of its tokens carry loss, as conversations do; masks move that with the tokens.
 """
 
 from __future__ import annotations
@@ -10,9 +11,30 @@ from collections.abc import Sequence
 import numpy as np
 
 from mixmodal.data.packing import Sample
-from mixmodal.data.source import Documents, Randomness
+from mixmodal.data.source import Documents, LossDocuments, Randomness, Source
 from mixmodal.document import Run, SequenceFormat
 from mixmodal.objectives.causal_masked import TOKENS_PER_MASK, CausalMasked
+
+
+def check_loss_kept(source: Source, *, image_first_share: float, caption_dropout: float) -> None:
+    """Whether documents that say which tokens carry loss keep that in all that they are varied by.
+
+    The masks of `CausalMasked` move it with the tokens. Turning pairs round, dropping texts and putting documents
+    before others do not, and are refused.
+
+    Raises:
+        ValueError: naming the source and what to change.
+    """
+    if not isinstance(source.documents, LossDocuments) or not source.documents.has_loss:
+        return
+    shares = {"image_first_share": image_first_share, "caption_dropout": caption_dropout}
+    found = [f"{name} from {share:g} to 0" for name, share in shares.items() if share]
+    found += ["candidates to none"] if source.retrieval is not None else []
+    if found:
+        raise ValueError(
+            f"{source.label}: its documents are conversations, which say which tokens carry loss; what moves or drops "
+            f"tokens would lose that. Set {', '.join(found)}, or train on them apart"
+        )
 
 
 class Variation:
@@ -66,13 +88,21 @@ class Variation:
                 return stored - int(np.count_nonzero(text)) + num_parts
         return stored + TOKENS_PER_MASK * self.objective.draw_num_masks(stored, rng, self.seq_len)
 
-    def vary(self, key: str, ids: np.ndarray, rng: np.random.Generator, before: Sequence[np.ndarray] = ()) -> Sample:
+    def vary(
+        self,
+        key: str,
+        ids: np.ndarray,
+        rng: np.random.Generator,
+        before: Sequence[np.ndarray] = (),
+        loss: np.ndarray | None = None,
+    ) -> Sample:
         """Drops the caption, or changes the order and draws masks.
 
         Args:
             key, ids: of the document.
             rng: the source of all randomness.
             before: ids of whole documents that stand before it in its segment.
+            loss: which of its tokens carry loss, bool `(T,)`; None is all of them. See `check_loss_kept`.
         """
         drop, turn = self._draws_order(rng)
         masked = drop and self._is_mixed(ids)
@@ -84,6 +114,8 @@ class Variation:
             text_first = bool(self._is_text[ids[1]])
             before = [self.sequence_format.order_pair(one, text_first=text_first) for one in before]
         factors = self._factors([*before, ids])
+        if loss is not None:
+            factors = loss.astype(np.float32) if factors is None else factors * loss
         chain = self.sequence_format.chain([*before, ids]) if before else ids
         if masked:
             weights = self.objective.weigh(chain)

@@ -6,6 +6,7 @@ from mixmodal.document.formats import (
     FormatName,
     Grid,
     Lines,
+    Piece,
     Run,
     SequenceFormat,
     count_fitting,
@@ -24,6 +25,7 @@ from mixmodal.document.parts import (
     TextCodec,
 )
 from mixmodal.document.spellings import ChameleonFormat, CM3LeonFormat
+from mixmodal.document.turns import Turn, spell_turns
 
 __all__ = [
     "FORMATS",
@@ -42,11 +44,14 @@ __all__ = [
     "LuminaFormat",
     "Mask",
     "Part",
+    "Piece",
     "Run",
     "SequenceError",
     "SequenceFormat",
     "Text",
     "TextCodec",
+    "Turn",
     "build_format",
     "count_fitting",
+    "spell_turns",
 ]

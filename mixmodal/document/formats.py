@@ -30,6 +30,16 @@ class Run(NamedTuple):
     grid: Grid | None = None
 
 
+class Piece(NamedTuple):
+    """A stretch of a sequence: ids `(n,)`, and the indices of the runs that it belongs to.
+
+    A control token that opens or ends a coded part belongs to that part; to two where it stands between them.
+    """
+
+    ids: np.ndarray
+    owners: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Lines:
     """How codes of several grids `(h, w)` stand in a block: the tokens of their size, and one behind each row.
@@ -141,12 +151,15 @@ class SequenceFormat(ABC):
         return run.ids
 
     @abstractmethod
+    def pieces(self, runs: Sequence[Run]) -> list[Piece]:
+        """The runs with the control tokens between them, without `<s>` and `</s>`."""
+
     def _body(self, runs: Sequence[Run]) -> list[np.ndarray]:
-        """Ids of the runs with the control tokens between them, without `<s>` and `</s>`."""
+        return [piece.ids for piece in self.pieces(runs)]
 
     @abstractmethod
     def _runs(self, body: np.ndarray) -> list[Run]:
-        """The inverse of `_body`."""
+        """The inverse of `pieces`."""
 
     @property
     @abstractmethod

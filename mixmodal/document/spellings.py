@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from mixmodal.document.formats import Block, FormatName, Run, SequenceFormat
+from mixmodal.document.formats import Block, FormatName, Piece, Run, SequenceFormat
 from mixmodal.document.parts import SequenceError
 
 
@@ -31,13 +31,16 @@ class CM3LeonFormat(SequenceFormat):
     def _lead(self, last: str | None, following: str) -> list[int]:
         return [] if last is None or (last == "text" and following == "text") else [self.vocabulary.break_]
 
-    def _body(self, runs: Sequence[Run]) -> list[np.ndarray]:
-        body: list[np.ndarray] = []
+    def pieces(self, runs: Sequence[Run]) -> list[Piece]:
+        pieces: list[Piece] = []
         last = None
-        for run in runs:
-            body += [np.array(self._lead(last, run.modality), dtype=np.int64), run.ids]
+        for index, run in enumerate(runs):
+            if lead := self._lead(last, run.modality):  # ends the part before it and opens the one behind, if coded
+                coded = tuple(place for place in (index - 1, index) if runs[place].modality in self.blocks)
+                pieces.append(Piece(np.array(lead, dtype=np.int64), coded))
+            pieces.append(Piece(run.ids, (index,)))
             last = run.modality
-        return body
+        return pieces
 
     def _runs(self, body: np.ndarray) -> list[Run]:
         if not len(body):
@@ -78,12 +81,16 @@ class ChameleonFormat(SequenceFormat):
     def _lead(self, last: str | None, following: str) -> list[int]:
         return [] if following == "text" else [self.blocks[following].open_id]
 
-    def _body(self, runs: Sequence[Run]) -> list[np.ndarray]:
-        body: list[np.ndarray] = []
-        for run in runs:
-            block = self.blocks.get(run.modality)
-            body += [run.ids] if block is None else [[block.open_id], self._inside(run), [block.close_id]]  # type: ignore[list-item]
-        return body
+    def pieces(self, runs: Sequence[Run]) -> list[Piece]:
+        pieces: list[Piece] = []
+        for index, run in enumerate(runs):
+            block, owner = self.blocks.get(run.modality), (index,)
+            if block is None:
+                pieces.append(Piece(run.ids, owner))
+            else:
+                ends = np.array([block.open_id, block.close_id], dtype=np.int64)
+                pieces += [Piece(ends[:1], owner), Piece(self._inside(run), owner), Piece(ends[1:], owner)]
+        return pieces
 
     def _inside(self, run: Run) -> np.ndarray:
         """What stands between begin-image and end-image."""

@@ -137,6 +137,27 @@ def resize_and_crop(picture: Image.Image, size: int | tuple[int, int], preproces
     return _crop_centre(picture.resize(resized, Image.Resampling.LANCZOS), *target)
 
 
+def resize_and_pad(picture: Image.Image, size: int | tuple[int, int], preprocess: Preprocess = "meta") -> Image.Image:
+    """The whole picture (Lanczos) in the middle of `size` pixels, with white borders, as Chameleon reads prompts.
+
+    Chameleon pads pictures of prompts and crops those of answers (arXiv 2405.09818, section 3.2); it does not say the
+    colour. White is also what stands behind transparent pictures. A picture of the very shape is as cropping gives it.
+
+    Args:
+        size: pixels of the square, or width and height.
+        preprocess: how sides are rounded; never below one pixel.
+    """
+    target = (size, size) if isinstance(size, int) else size
+    side = 0 if target[0] * picture.height <= target[1] * picture.width else 1  # along which it touches the border
+    limit, length = target[side], picture.size[side]
+    exact = (limit * picture.width / length, limit * picture.height / length)
+    whole = [max(1, round(value) if preprocess == "meta" else int(value)) for value in exact]
+    resized = picture if picture.size == tuple(whole) else picture.resize(whole, Image.Resampling.LANCZOS)
+    padded = Image.new("RGB", target, "white")
+    padded.paste(resized, ((target[0] - whole[0]) // 2, (target[1] - whole[1]) // 2))
+    return padded
+
+
 def _crop_centre(picture: Image.Image, width: int, height: int) -> Image.Image:
     left, top = (picture.width - width) // 2, (picture.height - height) // 2
     return picture.crop((left, top, left + width, top + height))

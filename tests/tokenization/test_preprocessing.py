@@ -13,6 +13,7 @@ from mixmodal.tokenization.preprocessing import (
     PictureError,
     open_picture,
     resize_and_crop,
+    resize_and_pad,
     to_encoder_range,
     to_pictures,
     to_tensor,
@@ -254,3 +255,29 @@ def test_tensors_lie_in_minus_one_to_one_and_come_back():
 def test_values_outside_the_range_are_clamped():
     pixels = to_pictures(torch.tensor([-3.0, 3.0, 0.0]).reshape(1, 3, 1, 1))[0].getpixel((0, 0))
     assert pixels == (0, 255, 128)
+
+
+@pytest.mark.parametrize("preprocess", ["meta", "transformers"])
+@pytest.mark.parametrize(
+    ("size", "target", "inside"),
+    [
+        ((32, 16), 16, (16, 8)),
+        ((16, 48), 16, (5, 16)),
+        ((7, 7), 16, (16, 16)),
+        ((64, 64), (32, 16), (16, 16)),
+        ((100_000, 1), 32, (32, 1)),
+    ],
+)
+def test_padding_keeps_the_whole_picture_in_the_middle(size, target, inside, preprocess):
+    padded = resize_and_pad(Image.new("RGB", size, RED), target, preprocess)
+    assert padded.size == ((target, target) if isinstance(target, int) else target)
+    is_red = np.asarray(padded)[:, :, 1] < 128
+    assert is_red.sum() == inside[0] * inside[1]
+    rows, columns = np.flatnonzero(is_red.any(1)), np.flatnonzero(is_red.any(0))
+    assert rows[0] == (padded.height - inside[1]) // 2
+    assert columns[0] == (padded.width - inside[0]) // 2
+
+
+def test_padding_leaves_a_picture_of_the_size_as_it_is():
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    assert resize_and_pad(noise, 16).tobytes() == noise.tobytes()
