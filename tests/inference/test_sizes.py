@@ -22,6 +22,9 @@ from mixmodal.pipeline.queue import Ask, Drawn, Failed
 from mixmodal.sampling.engine import Request
 from mixmodal.sampling.guidance import Guidance, Stream
 from mixmodal.sampling.rules import TokenSampling
+from mixmodal.serve.conversation import Conversation
+from mixmodal.serve.settings import Settings
+from mixmodal.serve.studio import Studio
 from mixmodal.tokenization.text import TextTokenizer
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
@@ -229,6 +232,30 @@ def test_pictures_of_several_sizes_are_classified_and_scored(model: MixedModal, 
 def test_a_text_behind_pictures_of_all_sizes(model: MixedModal, wide: PIL.Image) -> None:
     (text,) = model.generate([wide, "a", PIL.new("RGB", (9, 9)), EndOfTurn()], "text", max_new_tokens=5)
     assert isinstance(text, str)
+
+
+def test_the_page_draws_reads_and_edits_pictures_of_all_sizes(
+    model: MixedModal, wide: PIL.Image, tmp_path: Path
+) -> None:
+    wide.save(tmp_path / "wide.png")
+    studio, talk = Studio(model, interval_s=0.0), Conversation()
+    *_, turn = studio.answer(talk, "a red apple", [str(tmp_path / "wide.png")], Settings(num=2))
+    assert (turn.error, turn.state) == ("", "done")
+    assert turn.prompt[0].size == (128, 32)
+    assert len(list(turn.pictures())) == 2
+    *_, turn = studio.answer(talk, "and", [], Settings(output="mixed", remember=1))
+    assert turn.error == ""
+    layer = PIL.new("RGBA", wide.size)
+    layer.paste("black", (20, 0, 60, 20))
+    *_, turn = studio.redraw(talk, {"background": wide, "layers": [layer]}, "a pear", Settings())
+    assert turn.error == ""
+    assert [picture.size for picture in turn.pictures()] == [(128, 32)]
+
+
+def test_masks_beside_pictures_of_all_sizes_are_filled(model: MixedModal, wide: PIL.Image) -> None:
+    ((first, second),) = model.fill_masks(["a ", Mask(0), wide, "and ", Mask(1), EndOfTurn()], max_new_tokens=4)
+    assert isinstance(first, str)
+    assert isinstance(second, str)
 
 
 # the command

@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import mixmodal
 from mixmodal.cli import main
+from mixmodal.document import EndOfTurn
 from mixmodal.interop.export import ExportError, is_export, load_export
 from mixmodal.interop.vqgan import build_vqgan
 from mixmodal.pipeline import MixedModal
+from mixmodal.vocabulary import Vocabulary
 
 CODES = foreign.CODES
 GRID = (4, 4)
@@ -279,3 +281,30 @@ def test_bfloat16_and_shards_stay_as_they_are(tmp_path: Path, monkeypatch: pytes
     assert all(torch.equal(shards[name], tensor) for name, tensor in whole.items())
     assert {tensor.dtype for tensor in whole.values()} == {torch.bfloat16}
     assert load_file(tmp_path / "whole" / "model.safetensors").keys() == whole.keys()
+
+
+def test_a_checkpoint_is_imported_with_pictures_of_several_sizes(tmp_path: Path) -> None:
+    write_download(tmp_path, num_reserved=Vocabulary.reserved_for_sizes(4))
+    said = "model: {params: {ddconfig: {resolution: 64}}}"
+    (tmp_path / "tokenizer" / "vqgan.yaml").write_text(said)
+    run("import", tmp_path, "--out", tmp_path / "ours", "--sequence_format", "lumina")
+    model = MixedModal.from_pretrained(tmp_path / "ours")
+    settings = {"name": "lumina", "grids": {"image": [16, 16]}, "codes_per_unit": 8}
+    assert model.format.settings == settings
+    names = json.loads((tmp_path / "ours" / "text_tokenizer.json").read_text())["model"]["vocab"]
+    assert model.format.vocabulary.newline == names["<reserved08799>"]
+    assert model.format.vocabulary.size_token(2) == names["<reserved08802>"]
+    (picture,) = model.codec.encode_pictures([PIL.new("RGB", (20, 5))])
+    assert picture.codes.shape == (8, 32)
+    prompt = model.format.spell_prompt(model.codec.to_document(["a", EndOfTurn()]), "image", (8, 32)).tolist()
+    wanted = ["<reserved08706>", "<racm3:break>", "<reserved08801>", "<reserved08804>"]
+    assert prompt[-4:] == [names[name] for name in wanted]
+
+
+def test_a_checkpoint_without_tokens_of_sizes_is_not_imported_with_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_download(tmp_path)
+    (tmp_path / "tokenizer" / "vqgan.yaml").write_text("model: {params: {ddconfig: {resolution: 64}}}")
+    message = fails(capsys, "import", tmp_path, "--out", tmp_path / "ours", "--sequence_format", "lumina")
+    assert "there is no size of 2 units: num_reserved is 4" in message

@@ -27,6 +27,7 @@ from mixmodal.tokenization.codec import Codec
 from mixmodal.tokenization.image import ImageTokenizer
 from mixmodal.tokenization.text import TextTokenizer
 from mixmodal.training.pretrain import pretrain
+from mixmodal.training.sample_sheet import SampleSheet
 from mixmodal.vocabulary import Vocabulary
 
 COLORS = ("red", "green", "blue", "white")
@@ -162,3 +163,5 @@ def test_pretraining_learns_sizes_and_draws_the_one_that_is_asked_for(
     (drawn,) = model._generator.generate([model._generator.request(prompt, 0, "image")])
     document = form.parse(np.concatenate([prompt, drawn, [vocabulary.eos]]))
     assert [part.modality for part in document.parts] == ["text", "image"]
+    sheet = SampleSheet(TokenShards(prepared / "tokens"), *files.values(), count=4, max_len=96).draw(model.model)
+    assert min(sheet.size) > 64
