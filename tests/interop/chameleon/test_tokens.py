@@ -127,6 +127,14 @@ def test_control_tokens_have_the_ids_of_the_vocabulary(exported: Exported) -> No
     assert theirs("a red").input_ids == [0, *exported.ids("a red")]
 
 
+def test_control_tokens_are_special_and_left_out_of_texts(exported: Exported) -> None:
+    vocabulary, ids = exported.vocabulary, exported.ids("a red apple")
+    control = [0, 1, 2, 3, vocabulary.break_, vocabulary.end_of_span, vocabulary.sentinel(0), vocabulary.end_of_turn]
+    for one in control:
+        text = exported.theirs.decode([one, *ids], skip_special_tokens=True)
+        assert text == exported.theirs.decode(ids), vocabulary.name(one)
+
+
 def test_the_placeholder_is_the_second_reserved_token_or_else_the_last_sentinel(exported: Exported) -> None:
     vocabulary = exported.vocabulary
     second = vocabulary.end_of_turn + 1 if vocabulary.config.num_reserved >= 2 else vocabulary.sentinel(7)
