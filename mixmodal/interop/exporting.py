@@ -51,6 +51,11 @@ class ExportConfig:
         return [*found, *argv]
 
 
+def say_shards(number: int) -> str:
+    """Shards in words."""
+    return "1" if number == 1 else f"{number}, each with QK-norms of its own"
+
+
 def export_model(config: ExportConfig) -> None:
     """Writes the folder, and says what is in it and what is not.
 
@@ -69,7 +74,7 @@ def export_model(config: ExportConfig) -> None:
     lines = {
         "layout": found.layout.name,
         "weights": say_size(size),
-        **({"shards": f"{found.num_sets}, each with QK-norms of its own"} if found.layout.norms == "shard" else {}),
+        **({"shards": say_shards(found.num_sets)} if found.layout.norms == "shard" else {}),
         **{
             f"left out {number}" if len(found.missing) > 1 else "left out": one
             for number, one in enumerate(found.missing, 1)

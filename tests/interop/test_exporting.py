@@ -219,10 +219,14 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, tokenizers: Pat
     assert {path.name for path in tmp_path.iterdir()} == {"ours", "image"}
 
 
-def test_a_network_without_qk_norm_is_a_llama(tmp_path: Path, tokenizers: Path) -> None:
+def test_a_network_without_qk_norm_is_a_llama(
+    tmp_path: Path, tokenizers: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from transformers import AutoModelForCausalLM
 
     run("export", write_own(tmp_path / "ours", tokenizers, qk_norm=False, head_dim=16), tmp_path / "out")
+    message = fails(capsys, "export", tmp_path / "ours", tmp_path / "no", "--to", "meta")
+    assert "model.qk_norm is False, and layout meta has True only; --to transformers makes a Llama of it" in message
     theirs: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert type(theirs).__name__ == "LlamaForCausalLM"
     ours = mixmodal.load_transformer(tmp_path / "ours")

@@ -149,8 +149,10 @@ def check_network(folder: Path, config: TransformerConfig, layout: Layout) -> No
         wanted["norm_placement"] = "pre"
     for key, value in wanted.items():
         if getattr(config, key) != value:
+            other = "; --to transformers makes a Llama of it" if key == "qk_norm" else ""
             raise ValueError(
                 f"{folder / CONFIG}: model.{key} is {getattr(config, key)}, and layout {layout.name} has {value} only"
+                + other
             )
     head_dim = config.attention_sizes["head_dim"]
     if layout is not LLAMA and head_dim * config.num_heads != config.dim:
@@ -297,7 +299,9 @@ def write_meta(found: Exported, folder: Path, allow_lossy: bool) -> int:
     if found.text_tokenizer is not None and found.vocabulary is not None:
         write_json(beside / "text_tokenizer.json", build_tokenizer_json(found.vocabulary, found.text_tokenizer))
     if found.image_tokenizer is not None:
-        save_pickle({"state_dict": to_vqgan(found.image_tokenizer)}, beside / "vqgan.ckpt")
+        weights = to_vqgan(found.image_tokenizer)
+        save_pickle({"state_dict": weights}, beside / "vqgan.ckpt")
+        size += sum(tensor.nbytes for tensor in weights.values())
         write_whole(beside / "vqgan.yaml", yaml.safe_dump(in_yaml(found.image_tokenizer)).encode())
     return size
 
