@@ -25,7 +25,7 @@ from mixmodal.document import build_format
 from mixmodal.interop.chameleon.checkpoint import open_checkpoint
 from mixmodal.interop.chameleon.conversion import read_shape
 from mixmodal.interop.chameleon.exporting import gather_export, in_meta_words, write_exported
-from mixmodal.interop.chameleon.pictures import find_obstacle
+from mixmodal.interop.chameleon.pictures import describe_vqgan, find_obstacle, in_yaml
 from mixmodal.interop.export import describe_model, save_export
 from mixmodal.models.transformer import Transformer, TransformerConfig, save_weights
 from mixmodal.pipeline import MixedModal
@@ -302,6 +302,15 @@ def test_what_chameleons_vqgan_can_not_be_is_named(changes: dict[str, Any], mess
     found = find_obstacle(AutoencoderConfig(**changes), quantizer)
     assert found is not None
     assert re.search(message, found)
+
+
+def test_attention_is_told_by_the_resolutions_where_it_stands() -> None:
+    """As taming's encoder counts them: the size of the pictures, halved with every stage."""
+    shape = AutoencoderConfig(channels=32, channel_multipliers=(1, 1, 2), attention_stages=(0, 2), latent_channels=8)
+    quantizer = QuantizerConfig(kind="vq", codebook_size=40, codebook_dim=8)
+    tokenizer = ImageTokenizer(ImageTokenizerConfig(image_size=16, autoencoder=shape, quantizer=quantizer))
+    assert describe_vqgan(tokenizer)["attn_resolutions"] == [16, 4]
+    assert in_yaml(tokenizer)["model"]["params"]["ddconfig"]["attn_resolutions"] == [16, 4]
 
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
