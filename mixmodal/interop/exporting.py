@@ -63,7 +63,7 @@ def export_model(config: ExportConfig) -> None:
         ValueError: naming folder and key, for a model that the layout can not hold.
         OSError: where the disk is full.
     """
-    from mixmodal.interop.chameleon.exporting import gather_export, write_exported
+    from mixmodal.interop.chameleon.writing import gather_export, write_exported
     from mixmodal.interop.export import find_export
     from mixmodal.weights import say_size
 

@@ -98,7 +98,7 @@ def import_checkpoint(config: ImportConfig) -> None:
 
 def import_model(config: ImportConfig, checkpoint: Checkpoint) -> dict[str, str]:
     """Writes an exported model; what was found, in words."""
-    from mixmodal.interop.chameleon.importing import describe_import, gather_parts, write_model
+    from mixmodal.interop.chameleon.reading import describe_import, gather_parts, write_model
 
     parts = gather_parts(
         checkpoint,

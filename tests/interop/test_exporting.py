@@ -24,8 +24,8 @@ import mixmodal
 from mixmodal.document import build_format
 from mixmodal.interop.chameleon.checkpoint import open_checkpoint
 from mixmodal.interop.chameleon.conversion import read_shape
-from mixmodal.interop.chameleon.exporting import gather_export, in_meta_words, write_exported
 from mixmodal.interop.chameleon.pictures import describe_vqgan, find_obstacle, in_yaml
+from mixmodal.interop.chameleon.writing import gather_export, in_meta_words, write_exported
 from mixmodal.interop.export import describe_model, save_export
 from mixmodal.models.transformer import Transformer, TransformerConfig, save_weights
 from mixmodal.pipeline import MixedModal

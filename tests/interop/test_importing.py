@@ -267,13 +267,13 @@ def test_a_llama_gets_rows_for_pictures(tied: bool, tmp_path: Path, tokenizers: 
 
 
 def test_bfloat16_and_shards_stay_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mixmodal.interop.chameleon import importing
+    from mixmodal.interop.chameleon import reading
 
     size = synthetic.SHARDED
     folder = synthetic.write_meta(tmp_path / "x", synthetic.draw_state(size, torch.bfloat16), size)
     run("import", folder, "--out", tmp_path / "whole")
-    write = importing.write_weights
-    monkeypatch.setattr(importing, "write_weights", lambda folder, tensors: write(folder, tensors, 10_000))
+    write = reading.write_weights
+    monkeypatch.setattr(reading, "write_weights", lambda folder, tensors: write(folder, tensors, 10_000))
     run("import", folder, "--out", tmp_path / "shards")
     assert len(list((tmp_path / "shards").glob("model-*-of-*.safetensors"))) > 3
     whole, shards = (mixmodal.load_transformer(tmp_path / name).state_dict() for name in ("whole", "shards"))
