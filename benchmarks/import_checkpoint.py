@@ -2,7 +2,7 @@
 
     python benchmarks/import_checkpoint.py [--shape chameleon_7b] [--layout transformers] [--num_shards 4] [--dir DIR]
 
-`mixmodal import` runs as a process of its own, and then `mixmodal export` back, and `mixmodal.load_transformer`. Memory
+`mixmodal import` runs as a process of its own, and then `mixmodal.load_transformer`, or `mixmodal export` back. Memory
 is the peak of what is resident, pages of mapped files among it. The disk needs room for the checkpoint three times;
 what was written is removed.
 """
@@ -25,7 +25,6 @@ import torch
 from record import record
 from torch import Tensor
 
-from mixmodal.interop.chameleon.conversion import cut_shard
 from mixmodal.interop.chameleon.layouts import LAYOUTS, META, Layout
 from mixmodal.models.presets import PRESETS
 from mixmodal.models.transformer import Transformer, TransformerConfig
@@ -58,9 +57,9 @@ def measure(arguments: Sequence[str]) -> Cost:
     return Cost(time.perf_counter() - started, usage.ru_maxrss * 1024)
 
 
-def draw(layout: Layout, config: TransformerConfig, num_shards: int) -> Iterator[tuple[str, Tensor]]:
-    """Tensors under the layout's names, one after another; QK-norms of shards stand on each other."""
-    generator = torch.Generator().manual_seed(0)
+def draw(layout: Layout, config: TransformerConfig, num_shards: int, rank: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of a shard under the layout's names, one after another."""
+    generator = torch.Generator().manual_seed(rank)
     sizes = config.attention_sizes
     head_dim = sizes["head_dim"]
     rows = {"q": sizes["num_heads"] * head_dim, "k": sizes["num_kv_heads"] * head_dim, "ffn": config.ffn_dim}
@@ -74,11 +73,15 @@ def draw(layout: Layout, config: TransformerConfig, num_shards: int) -> Iterator
         elif "ffn.up" in own:
             parts = [(rows["ffn"], config.dim)] * 2
         elif norm := next((norm for norm in sets if norm in own), None):
-            parts = [(sets[norm] if layout.norms == "head" else num_shards, head_dim)]
+            parts = [{"head": (sets[norm], head_dim), "one": (head_dim,)}.get(layout.norms, (num_shards, head_dim))]
+            parts = [(head_dim,)] if layout is META else parts
         else:
             parts = [shape]
         for name, part in zip(theirs, parts, strict=True):
-            yield name, torch.empty(part, dtype=DTYPE).normal_(std=0.02, generator=generator)
+            cut = layout.cut(name)
+            part = tuple(size // num_shards if place == cut else size for place, size in enumerate(part))
+            tensor = torch.ones(part, dtype=DTYPE)  # as norms are that all shards hold
+            yield name, tensor.normal_(std=0.02, generator=generator) if tensor.ndim == 2 else tensor
 
 
 def write_checkpoint(folder: Path, layout: Layout, config: TransformerConfig, num_shards: int) -> None:
@@ -87,11 +90,7 @@ def write_checkpoint(folder: Path, layout: Layout, config: TransformerConfig, nu
     sizes, is_post = config.attention_sizes, config.norm_placement == "post_sublayer"
     if layout is META:
         for rank in range(num_shards):
-            shard = {
-                name: cut_shard(META, name, tensor, rank, num_shards).clone()
-                for name, tensor in draw(layout, config, num_shards)
-            }
-            torch.save(shard, folder / f"consolidated.{rank:02}.pth")
+            torch.save(dict(draw(layout, config, num_shards, rank)), folder / f"consolidated.{rank:02}.pth")
         said = {"model": {"swin_norm": is_post, "n_heads": sizes["num_heads"], "dim": config.dim}}
         (folder / "params.json").write_text(json.dumps(said))
         return
@@ -115,7 +114,7 @@ def main(options: argparse.Namespace) -> None:
         load = f"import mixmodal; mixmodal.load_transformer({str(ours)!r})"
         commands = {
             "import": ["-m", "mixmodal.cli", "import", str(source), "--out", str(ours)],
-            "export to meta": ["-m", "mixmodal.cli", "export", str(ours), str(back), "--to", "meta"],
+            "export": ["-m", "mixmodal.cli", "export", str(ours), str(back), "--to", options.layout],
             "load_transformer": ["-c", load],
         }
         label = f"{options.shape}, {options.layout}" + f" in {num_shards} shards" * (num_shards > 1)
