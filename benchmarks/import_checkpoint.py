@@ -73,8 +73,8 @@ def draw(layout: Layout, config: TransformerConfig, num_shards: int, rank: int =
         elif "ffn.up" in own:
             parts = [(rows["ffn"], config.dim)] * 2
         elif norm := next((norm for norm in sets if norm in own), None):
-            parts = [{"head": (sets[norm], head_dim), "one": (head_dim,)}.get(layout.norms, (num_shards, head_dim))]
-            parts = [(head_dim,)] if layout is META else parts
+            shape = {"head": (sets[norm], head_dim), "shard": (num_shards, head_dim), "one": (head_dim,)}[layout.norms]
+            parts = [(head_dim,) if layout is META else shape]
         else:
             parts = [shape]
         for name, part in zip(theirs, parts, strict=True):
