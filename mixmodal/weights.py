@@ -43,8 +43,10 @@ READ_BYTES = 1 << 30
 class LazyFiles(Mapping[str, Tensor]):
     """Tensors of checkpoint files by name; each is read when it is asked for, so that a large model stays on disk."""
 
-    def __init__(self, files: Mapping[str, Path], opened: Mapping[Path, Any] | None = None) -> None:
-        self._files = dict(files)
+    def __init__(
+        self, files: Mapping[str, Path], opened: Mapping[Path, Any] | None = None, num_beside: int = 1
+    ) -> None:
+        self._files, self._num_beside = dict(files), num_beside
         self._open = dict(opened or {})
         self._read = 0
 
@@ -54,7 +56,7 @@ class LazyFiles(Mapping[str, Tensor]):
         Raises:
             ValueError: naming the file, for one that is sparse, or larger than what is stored of it.
         """
-        if self._read > READ_BYTES:
+        if self._read * self._num_beside > READ_BYTES:
             self._open, self._read = {path: found for path, found in self._open.items() if not can_map(path)}, 0
         found = self._file(name)
         tensor = found[name] if isinstance(found, dict) else found.get_tensor(name)
@@ -88,11 +90,12 @@ class LazyFiles(Mapping[str, Tensor]):
         return self._files[name]
 
 
-def read_weights(source: Path) -> LazyFiles:
+def read_weights(source: Path, num_beside: int = 1) -> LazyFiles:
     """The named tensors of a checkpoint, on the CPU.
 
     Args:
         source: a safetensors file, the index of a sharded one, a file of torch.save, or a folder with one of `FILES`.
+        num_beside: files that are read by turns, as the shards of a model are; they share what may be in memory.
 
     Raises:
         ValueError: naming the file: not there, broken, without tensors, with shards outside its folder, or a pickle
@@ -102,7 +105,7 @@ def read_weights(source: Path) -> LazyFiles:
     if path.name.endswith(".index.json"):
         return read_index(path)
     found = open_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
-    return LazyFiles(dict.fromkeys(found.keys(), path), {path: found})
+    return LazyFiles(dict.fromkeys(found.keys(), path), {path: found}, num_beside)
 
 
 def find_file(source: Path) -> Path:

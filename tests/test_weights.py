@@ -171,6 +171,11 @@ def test_files_are_closed_when_enough_was_read(tmp_path: Path, monkeypatch: pyte
     found = read_weights(tmp_path / "x.safetensors")
     assert [torch.equal(found["a"], A) for _ in range(4)] == [True] * 4
     assert len(opened) == 4
+    monkeypatch.setattr(weights, "READ_BYTES", 100)
+    opened.clear()
+    found = read_weights(tmp_path / "x.safetensors", num_beside=10)
+    assert [torch.equal(found["a"], A) for _ in range(4)] == [True] * 4
+    assert len(opened) == 4  # ten files share what may be in memory
 
 
 def test_whoever_may_read_other_files_may_read_weights(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def open_checkpoint(
         ValueError: naming file and key for what is broken, missing, of an unknown layout, or not of the given one.
     """
     files = find_shards(source)
-    shards = tuple(read_weights(file) for file in files)
+    shards = tuple(read_weights(file, len(files)) for file in files)
     if not is_transformer(shards[0]):
         return None
     folder = files[0].parent
