@@ -294,6 +294,11 @@ def describe(report: dict[str, Any], out: Path) -> str:
                 f"  loss on {tokens['loss_tokens']:,} tokens ({tokens['text_loss_tokens']:,} text, "
                 f"{tokens['image_loss_tokens']:,} image) of the shards with conversations"
             )
+        for task, found in tokens.get("tasks", {}).items():
+            lines.append(
+                f"    {task}: {found['documents']:,} documents, loss on {found['text_loss_tokens']:,} text and "
+                f"{found['image_loss_tokens']:,} image tokens"
+            )
         lines += [f"  {number:,} skipped: {reason}" for reason, number in tokens["skipped"].items()]
     lines.append(f"report: {out / REPORT_NAME}")
     return "\n".join(lines)

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 
 from mixmodal.data.conversations import Message, parse_messages, turns_of
-from mixmodal.data.corpora import CorpusConfig, PrepareConfig, prepare
+from mixmodal.data.corpora import CorpusConfig, PrepareConfig, describe, prepare
 from mixmodal.data.shards import PictureFile, Sample, read_samples
 from mixmodal.data.skipping import SampleError, SampleLimits
 from mixmodal.data.tasks import TasksConfig, TaskTemplates, spell_objects
+from mixmodal.data.token_shards import TokenShards
 from mixmodal.document import Image, Part, SequenceFormat, Text, build_format, spell_turns
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
@@ -258,6 +259,35 @@ def test_records_become_conversations_and_documents(build: Build, capsys: pytest
     assert corpus["conversations"]["tasks"] == {"editing": 1}
     assert corpus["documents"] == {"tasks": {"infilling": 1}}
     assert "documents trained on as a whole; tasks: 1 infilling" in capsys.readouterr().out
+
+
+def test_tokens_with_loss_are_counted_by_task_and_modality(
+    build: Build, build_shards: Callable[..., Path], write_tokens: Callable[..., TokenShards], tmp_path: Path
+) -> None:
+    rows = [
+        {"task": "questions", "image": "a.png", "question": "What?", "reply": "caption"},
+        {"task": "infilling", "answer": "caption", "image": "a.png"},
+    ]
+    found = build([EDIT, EDIT, *rows])
+    shards = write_tokens([tmp_path / "out" / "shards", build_shards(1)], sequence_format="chameleon")
+    counts = shards.manifest["counts"]
+    tasks = counts["tasks"]
+    losses = [shards.loss(index) for index in range(4)]
+    assert [tasks[name]["documents"] for name in ("editing", "infilling", "questions")] == [2, 1, 1]
+    assert tasks["editing"] == {
+        "documents": 2,
+        "loss_tokens": sum(int(loss.sum()) for loss in losses[:2] if loss is not None),
+        "text_loss_tokens": 0,
+        "image_loss_tokens": 2 * 4,
+    }
+    assert tasks["questions"]["text_loss_tokens"] > tasks["infilling"]["text_loss_tokens"] > 0
+    assert (tasks["questions"]["image_loss_tokens"], tasks["infilling"]["image_loss_tokens"]) == (0, 4)
+    assert tasks["infilling"]["loss_tokens"] == len(shards[3])
+    for name in ("loss_tokens", "text_loss_tokens", "image_loss_tokens"):
+        assert counts[name] == sum(count[name] for count in tasks.values())
+    shown = describe({**found.report, "tokens": counts}, tmp_path)
+    assert "    editing: 2 documents, loss on 0 text and 8 image tokens\n" in shown
+    assert "tasks" not in write_tokens([build_shards(1, name="others")], out=tmp_path / "more").manifest["counts"]
 
 
 @pytest.mark.parametrize(
