@@ -269,9 +269,10 @@ def test_tokens_with_loss_are_counted_by_task_and_modality(
         {"task": "infilling", "answer": "caption", "image": "a.png"},
     ]
     found = build([EDIT, EDIT, *rows])
-    shards = write_tokens([tmp_path / "out" / "shards", build_shards(1)], sequence_format="chameleon")
+    folder = tmp_path / "out" / "shards"
+    shards = write_tokens([folder, build_shards(1), folder], sequence_format="chameleon")
     counts = shards.manifest["counts"]
-    tasks = counts["tasks"]
+    tasks = {task: {name: count / 2 for name, count in found.items()} for task, found in counts["tasks"].items()}
     losses = [shards.loss(index) for index in range(4)]
     assert [tasks[name]["documents"] for name in ("editing", "infilling", "questions")] == [2, 1, 1]
     assert tasks["editing"] == {
@@ -284,9 +285,9 @@ def test_tokens_with_loss_are_counted_by_task_and_modality(
     assert (tasks["questions"]["image_loss_tokens"], tasks["infilling"]["image_loss_tokens"]) == (0, 4)
     assert tasks["infilling"]["loss_tokens"] == len(shards[3])
     for name in ("loss_tokens", "text_loss_tokens", "image_loss_tokens"):
-        assert counts[name] == sum(count[name] for count in tasks.values())
+        assert counts[name] == 2 * sum(count[name] for count in tasks.values())
     shown = describe({**found.report, "tokens": counts}, tmp_path)
-    assert "    editing: 2 documents, loss on 0 text and 8 image tokens\n" in shown
+    assert "    editing: 4 documents, loss on 0 text and 16 image tokens\n" in shown
     assert "tasks" not in write_tokens([build_shards(1, name="others")], out=tmp_path / "more").manifest["counts"]
 
 
