@@ -120,8 +120,10 @@ class TaskTemplates:
 
         try:
             found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{path}: the templates can not be read: {one_line(str(error))}") from error
+        except OSError as error:
+            raise ValueError(f"{path}: the templates can not be read ({error.strerror})") from error
+        except (UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: the templates are no YAML: {one_line(str(error))}") from error
         names = [entry.name for entry in fields(TasksConfig)]
         if not isinstance(found, dict) or "tasks" not in found:
             raise ValueError(f"{path}: the key tasks is missing, with wordings by the name of the task")

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+import yaml
 
 from mixmodal.data.conversations import Message, parse_messages, turns_of
 from mixmodal.data.corpora import CorpusConfig, PrepareConfig, describe, prepare
@@ -124,6 +125,21 @@ def test_the_page_lists_all_fields() -> None:
     assert listed == {task: set(SHIPPED["chameleon"].fields(task)) for task in SHIPPED["chameleon"].wordings}
 
 
+def test_the_records_and_the_templates_of_the_page_become_samples(
+    build: Build, build_picture: Callable[[int], PictureFile], tmp_path: Path
+) -> None:
+    for number, name in enumerate(("apple", "dark", "dog")):
+        (tmp_path / f"{name}.png").write_bytes(build_picture(number).data)
+    records = [json.loads(line) for line in block("json").splitlines()]
+    shipped = yaml.safe_load((ROOT / "configs" / "tasks" / "chameleon.yaml").read_text())["tasks"]
+    found = build(records, shipped)
+    assert [sample.metadata["task"] for sample in found.samples] == [record["task"] for record in records]
+    assert "dog at location (10, 20) -> (60, 90)" in found.samples[2].texts[0]
+    editing = TaskTemplates(TasksConfig(**yaml.safe_load(block("yaml"))))
+    rows = [editing.fill({**records[0], "key": str(number)}, "here") for number in range(20)]
+    assert {"messages" in row for row in rows} == {True, False}
+
+
 def test_a_wording_is_drawn_by_seed_and_key_alone() -> None:
     wordings = [[{"user": f"{number} {{caption}}"}, {"assistant": "{image}"}] for number in range(3)]
     found = [templates({"drawing": wordings, "other": wordings}, seed) for seed in (0, 0, 1)]
@@ -183,7 +199,7 @@ def test_a_template_that_gives_no_sample_is_named_by_file_task_and_wording(
 
 
 def test_a_templates_file_that_is_absent_or_has_other_keys_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"absent\.yaml"):
+    with pytest.raises(ValueError, match=r"absent\.yaml: the templates can not be read \(No such"):
         TaskTemplates.load(tmp_path / "absent.yaml")
     for content, said in (
         ("task: {}", "the key tasks is missing"),
@@ -192,7 +208,7 @@ def test_a_templates_file_that_is_absent_or_has_other_keys_is_named(tmp_path: Pa
         ("tasks: {a: ['{caption}']}\nseed: x", "seed is 'x'"),
         ("tasks: {}", "tasks is empty"),
         ("tasks: {3: ['{caption}']}", "task 3: its name is no text"),
-        ("tasks: [", "the templates can not be read"),
+        ("tasks: [", "the templates are no YAML"),
     ):
         (tmp_path / "tasks.yaml").write_text(content)
         with pytest.raises(ValueError, match=rf"tasks\.yaml: {said}"):
@@ -234,12 +250,12 @@ def build(tmp_path: Path, build_picture: Callable[[int], PictureFile]) -> Build:
         (tmp_path / f"{name}.png").write_bytes(build_picture(number).data)
 
     def build(rows: list[dict[str, Any]], tasks: dict[str, Any] | None = None) -> Prepared:
-        path, yaml = tmp_path / "rows.jsonl", tmp_path / "tasks.yaml"
+        path, file = tmp_path / "rows.jsonl", tmp_path / "tasks.yaml"
         questions = {"questions": [[{"user": "{image} {question}"}, {"assistant": "It is {reply}."}]]}
         path.write_text("\n".join(map(json.dumps, rows)))
-        yaml.write_text(json.dumps({"tasks": tasks or {**EDITS, **questions, "infilling": ["{answer} {image}"]}}))
+        file.write_text(json.dumps({"tasks": tasks or {**EDITS, **questions, "infilling": ["{answer} {image}"]}}))
         config = PrepareConfig(
-            corpora=(CorpusConfig(kind="tasks", path=path, templates=yaml),),
+            corpora=(CorpusConfig(kind="tasks", path=path, templates=file),),
             out=tmp_path / "out",
             limits=SampleLimits(max_skipped_share=1.0),
         )
