@@ -181,6 +181,11 @@ def test_every_config_file_loads(path: Path) -> None:
 
         load_config(TransformerConfig, path)
         return
+    if name.startswith("tasks/"):
+        from mixmodal.data.tasks import TaskTemplates
+
+        TaskTemplates.load(path)
+        return
     if name.startswith("tokenizers/") and name not in CONFIG_TYPES:
         command = "train-image-tokenizer"
     else:

@@ -173,16 +173,17 @@ def check_task(task: Any, source: str) -> str | None:
 
 
 class ConversationCounter:
-    """Counts conversations by task, their messages by role and the answers by their modality."""
+    """Counts conversations by task, their messages by role and the answers by their modality; and documents by task."""
 
     def __init__(self) -> None:
+        self._documents: Counter[str] = Counter()
         self.num_conversations = 0
         self._tasks: Counter[str] = Counter()
         self._messages: Counter[str] = Counter()
         self._answers: Counter[str] = Counter()
 
     def add(self, messages: Sequence[Message], modalities: Sequence[Modality], task: str | None) -> None:
-        """Counts a sample; one without messages is no conversation.
+        """Counts a sample; one without messages is no conversation, and is counted where it has a task.
 
         Args:
             messages: of the sample.
@@ -190,6 +191,7 @@ class ConversationCounter:
             task: its name.
         """
         if not messages:
+            self._documents.update([task] if isinstance(task, str) else [])
             return
         self.num_conversations += 1
         self._tasks[task or NO_TASK] += 1
@@ -201,23 +203,30 @@ class ConversationCounter:
                 self._answers["both" if len(found) > 1 else found.pop()] += 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for a report; nothing where there were no conversations."""
+        """Plain data for a report; nothing where there were no conversations, and no documents with a task."""
+        documents = {"documents": {"tasks": dict(sorted(self._documents.items()))}} if self._documents else {}
         if not self.num_conversations:
-            return {}
+            return documents
         counts = {"tasks": self._tasks, "messages": self._messages, "answers": self._answers}
         return {
             "conversations": {
                 "samples": self.num_conversations,
                 **{name: dict(sorted(counter.items())) for name, counter in counts.items()},
-            }
+            },
+            **documents,
         }
 
 
 def describe_conversations(report: Mapping[str, Any]) -> list[str]:
     """What `ConversationCounter.to_dict` gave, as lines for people."""
-    found = report.get("conversations")
-    if not found:
-        return []
-    shown = (f"{name}: " + ", ".join(f"{count:,} {key}" for key, count in found[name].items())
-             for name in ("tasks", "messages", "answers"))  # fmt: skip
-    return [f"  {found['samples']:,} conversations; " + "; ".join(shown)]
+    lines: list[str] = []
+    if found := report.get("conversations"):
+        shown = "; ".join(f"{name}: {_listed(found[name])}" for name in ("tasks", "messages", "answers"))
+        lines.append(f"  {found['samples']:,} conversations; {shown}")
+    if found := report.get("documents"):
+        lines.append(f"  documents trained on as a whole; tasks: {_listed(found['tasks'])}")
+    return lines
+
+
+def _listed(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {key}" for key, count in counts.items())

@@ -3,6 +3,7 @@
 | kind | a line, or an entry of a JSON list | becomes |
 |---|---|---|
 | conversations | `{"messages": ..., "task": ..., "key": ...}` | a conversation |
+| tasks | `{"task": ..., "caption": ..., "image": ..., "key": ...}` | what its template says (`mixmodal.data.tasks`) |
 | llava | `{"image": ..., "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}` | a conversation |
 | instructpix2pix | `{"input_image": ..., "edit_prompt": ..., "edited_image": ...}` | picture and text, then a picture |
 | obelics | `{"texts": [..., null], "images": [null, ...]}` | a document, trained on as a whole |
@@ -21,6 +22,7 @@ from mixmodal.data.conversations import check_task, parse_messages
 from mixmodal.data.corpus_files import first, read_part, read_rows
 from mixmodal.data.shards import Sample
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
+from mixmodal.data.tasks import TaskTemplates
 
 IMAGE_MARK = "<image>"
 LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -38,6 +40,11 @@ def read_conversations(path: Path, counter: SkipCounter, limits: SampleLimits) -
         ValueError: where there is no such file; so do the other readers.
     """
     yield from _read(path, "conversations", counter, limits, lambda row, source: row)
+
+
+def read_tasks(path: Path, counter: SkipCounter, limits: SampleLimits, templates: TaskTemplates) -> Iterator[Sample]:
+    """Records of a task's name and its fields, filled into the templates."""
+    yield from _read(path, "tasks", counter, limits, templates.fill)
 
 
 def read_llava(path: Path, counter: SkipCounter, limits: SampleLimits) -> Iterator[Sample]:

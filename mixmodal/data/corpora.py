@@ -6,12 +6,20 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
 from mixmodal.data.conversations import ConversationCounter, describe_conversations
-from mixmodal.data.converters import read_conversations, read_instructpix2pix, read_llava, read_mmc4, read_obelics
+from mixmodal.data.converters import (
+    read_conversations,
+    read_instructpix2pix,
+    read_llava,
+    read_mmc4,
+    read_obelics,
+    read_tasks,
+)
 from mixmodal.data.corpus_files import Reader, read_folder, read_jsonl
 from mixmodal.data.pretokenize import PretokenizeConfig, TokensConfig, pretokenize
 from mixmodal.data.shards import (
@@ -24,10 +32,13 @@ from mixmodal.data.shards import (
     write_shards,
 )
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
+from mixmodal.data.tasks import TaskTemplates
 from mixmodal.tokenization.preprocessing import PictureError, resize_and_crop, resize_and_pad
 
 REPORT_NAME = "report.json"
-CorpusKind = Literal["folder", "jsonl", "shards", "conversations", "llava", "instructpix2pix", "obelics", "mmc4"]
+CorpusKind = Literal[
+    "folder", "jsonl", "shards", "conversations", "tasks", "llava", "instructpix2pix", "obelics", "mmc4"
+]
 READERS: dict[CorpusKind, Reader] = {
     "folder": read_folder,
     "jsonl": read_jsonl,
@@ -48,13 +59,43 @@ class CorpusConfig:
         kind: `folder` holds pictures, each with a text file of the same name or all in one `captions.jsonl`; `jsonl` is
             a file with a line `{"image": ..., "text": ...}` or `{"parts": [{"text": ...}, {"image": ...}, ...]}` each,
             its paths within its folder; `shards` is a folder of img2dataset's or this package's shards. `conversations`
-            is a file of messages, `llava` and `instructpix2pix` are files that become such, and `obelics` and `mmc4`
-            are files of interleaved documents: see `mixmodal.data.converters`.
+            is a file of messages, `tasks` one of records that templates make such of, `llava` and `instructpix2pix` are
+            files that become such, and `obelics` and `mmc4` are files of interleaved documents: see
+            `mixmodal.data.converters`.
         path: the folder or file.
+        templates: a YAML file of templates, as in `configs/tasks`; of the kind `tasks` alone, which needs it.
     """
 
     kind: CorpusKind
     path: Path
+    templates: Path | None = None
+
+    def __post_init__(self) -> None:
+        if (self.kind == "tasks") != (self.templates is not None):
+            said = "needs templates, a YAML file as in configs/tasks" if self.kind == "tasks" else "takes no templates"
+            raise ValueError(f"{self.path}: a corpus of kind {self.kind} {said}")
+
+    def read(self, counter: SkipCounter, limits: SampleLimits) -> Iterator[Sample]:
+        """Its samples, their pictures not yet decoded."""
+        reader = READERS.get(self.kind) or partial(read_tasks, templates=self.load_templates())
+        return reader(self.path, counter, limits)
+
+    def load_templates(self) -> TaskTemplates:
+        """Those of the kind `tasks`.
+
+        Raises:
+            ValueError: where the file can not be read, or holds something else.
+        """
+        assert self.templates is not None
+        return TaskTemplates.load(self.templates)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What its samples follow from, as plain data."""
+        found = {"kind": self.kind, "path": str(self.path)}
+        if self.templates is not None:
+            found |= {"templates": str(self.templates), "templates_digest": self.load_templates().digest}
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,9 +164,8 @@ def _save(path: Path, report: dict[str, Any]) -> None:
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
     """What the shards follow from, as plain data."""
-    corpora = [{"kind": corpus.kind, "path": str(corpus.path)} for corpus in config.corpora]
     return {
-        "corpora": corpora,
+        "corpora": [corpus.settings for corpus in config.corpora],
         "image_size": config.image_size,
         "shard_size": config.shard_size,
         "limits": asdict(config.limits),
@@ -203,7 +243,7 @@ def _validate(
     """Samples whose every picture decodes, under running keys."""
     numbers = count()
     for corpus, counter, found in zip(config.corpora, counters, conversations):
-        for sample in READERS[corpus.kind](corpus.path, counter, config.limits):
+        for sample in corpus.read(counter, config.limits):
             try:
                 parts = tuple(
                     part if isinstance(part, str) else _check_picture(part, config.image_size, config.limits, loss)
@@ -253,6 +293,11 @@ def describe(report: dict[str, Any], out: Path) -> str:
             lines.append(
                 f"  loss on {tokens['loss_tokens']:,} tokens ({tokens['text_loss_tokens']:,} text, "
                 f"{tokens['image_loss_tokens']:,} image) of the shards with conversations"
+            )
+        for task, found in tokens.get("tasks", {}).items():
+            lines.append(
+                f"    {task}: {found['documents']:,} documents, loss on {found['text_loss_tokens']:,} text and "
+                f"{found['image_loss_tokens']:,} image tokens"
             )
         lines += [f"  {number:,} skipped: {reason}" for reason, number in tokens["skipped"].items()]
     lines.append(f"report: {out / REPORT_NAME}")

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from mixmodal.data.source import Source, SourceConfig
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,47 @@ class StageConfig:
 
     from_step: int
     weights: dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareLimits:
+    """How far the share of a source may lie from its natural one, which is its part of all tokens that are there.
+
+    CM3Leon names thresholds of 3 and 0.3 for up- and down-sampling of its tuning tasks (arXiv 2309.02591) and does not
+    say of what; here they are factors of the natural share.
+
+    Args:
+        up: the largest factor, at least 1.
+        down: the smallest factor, 0 .. 1.
+    """
+
+    up: float = 3.0
+    down: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.down <= 1 <= self.up < float("inf"):
+            raise ValueError(
+                f"data.share_limits: down is {self.down} (0 .. 1), up is {self.up} (at least 1): factors of the shares "
+                "that sources have by their size"
+            )
+
+    def apply(self, weights: Mapping[str, float], sizes: Mapping[str, int]) -> dict[str, float]:
+        """Shares in proportion to the weights, but for the sources at a limit; they sum to 1.
+
+        Args:
+            weights: by source; one of weight 0 keeps it, and its size does not count.
+            sizes: tokens that a source has, by its name.
+        """
+        names = sorted(name for name, weight in weights.items() if weight)
+        wanted = np.array([weights[name] for name in names])
+        natural = np.array([sizes[name] for name in names], np.float64)
+        natural /= natural.sum()
+        lowest, highest = self.down * natural, self.up * natural
+        # the sum of the clipped shares grows with the scale of the weights, along straight lines between these scales
+        scales = np.sort(np.concatenate([lowest / wanted, highest / wanted]))
+        sums = np.clip(scales[:, None] * wanted, lowest, highest).sum(1)
+        shares = np.clip(np.interp(1.0, sums, scales) * wanted, lowest, highest)
+        return {**dict.fromkeys(weights, 0.0), **dict(zip(names, shares.tolist()))}
 
 
 def check_mixture(sources: Mapping[str, SourceConfig], stages: Sequence[StageConfig]) -> None:

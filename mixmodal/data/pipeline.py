@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mixmodal.data.mixture import Mixture, StageConfig, check_mixture, weights_at
+from mixmodal.data.mixture import Mixture, ShareLimits, StageConfig, check_mixture, weights_at
 from mixmodal.data.packing import Batch, Sample, build_batch
 from mixmodal.data.retrieved import NOTHING, DrawnDocuments, Retrieval, RetrievalConfig, check_retrieval, open_retrieval
 from mixmodal.data.source import PLAIN, REMEDY, Documents, Randomness, Source, SourceConfig, check_equal, loss_of
@@ -30,6 +30,7 @@ class DataConfig:
         tokens: folder with the token shards to train on.
         sources: several of them by name, in the place of `tokens`, with their shares of the trained tokens.
         stages: other weights of the sources from given steps on.
+        share_limits: how far the shares of sources may lie from those that they have by their size; none is no limit.
         candidates: folder of `mixmodal retrieve` with what may stand before the documents of `tokens`.
         retrieval: how it is drawn, and from which memory; none means that documents stand alone.
         held_out_tokens: folder with token shards to evaluate on; none means no evaluation.
@@ -51,6 +52,7 @@ class DataConfig:
     tokens: Path | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     stages: tuple[StageConfig, ...] = ()
+    share_limits: ShareLimits | None = None
     candidates: Path | None = None
     retrieval: RetrievalConfig | None = None
     held_out_tokens: Path | None = None
@@ -68,6 +70,8 @@ class DataConfig:
             raise ValueError("data: give either tokens, a folder of token shards, or sources, several by name")
         if self.tokens is None or self.stages:
             check_mixture(self.sources, self.stages)
+        if self.share_limits is not None and len(self.sources) < 2:
+            raise ValueError("data: share_limits acts on several sources alone; leave it out")
         if self.seq_len < 2:
             raise ValueError(f"data: seq_len is {self.seq_len}; it must be at least 2 tokens")
         for name in ("image_first_share", "caption_dropout", "max_skipped_share"):
@@ -186,7 +190,9 @@ class PackedDocuments:
         }
         for source in self.sources.values():
             check_loss_kept(source, image_first_share=config.image_first_share, caption_dropout=config.caption_dropout)
-        self._mixture = Mixture(self.sources, config.weights_at(0))
+        self.config = config
+        self._sizes = {name: source.size for name, source in self.sources.items()} if config.share_limits else {}
+        self._mixture = Mixture(self.sources, self._weights_at(0))
         self._variation = Variation(
             sequence_format,
             objective,
@@ -197,7 +203,6 @@ class PackedDocuments:
             retrieved_weight=config.retrieval.loss_weight if config.retrieval else 1.0,
         )
         self.pad = sequence_format.vocabulary.pad
-        self.config = config
         self.micro_batch_size, self.grad_accum_steps = micro_batch_size, grad_accum_steps
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self._pending: list[_Drawn] = []  # in the order drawn; the first of them begins the next row
@@ -295,10 +300,15 @@ class PackedDocuments:
         pending = [[drawn.source.name, drawn.epoch, drawn.document] for drawn in self._pending]
         return {"step": self._step, "weights": dict(self._mixture.weights), "pending": pending, "sources": places}
 
+    def _weights_at(self, step: int) -> dict[str, float]:
+        """Within the limits, where there are some."""
+        weights, limits = self.config.weights_at(step), self.config.share_limits
+        return weights if limits is None else limits.apply(weights, self._sizes)
+
     # rows
 
     def _begin_step(self) -> None:
-        self._mixture.set_weights(self.config.weights_at(self._step))
+        self._mixture.set_weights(self._weights_at(self._step))
         rows_per_rank = self.micro_batch_size * self.grad_accum_steps
         rows = []
         for number in range(rows_per_rank * self.world_size):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mixmodal.data.augment import AugmentConfig, augment, draw_changes
-from mixmodal.data.conversations import turns_of
+from mixmodal.data.conversations import NO_TASK, turns_of
 from mixmodal.data.shards import PictureFile, Sample, find_shards, read_samples, write_atomically
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
 from mixmodal.data.token_shards import (
@@ -50,11 +52,21 @@ Progress = Callable[[int, int], None]
 
 
 class Spelled(NamedTuple):
-    """A document: its key, its ids `(T,)` int64, and which tokens carry loss, bool `(T,)`; None is all of them."""
+    """A document: its key, its ids `(T,)` int64, which tokens carry loss, bool `(T,)` (None is all), and its task."""
 
     key: str
     ids: np.ndarray
     loss: np.ndarray | None
+    task: str | None
+
+    @property
+    def name_of_task(self) -> str:
+        return self.task or NO_TASK
+
+    @property
+    def trained(self) -> np.ndarray:
+        """The ids that carry loss."""
+        return self.ids if self.loss is None else self.ids[self.loss]
 
 
 class ImageEncoder(Protocol):
@@ -220,14 +232,18 @@ class Pretokenizer:
                 progress(number + 1, len(sources))
         counter.finish()
         counts: Counter[str] = Counter()
+        tasks: defaultdict[str, Counter[str]] = defaultdict(Counter)
         for record in records:
             counts.update(record["counts"])
+            for task, found in record.get("tasks", {}).items():
+                tasks[task].update(found)
+        by_task = {"tasks": {task: dict(tasks[task]) for task in sorted(tasks)}} if tasks else {}
         write_manifest(
             out,
             build_manifest(
                 self.spelling,
                 [record["entry"] for record in records],
-                counts={**counts, "skipped": dict(counter.skipped), "altered": dict(counter.altered)},
+                counts={**counts, **by_task, "skipped": dict(counter.skipped), "altered": dict(counter.altered)},
                 num_variants=self.config.num_variants,
                 **self.tokenizers,
             ),
@@ -265,18 +281,29 @@ class Pretokenizer:
         entry = write_token_shard(self.config.out, name, documents, keys, vocabulary.size, losses)
         counts = {"documents": len(documents), "tokens": entry["tokens"], **self._count(documents, "tokens")}
         if losses is not None:
-            trained = [ids[loss] for ids, loss in zip(documents, losses)]
-            counts |= {"loss_tokens": sum(map(len, trained)), **self._count(trained, "loss_tokens")}
+            counts |= self._count_loss(found)
+        by_task = groupby(sorted(found, key=attrgetter("name_of_task")), attrgetter("name_of_task"))
+        has_tasks = losses is not None or any(one.task for one in found)
         record = {
             "entry": entry,
             "source": str(source),
             "source_sha256": source_sha256,
             "settings": self.settings,
             "counts": counts,
+            "tasks": {task: self._count_task([*group]) for task, group in by_task} if has_tasks else {},
             "samples": counter.to_dict(),
         }
         write_atomically(self.config.out / f"{name}.json", json.dumps(record, indent=1).encode())
         return record
+
+    def _count_task(self, found: Sequence[Spelled]) -> dict[str, int]:
+        """Documents of a task, and the tokens of them that carry loss."""
+        return {"documents": len(found), **self._count_loss(found)}
+
+    def _count_loss(self, found: Sequence[Spelled]) -> dict[str, int]:
+        """Tokens that carry loss: all, and those of each modality."""
+        trained = [one.trained for one in found]
+        return {"loss_tokens": sum(map(len, trained)), **self._count(trained, "loss_tokens")}
 
     def _count(self, documents: Sequence[np.ndarray], what: str) -> dict[str, int]:
         """Tokens of each modality."""
@@ -329,7 +356,8 @@ class Pretokenizer:
                     if sample.messages
                     else (self.spelling.spell(Document(parts)), None)
                 )
-                yield Spelled(f"{sample.key}#{variant}", ids, loss)
+                task = sample.metadata.get("task")
+                yield Spelled(f"{sample.key}#{variant}", ids, loss, task if isinstance(task, str) else None)
 
     def _encode(self, shard: int, batch: Sequence[tuple[int, Sample, list[Tensor]]], variant: int) -> list[np.ndarray]:
         """Codes `(h, w)` of all pictures of a batch in one variant, in order."""

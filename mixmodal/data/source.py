@@ -145,6 +145,11 @@ class Source:
         self._seed, self._salt = seed, (int.from_bytes(digest[:8], "big"),) if name else ()
         self._begin_epoch(0)
 
+    @property
+    def size(self) -> int:
+        """Tokens of all its documents, without masks."""
+        return int(np.sum(self.lengths))
+
     def take(self) -> int | None:
         """Index of the next document of the epoch that fits a row; None at its end.
 

@@ -97,7 +97,8 @@ def build_manifest(
     Args:
         spelling: how the documents are spelled.
         shards: what `write_token_shard` returned, in order.
-        counts: documents, tokens, text_tokens, image_tokens and `skipped` by reason.
+        counts: documents, tokens, text_tokens, image_tokens and `skipped` by reason; with conversations or tasks also
+            `tasks`: documents, loss_tokens, text_loss_tokens and image_loss_tokens of each.
         num_variants: documents a sample gives; document i is variant i % num_variants of its sample.
 
     `loss` is there, and true, where a shard says which of its tokens carry loss.
