@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mixmodal.data.mixture import Mixture, StageConfig, check_mixture, weights_at
 from mixmodal.data.packing import Batch, Sample, build_batch
@@ -15,7 +15,7 @@ from mixmodal.data.retrieved import NOTHING, DrawnDocuments, Retrieval, Retrieva
 from mixmodal.data.source import PLAIN, REMEDY, Documents, Randomness, Source, SourceConfig, check_equal, loss_of
 from mixmodal.data.split import check_split
 from mixmodal.data.token_shards import TokenShards
-from mixmodal.data.variation import Variation, check_loss_kept
+from mixmodal.data.variation import Variation, check_loss_flags
 from mixmodal.document import SequenceError, SequenceFormat
 from mixmodal.objectives.causal_masked import CausalMasked
 
@@ -40,6 +40,8 @@ class DataConfig:
             that guidance has its unconditional stream. They are neither turned round nor masked further.
         first_part_weight: factor on the loss weights of a document's first part, where it has more than one. Below 1,
             more of what is learned is how a part follows from another; 1 is CM3Leon's.
+        loss_on: of documents that say which tokens carry loss, as conversations do: `flagged`, those (Chameleon: the
+            answers), or `all`, every token as of other documents (CM3Leon). Held-out losses are of flagged ones.
         shuffle: a new order in every epoch; otherwise the stored order.
         lookahead: documents that a row may pass by for later, shorter ones that fit it; they begin the next rows. With
             0, a row ends at the first document that does not fit; where lengths differ much, 16 leaves little padding.
@@ -58,6 +60,7 @@ class DataConfig:
     image_first_share: float = 0.5
     caption_dropout: float = 0.1
     first_part_weight: float = 1.0
+    loss_on: Literal["flagged", "all"] = "flagged"
     shuffle: bool = True
     lookahead: int = 0
     max_skipped_share: float = 0.1
@@ -184,8 +187,12 @@ class PackedDocuments:
             )
             for name, source in config.mixture.items()
         }
-        for source in self.sources.values():
-            check_loss_kept(source, image_first_share=config.image_first_share, caption_dropout=config.caption_dropout)
+        check_loss_flags(
+            self.sources.values(),
+            config.loss_on,
+            image_first_share=config.image_first_share,
+            caption_dropout=config.caption_dropout,
+        )
         self._mixture = Mixture(self.sources, config.weights_at(0))
         self._variation = Variation(
             sequence_format,
@@ -353,7 +360,7 @@ class PackedDocuments:
         before = source.retrieval.read(drawn.retrieved) if source.retrieval else []
         try:
             own = drawn.randomness.of(drawn.document)
-            loss = loss_of(source.documents, drawn.document)
+            loss = loss_of(source.documents, drawn.document) if self.config.loss_on == "flagged" else None
             sample = self._variation.vary(key, source.documents[drawn.document], own, before, loss)
             if len(sample.ids) > drawn.length:
                 raise SequenceError("it is not spelled as this version spells it")

@@ -6,7 +6,8 @@ A document may say which of its tokens carry loss, as conversations do; masks mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -14,6 +15,33 @@ from mixmodal.data.packing import Sample
 from mixmodal.data.source import Documents, LossDocuments, Randomness, Source
 from mixmodal.document import Run, SequenceFormat
 from mixmodal.objectives.causal_masked import TOKENS_PER_MASK, CausalMasked
+
+
+def check_loss_flags(
+    sources: Iterable[Source], loss_on: Literal["flagged", "all"], *, image_first_share: float, caption_dropout: float
+) -> None:
+    """Whether what documents say of their loss is kept, or left out where there is some.
+
+    Args:
+        sources: of a mixture.
+        loss_on, image_first_share, caption_dropout: see `DataConfig`.
+
+    Raises:
+        ValueError: naming the source and what to change.
+    """
+    sources = list(sources)
+    if loss_on == "flagged":
+        for source in sources:
+            check_loss_kept(source, image_first_share=image_first_share, caption_dropout=caption_dropout)
+    elif not any(_has_loss(source) for source in sources):
+        raise ValueError(
+            f"{sources[0].label}: data.loss_on all can not act where no document says which tokens carry loss, as "
+            "conversations do; leave it out"
+        )
+
+
+def _has_loss(source: Source) -> bool:
+    return isinstance(source.documents, LossDocuments) and source.documents.has_loss
 
 
 def check_loss_kept(source: Source, *, image_first_share: float, caption_dropout: float) -> None:
@@ -25,7 +53,7 @@ def check_loss_kept(source: Source, *, image_first_share: float, caption_dropout
     Raises:
         ValueError: naming the source and what to change.
     """
-    if not isinstance(source.documents, LossDocuments) or not source.documents.has_loss:
+    if not _has_loss(source):
         return
     shares = {"image_first_share": image_first_share, "caption_dropout": caption_dropout}
     found = [f"{name} from {share:g} to 0" for name, share in shares.items() if share]
