@@ -12,7 +12,17 @@ from typing import Any, Literal, NamedTuple
 from mixmodal.data.mixture import Mixture, StageConfig, check_mixture, weights_at
 from mixmodal.data.packing import Batch, Sample, build_batch
 from mixmodal.data.retrieved import NOTHING, DrawnDocuments, Retrieval, RetrievalConfig, check_retrieval, open_retrieval
-from mixmodal.data.source import PLAIN, REMEDY, Documents, Randomness, Source, SourceConfig, check_equal, loss_of
+from mixmodal.data.source import (
+    PLAIN,
+    REMEDY,
+    SHARES,
+    Documents,
+    Randomness,
+    Source,
+    SourceConfig,
+    check_equal,
+    loss_of,
+)
 from mixmodal.data.split import check_split
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.data.variation import Variation, check_loss_flags
@@ -73,7 +83,7 @@ class DataConfig:
             check_mixture(self.sources, self.stages)
         if self.seq_len < 2:
             raise ValueError(f"data: seq_len is {self.seq_len}; it must be at least 2 tokens")
-        for name in ("image_first_share", "caption_dropout", "max_skipped_share"):
+        for name in (*SHARES, "max_skipped_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data: {name} is {getattr(self, name)}; it must lie in 0 .. 1")
         for name in ("first_part_weight", "lookahead"):
@@ -89,6 +99,10 @@ class DataConfig:
         if self.tokens is None:
             return self.sources
         return {PLAIN: SourceConfig(tokens=self.tokens, candidates=self.candidates)}
+
+    def shares(self, source: SourceConfig) -> dict[str, float]:
+        """`image_first_share` and `caption_dropout` of a source."""
+        return {name: getattr(source if getattr(source, name) is not None else self, name) for name in SHARES}
 
     def weights_at(self, step: int) -> dict[str, float]:
         """The weight of each source in an optimizer step."""
@@ -187,22 +201,20 @@ class PackedDocuments:
             )
             for name, source in config.mixture.items()
         }
-        check_loss_flags(
-            self.sources.values(),
-            config.loss_on,
-            image_first_share=config.image_first_share,
-            caption_dropout=config.caption_dropout,
-        )
+        shares = {name: config.shares(source.config) for name, source in self.sources.items()}
+        check_loss_flags(self.sources, config.loss_on, shares)
         self._mixture = Mixture(self.sources, config.weights_at(0))
-        self._variation = Variation(
-            sequence_format,
-            objective,
-            seq_len=config.seq_len,
-            image_first_share=config.image_first_share,
-            caption_dropout=config.caption_dropout,
-            first_part_weight=config.first_part_weight,
-            retrieved_weight=config.retrieval.loss_weight if config.retrieval else 1.0,
-        )
+        self._variations = {
+            name: Variation(
+                sequence_format,
+                objective,
+                seq_len=config.seq_len,
+                first_part_weight=config.first_part_weight,
+                retrieved_weight=config.retrieval.loss_weight if config.retrieval else 1.0,
+                **shares[name],
+            )
+            for name in self.sources
+        }
         self.pad = sequence_format.vocabulary.pad
         self.config = config
         self.micro_batch_size, self.grad_accum_steps = micro_batch_size, grad_accum_steps
@@ -348,7 +360,8 @@ class PackedDocuments:
         randomness = source.randomness_of(epoch)
         retrieved = source.retrieve(document, randomness)
         try:
-            length = self._variation.length(source.documents, document, randomness, retrieved.num_tokens)
+            variation = self._variations[source.name]
+            length = variation.length(source.documents, document, randomness, retrieved.num_tokens)
         except SequenceError as error:
             raise _bad_document(source, document, error) from error
         return _Drawn(source, epoch, document, length, randomness, retrieved)
@@ -361,7 +374,7 @@ class PackedDocuments:
         try:
             own = drawn.randomness.of(drawn.document)
             loss = loss_of(source.documents, drawn.document) if self.config.loss_on == "flagged" else None
-            sample = self._variation.vary(key, source.documents[drawn.document], own, before, loss)
+            sample = self._variations[source.name].vary(key, source.documents[drawn.document], own, before, loss)
             if len(sample.ids) > drawn.length:
                 raise SequenceError("it is not spelled as this version spells it")
         except SequenceError as error:
