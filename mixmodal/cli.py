@@ -52,6 +52,9 @@ COMMANDS: dict[str, Subcommand] = {
         "PSNR, SSIM, distances of networks, share of codes used",
     ),
     "pretrain": Subcommand("mixmodal.training.pretrain", "PretrainConfig", "pretrain", "trains the transformer"),
+    "finetune": Subcommand(
+        "mixmodal.training.finetune", "FinetuneConfig", "finetune", "tunes a trained one on conversations"
+    ),
     "train-encoder": Subcommand(
         "mixmodal.training.contrastive",
         "EncoderTrainingConfig",

@@ -54,6 +54,8 @@ CONFIG_TYPES = {
     "train/demo_encoder": "train-encoder",
     "train/demo_diffusion": "train-diffusion",
     "train/diffusion_classes": "train-diffusion",
+    "train/finetune_chameleon": "finetune",
+    "train/finetune_cm3leon": "finetune",
     "tokenizers/train_text": "train-text-tokenizer",
     "tokenizers/train_image": "train-image-tokenizer",
     "tokenizers/evaluate_image": "evaluate-image-tokenizer",

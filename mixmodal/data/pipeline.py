@@ -7,15 +7,25 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mixmodal.data.mixture import Mixture, ShareLimits, StageConfig, check_mixture, weights_at
 from mixmodal.data.packing import Batch, Sample, build_batch
 from mixmodal.data.retrieved import NOTHING, DrawnDocuments, Retrieval, RetrievalConfig, check_retrieval, open_retrieval
-from mixmodal.data.source import PLAIN, REMEDY, Documents, Randomness, Source, SourceConfig, check_equal, loss_of
+from mixmodal.data.source import (
+    PLAIN,
+    REMEDY,
+    SHARES,
+    Documents,
+    Randomness,
+    Source,
+    SourceConfig,
+    check_equal,
+    loss_of,
+)
 from mixmodal.data.split import check_split
 from mixmodal.data.token_shards import TokenShards
-from mixmodal.data.variation import Variation, check_loss_kept
+from mixmodal.data.variation import Variation, check_loss_flags
 from mixmodal.document import SequenceError, SequenceFormat
 from mixmodal.objectives.causal_masked import CausalMasked
 
@@ -41,6 +51,8 @@ class DataConfig:
             that guidance has its unconditional stream. They are neither turned round nor masked further.
         first_part_weight: factor on the loss weights of a document's first part, where it has more than one. Below 1,
             more of what is learned is how a part follows from another; 1 is CM3Leon's.
+        loss_on: of documents that say which tokens carry loss, as conversations do: `flagged`, those (Chameleon: the
+            answers), or `all`, every token as of other documents (CM3Leon). Held-out losses are of flagged ones.
         shuffle: a new order in every epoch; otherwise the stored order.
         lookahead: documents that a row may pass by for later, shorter ones that fit it; they begin the next rows. With
             0, a row ends at the first document that does not fit; where lengths differ much, 16 leaves little padding.
@@ -60,6 +72,7 @@ class DataConfig:
     image_first_share: float = 0.5
     caption_dropout: float = 0.1
     first_part_weight: float = 1.0
+    loss_on: Literal["flagged", "all"] = "flagged"
     shuffle: bool = True
     lookahead: int = 0
     max_skipped_share: float = 0.1
@@ -74,7 +87,7 @@ class DataConfig:
             raise ValueError("data: share_limits acts on several sources alone; leave it out")
         if self.seq_len < 2:
             raise ValueError(f"data: seq_len is {self.seq_len}; it must be at least 2 tokens")
-        for name in ("image_first_share", "caption_dropout", "max_skipped_share"):
+        for name in (*SHARES, "max_skipped_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data: {name} is {getattr(self, name)}; it must lie in 0 .. 1")
         for name in ("first_part_weight", "lookahead"):
@@ -90,6 +103,10 @@ class DataConfig:
         if self.tokens is None:
             return self.sources
         return {PLAIN: SourceConfig(tokens=self.tokens, candidates=self.candidates)}
+
+    def shares(self, source: SourceConfig) -> dict[str, float]:
+        """`image_first_share` and `caption_dropout` of a source."""
+        return {name: getattr(source if getattr(source, name) is not None else self, name) for name in SHARES}
 
     def weights_at(self, step: int) -> dict[str, float]:
         """The weight of each source in an optimizer step."""
@@ -188,20 +205,22 @@ class PackedDocuments:
             )
             for name, source in config.mixture.items()
         }
-        for source in self.sources.values():
-            check_loss_kept(source, image_first_share=config.image_first_share, caption_dropout=config.caption_dropout)
+        shares = {name: config.shares(source.config) for name, source in self.sources.items()}
+        check_loss_flags(self.sources, config.loss_on, shares)
         self.config = config
         self._sizes = {name: source.size for name, source in self.sources.items()} if config.share_limits else {}
         self._mixture = Mixture(self.sources, self._weights_at(0))
-        self._variation = Variation(
-            sequence_format,
-            objective,
-            seq_len=config.seq_len,
-            image_first_share=config.image_first_share,
-            caption_dropout=config.caption_dropout,
-            first_part_weight=config.first_part_weight,
-            retrieved_weight=config.retrieval.loss_weight if config.retrieval else 1.0,
-        )
+        self._variations = {
+            name: Variation(
+                sequence_format,
+                objective,
+                seq_len=config.seq_len,
+                first_part_weight=config.first_part_weight,
+                retrieved_weight=config.retrieval.loss_weight if config.retrieval else 1.0,
+                **shares[name],
+            )
+            for name in self.sources
+        }
         self.pad = sequence_format.vocabulary.pad
         self.micro_batch_size, self.grad_accum_steps = micro_batch_size, grad_accum_steps
         self.rank, self.world_size, self.seed = rank, world_size, seed
@@ -351,7 +370,8 @@ class PackedDocuments:
         randomness = source.randomness_of(epoch)
         retrieved = source.retrieve(document, randomness)
         try:
-            length = self._variation.length(source.documents, document, randomness, retrieved.num_tokens)
+            variation = self._variations[source.name]
+            length = variation.length(source.documents, document, randomness, retrieved.num_tokens)
         except SequenceError as error:
             raise _bad_document(source, document, error) from error
         return _Drawn(source, epoch, document, length, randomness, retrieved)
@@ -363,8 +383,8 @@ class PackedDocuments:
         before = source.retrieval.read(drawn.retrieved) if source.retrieval else []
         try:
             own = drawn.randomness.of(drawn.document)
-            loss = loss_of(source.documents, drawn.document)
-            sample = self._variation.vary(key, source.documents[drawn.document], own, before, loss)
+            loss = loss_of(source.documents, drawn.document) if self.config.loss_on == "flagged" else None
+            sample = self._variations[source.name].vary(key, source.documents[drawn.document], own, before, loss)
             if len(sample.ids) > drawn.length:
                 raise SequenceError("it is not spelled as this version spells it")
         except SequenceError as error:

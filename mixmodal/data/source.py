@@ -22,6 +22,8 @@ PLAIN = ""
 PLACE = ("epoch", "position", "done", "drawn", "used", "tokens", "too_long", "retrieved", "left_out")
 """What a source's place in its documents is, and what it has counted."""
 REMEDY = "resume with the same data and seed, or start a new run folder"
+SHARES = ("image_first_share", "caption_dropout")
+"""What a source may set for itself."""
 MIN_DOCUMENTS_TO_JUDGE = 1000
 
 
@@ -60,14 +62,21 @@ class SourceConfig:
         candidates: folder of `mixmodal retrieve` with what may stand before its documents, see `data.retrieval`.
         when_done: after its last document: `repeat` begins it again in a new order; `drop` leaves it out, and the
             others share what was its; `stop` ends training before the first step that would need more of it.
+        image_first_share: of its documents; by default that of `data`.
+        caption_dropout: of its documents; by default that of `data`.
     """
 
     tokens: Path
     weight: float = 1.0
     candidates: Path | None = None
     when_done: WhenDone = "repeat"
+    image_first_share: float | None = None
+    caption_dropout: float | None = None
 
     def __post_init__(self) -> None:
+        for name in SHARES:
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
+                raise ValueError(f"data.sources: {name} is {value}; it must lie in 0 .. 1")
         if not 0 <= self.weight < float("inf"):
             raise ValueError(f"data.sources: a weight is {self.weight}; it must be at least 0")
 

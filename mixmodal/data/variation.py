@@ -6,7 +6,8 @@ A document may say which of its tokens carry loss, as conversations do; masks mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -14,6 +15,34 @@ from mixmodal.data.packing import Sample
 from mixmodal.data.source import Documents, LossDocuments, Randomness, Source
 from mixmodal.document import Run, SequenceFormat
 from mixmodal.objectives.causal_masked import TOKENS_PER_MASK, CausalMasked
+
+
+def check_loss_flags(
+    sources: Mapping[str, Source], loss_on: Literal["flagged", "all"], shares: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Whether what documents say of their loss is kept, or left out where there is some.
+
+    Args:
+        sources: of a mixture, by name.
+        loss_on: see `DataConfig`.
+        shares: `image_first_share` and `caption_dropout` of each source.
+
+    Raises:
+        ValueError: naming the source and what to change.
+    """
+    if loss_on == "flagged":
+        for name, source in sources.items():
+            check_loss_kept(source, **shares[name])
+    elif not any(_has_loss(source) for source in sources.values()):
+        labels = ", ".join(source.label for source in sources.values())
+        raise ValueError(
+            f"data.loss_on all can not act: no document of {labels} says which tokens carry loss, as conversations do; "
+            "leave it out"
+        )
+
+
+def _has_loss(source: Source) -> bool:
+    return isinstance(source.documents, LossDocuments) and source.documents.has_loss
 
 
 def check_loss_kept(source: Source, *, image_first_share: float, caption_dropout: float) -> None:
@@ -25,15 +54,16 @@ def check_loss_kept(source: Source, *, image_first_share: float, caption_dropout
     Raises:
         ValueError: naming the source and what to change.
     """
-    if not isinstance(source.documents, LossDocuments) or not source.documents.has_loss:
+    if not _has_loss(source):
         return
     shares = {"image_first_share": image_first_share, "caption_dropout": caption_dropout}
     found = [f"{name} from {share:g} to 0" for name, share in shares.items() if share]
+    alone = ", or for this source alone in data.sources" if found else ""
     found += ["candidates to none"] if source.retrieval is not None else []
     if found:
         raise ValueError(
             f"{source.label}: its documents are conversations, which say which tokens carry loss; what moves or drops "
-            f"tokens would lose that. Set {', '.join(found)}, or train on them apart"
+            f"tokens would lose that. Set {', '.join(found)}{alone}"
         )
 
 

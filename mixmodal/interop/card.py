@@ -41,3 +41,14 @@ def split_front_matter(card: str) -> tuple[str, str]:
             if line.strip() == FENCE:
                 return "".join(lines[1:number]), "".join(lines[number + 1 :])
     return "", card if card.startswith("\n") else f"\n{card}"
+
+
+def read_section(card: str, heading: str) -> str:
+    """The text below `## heading` of a card, up to the next heading as high; empty where there is none."""
+    lines = split_front_matter(card)[1].splitlines()
+    starts = [number for number, line in enumerate(lines) if line.strip() == f"## {heading}"]
+    if not starts:
+        return ""
+    rest = lines[starts[0] + 1 :]
+    end = next((number for number, line in enumerate(rest) if line.startswith(("# ", "## "))), len(rest))
+    return "\n".join(rest[:end]).strip()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
 from mixmodal.data.token_shards import TokenShards
+from mixmodal.interop.card import read_section
 from mixmodal.interop.export import (
+    CARD,
+    CARD_SECTIONS,
     IMAGE_TOKENIZER,
     fill_transformer,
     find_text_tokenizer,
@@ -23,6 +27,8 @@ KEPT = ("dropout",)
 """What is not of the shape: training's own choice, whatever the base model was trained with."""
 SET = ("num_text_pieces", "num_sentinels")
 """What `mixmodal prepare` can be told of a vocabulary."""
+INHERITED = ("attribution", "limits")
+"""Sections of a model card that hold for what is made of the model, too."""
 
 
 class BaseModel:
@@ -104,6 +110,25 @@ class BaseModel:
         """The text tokenizer's file and the image tokenizer's folder; None where one of them is missing."""
         text, image = find_text_tokenizer(self.folder), self.folder / IMAGE_TOKENIZER
         return (text, image) if text.is_file() and image.is_dir() else None
+
+    @property
+    def name(self) -> str:
+        """The folder's own, or that of the run whose export it is."""
+        folder = self.folder.absolute()
+        return folder.parent.name if folder.name == "export" else folder.name
+
+    def extend_card(self, own: Mapping[str, str]) -> dict[str, str]:
+        """The sections `attribution` and `limits` of a card of what is made of this model.
+
+        They are what `own` says, then which model it is made of, and what the card of that says.
+        """
+        path = self.folder / CARD
+        card = path.read_text(encoding="utf-8") if path.is_file() else ""
+        found = {}
+        for key in INHERITED:
+            theirs = read_section(card, CARD_SECTIONS[key]) or "Not stated."
+            found[key] = "\n\n".join(filter(None, [own.get(key), f"Made from the model {self.name}:", theirs]))
+        return found
 
     def build(self, config: TransformerConfig) -> Transformer:
         """The network of `config`, float32 on the CPU, with the folder's weights in whatever type they are stored.

@@ -18,6 +18,7 @@ stage on one process (`tests/training/test_plan.py`). Nobody has compared a plan
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ from mixmodal.config import UsageError, parse
 from mixmodal.files import write_whole
 from mixmodal.training.budget import Budget, build_budget, describe
 from mixmodal.training.deepspeed_config import read_zero_file
+from mixmodal.training.finetune import FinetuneConfig
 from mixmodal.training.fitting import Stages, find_change
 from mixmodal.training.image_tokenizer import ImageTokenizerTrainingConfig
 from mixmodal.training.pretrain import PretrainConfig
@@ -43,8 +45,8 @@ UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "Ti
 class PlanConfig:
     """Predicts the memory of a training on each GPU, without data, weights or a GPU.
 
-    `--config FILE` is the config of the training, that of train-image-tokenizer or pretrain, and options with a dot
-    change its keys: `--trainer.micro_batch_size 8`. So do `--deepspeed FILE` and `--init_from DIR`.
+    `--config FILE` is the config of the training, that of train-image-tokenizer, pretrain or finetune, and options
+    with a dot change its keys: `--trainer.micro_batch_size 8`. So do `--deepspeed FILE` and `--init_from DIR`.
 
     Args:
         training: what `--config` gives.
@@ -170,6 +172,9 @@ def parse_bytes(text: str, key: str) -> int:
 def load_training(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
     """The config of a training; its keys tell of which command.
 
+    Those of pretrain and finetune are the same and take the same memory; with `init_from` the defaults are those of
+    finetune, unless only those of pretrain fit the keys that are given.
+
     Raises:
         UsageError: naming the file, for one that is neither, or the key that is wrong.
     """
@@ -190,9 +195,14 @@ def load_training(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
     if len(found) != 1:
         raise UsageError(
             f"--config {path}: no training to plan; it must have the key `trainer` and either `tokenizer` "
-            "(train-image-tokenizer) or `model` (pretrain), each with keys below it, or `init_from` (pretrain)"
+            "(train-image-tokenizer) or `model` (pretrain), each with keys below it, or `init_from` (pretrain and "
+            "finetune)"
         )
-    return parse(found[0], ["--config", str(path), *overrides])
+    arguments = ["--config", str(path), *overrides]
+    if "init_from" in given:
+        with contextlib.suppress(UsageError):  # which parsing it as a pretraining words no worse
+            return parse(FinetuneConfig, arguments)
+    return parse(found[0], arguments)
 
 
 def build_plan(training: TrainingConfig, config: PlanConfig) -> Plan:

@@ -50,7 +50,8 @@ class PretrainConfig:
     Args:
         model: shape of the network; with `init_from` left out but for `dropout`, or the same as there.
         init_from: folder of an exported or imported model, from whose weights, stored in any type, training starts.
-            Token shards must have its vocabulary. A run that goes on takes those of its checkpoint.
+            Token shards must have its vocabulary. A run that goes on takes those of its checkpoint. Attribution and
+            limits of its model card go into the new one.
         trainable: which parameters are trained, and which rows of embedding and output; all by default.
         data: token shards and how documents are varied and packed.
         objective: masks.
@@ -357,6 +358,8 @@ class PretrainTask(Task):
         units = {name: ", nats a token" if name.startswith("loss") else "" for name in self.figures}
         figures = {f"held-out {name}{units[name]}": round(v, 4) for name, v in self.figures.items() if v is not None}
         card = {"title": self.config.trainer.run_dir.name, "data": dict(data), "figures": figures, **self.config.card}
+        if self.base:
+            card |= self.base.extend_card(self.config.card)
         save_export(folder, model, self.shards.build_format(), text, image, card)
 
 

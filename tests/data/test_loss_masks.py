@@ -20,6 +20,7 @@ from mixmodal.data.conversations import Message
 from mixmodal.data.held_out import held_out_batches
 from mixmodal.data.pipeline import DataConfig, PackedDocuments
 from mixmodal.data.shards import PictureFile, Sample, read_samples
+from mixmodal.data.source import SourceConfig
 from mixmodal.data.token_shards import MANIFEST_NAME, TokenShards, build_manifest, write_manifest, write_token_shard
 from mixmodal.data.variation import Variation, check_loss_kept
 from mixmodal.document import Run, build_format
@@ -109,6 +110,29 @@ def test_what_would_lose_the_loss_is_refused(name: str) -> None:
         PackedDocuments(documents, FORMAT, PLAIN, replace(CONFIG, **{name: 0.2}), micro_batch_size=1)
     documents.has_loss = False
     PackedDocuments(documents, FORMAT, PLAIN, replace(CONFIG, **{name: 0.2}), micro_batch_size=1)
+
+
+@pytest.mark.parametrize("own", [{"image_first_share": 1.0}, {"caption_dropout": 1.0}])
+def test_pairs_are_varied_beside_conversations_that_are_not(own: dict[str, Any]) -> None:
+    codes = VOCABULARY.to_ids("image", np.arange(4))
+    pair = FORMAT.join([Run("text", VOCABULARY.to_ids("text", np.array([3]))), Run("image", codes)])
+    pairs, talk = Flagged([pair]), Flagged([pair])
+    pairs.has_loss, pairs.loss = False, lambda _: None  # type: ignore[assignment, return-value]
+    sources = {"pairs": SourceConfig(tokens=Path("pairs"), **own), "talk": SourceConfig(tokens=Path("talk"))}
+    config = replace(CONFIG, tokens=None, sources=sources, seq_len=len(pair))
+    rows = PackedDocuments({"pairs": pairs, "talk": talk}, FORMAT, PLAIN, config, micro_batch_size=2)
+    batch = next(rows)
+    found = {key: ids[segments != 0] for (key,), ids, segments in zip(batch.keys, batch.tokens, batch.segment_ids)}
+    turned = FORMAT.turn_pair(pair)
+    assert turned is not None
+    dropped = np.where(np.isin(pair, VOCABULARY.ids("text")), VOCABULARY.sentinel(0), pair)
+    expected = turned if "image_first_share" in own else dropped
+    assert found["pairs:doc0"].tolist() == expected.tolist()
+    assert found["talk:doc0"].tolist() == pair.tolist()
+    with pytest.raises(ValueError, match=r"data\.sources\.talk \(talk\): .* for this source alone in data\.sources"):
+        PackedDocuments(
+            {"pairs": pairs, "talk": talk}, FORMAT, PLAIN, replace(config, caption_dropout=0.1), micro_batch_size=1
+        )
 
 
 def test_documents_before_conversations_are_refused() -> None:

@@ -34,6 +34,10 @@ EVEN = mixed({"web": 1, "pairs": 1, "pages": 1})
         (lambda: replace(EVEN, tokens=Path("web")), "either tokens, .* or sources"),
         (lambda: replace(EVEN, sources={}), "either tokens, .* or sources"),
         (lambda: mixed({"web": -1}), "a weight is -1"),
+        (
+            lambda: SourceConfig(tokens=Path("a"), image_first_share=2),
+            r"sources: image_first_share is 2; it must",
+        ),
         (lambda: mixed({"web": 0}), "from step 0, all weights are 0"),
         (lambda: mixed({"web": 1, "pairs": 0}), r"sources\.pairs: its weight is 0 from start to end"),
         (lambda: mixed({"a b": 1}), "'a b' must be made of letters"),
@@ -60,7 +64,7 @@ data:
   seq_len: 128
   sources:
     web: {tokens: a, weight: 0.5, when_done: drop}
-    pairs: {tokens: b}
+    pairs: {tokens: b, caption_dropout: 0.25}
   stages:
     - from_step: 4
       weights: {web: 2}
@@ -69,8 +73,10 @@ data:
     data = load_config(PretrainConfig, path).data
     assert data.sources == {
         "web": SourceConfig(tokens=Path("a"), weight=0.5, when_done="drop"),
-        "pairs": SourceConfig(tokens=Path("b")),
+        "pairs": SourceConfig(tokens=Path("b"), caption_dropout=0.25),
     }
+    assert data.shares(data.sources["web"]) == {"image_first_share": 0.5, "caption_dropout": 0.1}
+    assert data.shares(data.sources["pairs"]) == {"image_first_share": 0.5, "caption_dropout": 0.25}
     assert data.weights_at(3) == {"web": 0.5, "pairs": 1.0}
     assert data.weights_at(4) == {"web": 2.0, "pairs": 1.0}
     path.write_text(body.replace("when_done: drop", "when_done: explode"))

@@ -43,8 +43,8 @@ class CharacterCodec:
 
 
 def block(language: str) -> str:
-    """What stands on the page in its only block of a language."""
-    (found,) = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
+    """What stands on the page in its first block of a language."""
+    found, *_ = re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
     return found
 
 

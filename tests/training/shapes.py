@@ -1,4 +1,4 @@
-"""Token shards of captioned shapes without trained tokenizers: bytes for text, averaged colours for codes."""
+"""Token shards of captioned shapes and conversations without trained tokenizers: bytes for text, colours for codes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from mixmodal.data.pipeline import DataConfig
 from mixmodal.data.synthetic import synthetic_pairs
 from mixmodal.data.token_shards import TokenShards, build_manifest, write_manifest, write_token_shard
-from mixmodal.document import Document, Image, Text, build_format
+from mixmodal.document import Document, Image, Part, Text, Turn, build_format, spell_turns
 from mixmodal.models.transformer import TransformerConfig
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
 from mixmodal.training.config import TrainerConfig
@@ -47,6 +47,33 @@ def write_shapes(folder: Path, num_pairs: int, seed: int = 0, text_sha256: str =
     entry = write_token_shard(folder, "shard_00000", documents, keys, vocabulary.size)
     counts = {"documents": len(documents), "tokens": entry["tokens"], "skipped": {}}
     hashes = {"text_tokenizer_sha256": text_sha256, "image_tokenizer_sha256": "i" * 64}
+    write_manifest(folder, build_manifest(spelling, [entry], counts=counts, **hashes))
+    return TokenShards.open(folder)
+
+
+COLOURS = ("red", "blue", "green", "black", "white", "pink", "gold", "grey")
+
+
+def write_conversations(folder: Path, count: int, seed: int = 0) -> TokenShards:
+    """Writes one token shard: what colour a picture in tints of one has, and pictures to draw of a colour."""
+    vocabulary = Vocabulary(VocabularyConfig(codebook_sizes={"image": LEVELS**3}, num_text_pieces=256, num_sentinels=8))
+    spelling = build_format("cm3leon", vocabulary, {"image": (2, 2)}, Bytes())
+    rng = np.random.default_rng(seed)
+    documents, losses = [], []
+    for number in range(count):
+        colour = int(rng.integers(len(COLOURS)))
+        name, tints = Text(COLOURS[colour]), Image(8 * colour + rng.integers(1, 8, (2, 2)))
+        prompt: tuple[Part, ...] = (Text("draw "), name) if number % 2 else (tints, Text("see "))
+        answer = Image(np.full((2, 2), 8 * colour)) if number % 2 else name
+        turns = [Turn(prompt, (False, False), False), Turn((answer,), (True,), True)]
+        ids, loss = spell_turns(spelling, turns)
+        documents.append(ids)
+        losses.append(loss)
+    folder.mkdir(parents=True)
+    keys = [f"{number}#0" for number in range(count)]
+    entry = write_token_shard(folder, "shard_00000", documents, keys, vocabulary.size, losses)
+    counts = {"documents": count, "tokens": entry["tokens"], "skipped": {}}
+    hashes = {"text_tokenizer_sha256": "t" * 64, "image_tokenizer_sha256": "i" * 64}
     write_manifest(folder, build_manifest(spelling, [entry], counts=counts, **hashes))
     return TokenShards.open(folder)
 

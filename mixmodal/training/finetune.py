@@ -1,0 +1,55 @@
+"""Instruction tuning: pretraining that goes on from a model, on conversations of which the answers are learnt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mixmodal.data.pipeline import DataConfig
+from mixmodal.objectives.causal_masked import CausalMaskedConfig
+from mixmodal.training.optimizer import OptimizerConfig
+from mixmodal.training.pretrain import PretrainConfig, pretrain
+from mixmodal.training.trainer import FitResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneDataConfig(DataConfig):
+    """`DataConfig` whose documents are by default trained on as they are stored, as conversations must be.
+
+    Args:
+        image_first_share: as in pretraining, but 0 by default; above it, conversations are refused.
+        caption_dropout: as in pretraining, but 0 by default; above it, conversations are refused.
+    """
+
+    image_first_share: float = 0.0
+    caption_dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(PretrainConfig):
+    """Tunes a model on conversations.
+
+    It is pretraining with the defaults of Chameleon's instruction tuning (arXiv 2405.09818, section 3): loss on
+    answers, no masks, a rate of 1e-5. Checkpoints, logs and the exported folder are those of pretraining.
+
+    Args:
+        init_from: folder of the exported or imported model that is tuned. Its shape, and where it has them its
+            vocabulary and tokenizers, are taken; the model card keeps its attribution.
+        data: token shards of conversations, or of anything that is pretrained on.
+        objective: masks, by default none. `max_masks` above 0 makes it CM3Leon's (arXiv 2309.02591, section 4).
+        optimizer: AdamW and its schedule, with a peak rate of 1e-5 by default.
+    """
+
+    init_from: Path = field()
+    data: FinetuneDataConfig
+    objective: CausalMaskedConfig = field(default_factory=lambda: CausalMaskedConfig(min_masks=0, max_masks=0))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
+
+
+def finetune(config: FinetuneConfig) -> FitResult:
+    """Trains, and exports to `trainer.run_dir/export`.
+
+    Raises:
+        ValueError: where config, data and the model do not fit together.
+    """
+    return pretrain(config)
