@@ -44,6 +44,7 @@ CARD_SECTIONS = {
     "figures": "Figures",
     "limits": "Limits",
 }
+NOT_STATED = "Not stated."
 
 
 class ExportError(ValueError):
@@ -318,7 +319,7 @@ def _card_lines(value: Any) -> list[str]:
         return [f"- {name}: {one}" for name, one in value.items()]
     if isinstance(value, (list, tuple)):
         return [f"- {one}" for one in value]
-    return [str(value) if value else "Not stated."]
+    return [str(value) if value else NOT_STATED]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

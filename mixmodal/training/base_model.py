@@ -14,6 +14,7 @@ from mixmodal.interop.export import (
     CARD,
     CARD_SECTIONS,
     IMAGE_TOKENIZER,
+    NOT_STATED,
     fill_transformer,
     find_text_tokenizer,
     read_format_name,
@@ -120,14 +121,18 @@ class BaseModel:
     def extend_card(self, own: Mapping[str, str]) -> dict[str, str]:
         """The sections `attribution` and `limits` of a card of what is made of this model.
 
-        They are what `own` says, then which model it is made of, and what the card of that says.
+        They are what `own` says, and then what the card of this model says. The former names it in any case.
         """
         path = self.folder / CARD
         card = path.read_text(encoding="utf-8") if path.is_file() else ""
         found = {}
         for key in INHERITED:
-            theirs = read_section(card, CARD_SECTIONS[key]) or "Not stated."
-            found[key] = "\n\n".join(filter(None, [own.get(key), f"Made from the model {self.name}:", theirs]))
+            theirs = read_section(card, CARD_SECTIONS[key])
+            if theirs not in ("", NOT_STATED):
+                theirs = f"Of the model {self.name}, which it is made from:\n\n{theirs}"
+            else:
+                theirs = f"Made from the model {self.name}, whose card names nobody." if key == "attribution" else ""
+            found[key] = "\n\n".join(filter(None, [own.get(key), theirs]))
         return found
 
     def build(self, config: TransformerConfig) -> Transformer:

@@ -167,9 +167,14 @@ def test_the_export_keeps_tokenizers_and_attribution_of_the_base_model(
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: mixmodal\n")
     assert card.count("library_name") == 1
-    made = "Conversations by B. Writer.\n\nMade from the model parrot:\n\nPictures by A. Painter.\n"
-    assert f"## Attribution\n\n{made}" in card
-    assert "## Limits\n\nMade from the model parrot:\n\nCC BY 4.0 only.\n" in card
+    made = "Of the model parrot, which it is made from:"
+    assert f"## Attribution\n\nConversations by B. Writer.\n\n{made}\n\nPictures by A. Painter.\n" in card
+    assert f"## Limits\n\n{made}\n\nCC BY 4.0 only.\n" in card
+    (folder / "README.md").write_text("# A card without sections\n")
+    finetune(replace(tuned, trainer=replace(tuned.trainer, run_dir=tmp_path / "again"), card={}))
+    card = (tmp_path / "again/export/README.md").read_text()
+    assert "## Attribution\n\nMade from the model parrot, whose card names nobody.\n" in card
+    assert "## Limits\n\nNot stated.\n" in card
 
 
 @pytest.mark.parametrize(
