@@ -15,14 +15,19 @@ from torch import Tensor, nn
 
 from mixmodal.cli import main
 from mixmodal.config import load_config
+from mixmodal.data.conversations import Message
 from mixmodal.data.packing import Batch
 from mixmodal.data.pretokenize import PretokenizeConfig, pretokenize
+from mixmodal.data.shards import Sample, read_samples, write_shards
+from mixmodal.data.token_shards import TokenShards
 from mixmodal.interop.export import load_export, load_transformer
+from mixmodal.models.transformer import Transformer
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.finetune import FinetuneConfig, FinetuneDataConfig, finetune
 from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.plan import load_training
 from mixmodal.training.pretrain import PretrainConfig, PretrainTask, pretrain
+from mixmodal.training.sample_sheet import SampleSheet
 
 ROOT = Path(__file__).parents[2]
 
@@ -175,6 +180,29 @@ def test_the_export_keeps_tokenizers_and_attribution_of_the_base_model(
     card = (tmp_path / "again/export/README.md").read_text()
     assert "## Attribution\n\nMade from the model parrot, whose card names nobody.\n" in card
     assert "## Limits\n\nNot stated.\n" in card
+
+
+@pytest.mark.parametrize("sequence_format", ["cm3leon", "chameleon"])
+def test_pictures_that_answer_held_out_texts_are_drawn(
+    tmp_path: Path, tokenizers: Path, write_shape_shards: Callable[..., None], sequence_format: Any
+) -> None:
+    files = {"text_tokenizer": tokenizers / "text.model", "image_tokenizer": tokenizers / "image"}
+    write_shape_shards(tmp_path / "pairs", 6, 16)
+    turns = (Message("user", (False,)), Message("assistant", (True,)))
+    asked = [Sample(pair.key, pair.parts, {}, "", turns) for pair in read_samples(tmp_path / "pairs")]
+    write_shards(asked, tmp_path / "shards", 6)
+    folders = {"shards": (tmp_path / "shards",), "out": tmp_path / "talk", "sequence_format": sequence_format}
+    pretokenize(PretokenizeConfig(**folders, **files))
+    held_out = TokenShards.open(tmp_path / "talk")
+    sheet = SampleSheet(held_out, *files.values(), count=2, max_len=128)
+    documents = [held_out[index].tolist() for index in range(6)]
+    for pair in sheet.pairs:
+        prompt = sheet.codec.format.spell_prompt(pair.prompt, "image").tolist()
+        assert held_out.vocabulary.end_of_turn in prompt
+        assert prompt in [ids[: len(prompt)] for ids in documents]
+    config = tiny_config(tmp_path, max_steps=1)
+    shape = replace(config.model, vocab_size=held_out.vocabulary.size)
+    assert sheet.draw(Transformer(shape).eval()).size[0] > 0
 
 
 @pytest.mark.parametrize(
