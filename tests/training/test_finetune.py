@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from mixmodal.interop.export import load_export, load_transformer
 from mixmodal.models.transformer import Transformer
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.finetune import FinetuneConfig, FinetuneDataConfig, finetune
-from mixmodal.training.optimizer import OptimizerConfig
-from mixmodal.training.plan import load_training
+from mixmodal.training.optimizer import OptimizerConfig, lr_at
+from mixmodal.training.plan import PlanConfig, build_plan, load_training
 from mixmodal.training.pretrain import PretrainConfig, PretrainTask, pretrain
 from mixmodal.training.sample_sheet import SampleSheet
 
@@ -250,3 +251,35 @@ def test_the_plan_reads_both_kinds_of_config(tmp_path: Path, objective: str, kin
         "trainer: {run_dir: run, max_steps: 1, micro_batch_size: 1}\n"
     )
     assert type(load_training(path, ["--trainer.seed=3"])) is kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chameleon", "cm3leon"])
+def test_recipes_are_those_of_the_papers_and_fit_the_machines_they_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    base = load_config(PretrainConfig, ROOT / f"configs/train/{name}_7b.yaml").model
+    (tmp_path / "config.json").write_text(json.dumps({"format_version": 1, "model": asdict(base)}))
+    path = ROOT / f"configs/train/finetune_{name}.yaml"
+    header = re.search(
+        r"For (\d+) GPUs of 80 GB.*?\((\S+) GPU-hours\) at 40 %.*?, (\d+) GB a GPU", path.read_text(), re.S
+    )
+    assert header
+    training = load_training(path, [f"--init_from={tmp_path}"])
+    assert isinstance(training, FinetuneConfig)
+    gpus = int(header[1])
+    trainer = training.trainer.shared(gpus)
+    found = build_plan(replace(training, trainer=trainer), PlanConfig(training=path, gpus=gpus, mfu=0.4))
+    assert found.fits
+    assert found.budget is not None
+    assert f"{found.budget.gpu_hours:,.0f}" == header[2]
+    assert round(found.total_bytes / 1e9) == int(header[3])
+    assert found.budget.tokens_per_step == {"chameleon": 128 * 4096, "cm3leon": 2**21}[name]
+    assert found.budget.tokens == pytest.approx({"chameleon": 1.1029e9, "cm3leon": 30e9}[name], rel=1e-3)
+    rates = [lr_at(step, training.optimizer, trainer.max_steps) for step in (0, 150, trainer.max_steps)]
+    assert max(rates) == pytest.approx({"chameleon": 1e-5, "cm3leon": 5e-5}[name], rel=1e-6)
+    assert (training.data.loss_on, training.objective.draws, training.model.dropout) == {
+        "chameleon": ("flagged", False, 0.05),
+        "cm3leon": ("all", True, 0.0),
+    }[name]
