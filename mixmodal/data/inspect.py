@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -43,6 +43,7 @@ class InspectConfig:
         image_first_share: as in training.
         caption_dropout: as in training.
         first_part_weight: as in training.
+        loss_on: as in training.
         lookahead: as in training.
         candidates: as in training, of `data`.
         retrieval: as in training.
@@ -59,6 +60,7 @@ class InspectConfig:
     image_first_share: float = 0.5
     caption_dropout: float = 0.1
     first_part_weight: float = 1.0
+    loss_on: Literal["flagged", "all"] = "flagged"
     lookahead: int = 0
     candidates: Path | None = None
     retrieval: RetrievalConfig | None = None
@@ -96,6 +98,7 @@ def inspect(config: InspectConfig) -> None:
         image_first_share=config.image_first_share,
         caption_dropout=config.caption_dropout,
         first_part_weight=config.first_part_weight,
+        loss_on=config.loss_on,
         lookahead=config.lookahead,
         candidates=config.candidates,
         retrieval=config.retrieval,

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL.Image import Image as Picture
 from torch import nn
 
 from mixmodal.data.token_shards import TokenShards
-from mixmodal.document import Coded, Document, Image, Text
+from mixmodal.document import Coded, Document, EndOfTurn, Image, Part, Text
 from mixmodal.evaluation.sheet import draw_captioned
 from mixmodal.models.transformer import Transformer
 from mixmodal.sampling.generator import SequenceGenerator
@@ -23,11 +25,20 @@ SAMPLING = TokenSampling(temperature=1.0, top_p=0.9)
 """How codes are drawn; seeds are fixed, so that sheets of one run differ by the weights alone."""
 
 
+class Pair(NamedTuple):
+    """A text, its picture, and the prompt that asks for it: the text, with an end of turn where it is a human's."""
+
+    text: Text
+    image: Image
+    prompt: Document
+
+
 class SampleSheet:
     """Held-out pairs and the tokenizers that show them.
 
     Args:
-        held_out: documents, of which those with one text and one picture are taken.
+        held_out: documents, of which those with one text and one picture are taken, also where the picture is the
+            answer to the text.
         text_tokenizer: model file.
         image_tokenizer: folder. Pictures are decoded on the CPU.
         count: captions, spread over all pairs that fit.
@@ -50,15 +61,15 @@ class SampleSheet:
                 f"picture in at most {max_len} tokens; lower it, or set sample_every to 0"
             )
 
-    def _choose(self, held_out: TokenShards, count: int, max_len: int) -> list[tuple[Text, Image]]:
+    def _choose(self, held_out: TokenShards, count: int, max_len: int) -> list[Pair]:
         order = np.random.default_rng(0).permutation(len(held_out))
-        chosen: dict[str, tuple[Text, Image]] = {}
+        chosen: dict[str, Pair] = {}
         for index in order:
             if len(held_out[index]) > max_len:
                 continue
-            parts = sorted(self.codec.format.parse(held_out[index]).parts, key=lambda part: part.modality, reverse=True)
-            if len(parts) == 2 and isinstance(parts[0], Text) and isinstance(parts[1], Image):
-                chosen.setdefault(parts[0].text, (parts[0], parts[1]))
+            pair = find_pair(self.codec.format.parse(held_out[index]).parts)
+            if pair:
+                chosen.setdefault(pair.text.text, pair)
             if len(chosen) == count:
                 break
         return list(chosen.values())
@@ -66,7 +77,7 @@ class SampleSheet:
     def draw(self, model: nn.Module) -> Picture:
         """For each caption the held-out picture, as its codes give it back, above the one that `model` draws."""
         form = self.codec.format
-        prompts = [form.spell_prompt(Document([text]), Image.modality) for text, _ in self.pairs]
+        prompts = [form.spell_prompt(pair.prompt, Image.modality) for pair in self.pairs]
         assert isinstance(model, Transformer)
         with uncompiled():
             generator = SequenceGenerator(model, form)
@@ -76,5 +87,15 @@ class SampleSheet:
         for prompt, ids in zip(prompts, found):
             document = form.parse_continuation(np.concatenate([prompt, ids, [form.vocabulary.eos]]), len(prompt))
             drawn += [part for part in document.parts if isinstance(part, Coded)]
-        pictures = self.codec.decode_images([*(image for _, image in self.pairs), *drawn])
-        return draw_captioned([text.text for text, _ in self.pairs], pictures[: len(drawn)], pictures[len(drawn) :])
+        pictures = self.codec.decode_images([*(pair.image for pair in self.pairs), *drawn])
+        return draw_captioned([pair.text.text for pair in self.pairs], pictures[: len(drawn)], pictures[len(drawn) :])
+
+
+def find_pair(parts: Sequence[Part]) -> Pair | None:
+    """The pair that a document is: a text and a picture in either order, or a text that a picture answers."""
+    match [*parts]:
+        case [Text() as text, Image() as image] | [Image() as image, Text() as text]:
+            return Pair(text, image, Document([text]))
+        case [Text() as text, EndOfTurn() as end, Image() as image, EndOfTurn()]:
+            return Pair(text, image, Document([text, end]))
+    return None

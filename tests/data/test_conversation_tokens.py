@@ -51,6 +51,9 @@ def test_the_page_shows_what_is_printed(
     printed = capsys.readouterr().out
     documents = re.findall(r"^ *(\d{9}#0)\n(.*?) *$", printed, re.MULTILINE)
     assert "\n".join(f"{key}\n{line}" for key, line in sorted(set(documents))) + "\n" == block("text")
+    inspect(InspectConfig(**options, image_first_share=0, caption_dropout=0, loss_on="all"))  # type: ignore[arg-type]
+    printed = capsys.readouterr().out.partition("\nrow ")[2]  # without the legend
+    assert printed.count("*0") == printed.count("<s>*0") >= 3  # nothing else is without loss
 
 
 def test_the_page_becomes_token_shards_with_pictures_of_several_sizes(

@@ -119,7 +119,7 @@ def test_a_sheet_shows_each_caption_once_and_depends_on_the_weights_alone(
     held_out = TokenShards.open(config.data.held_out_tokens or "")
     files = tokenizers / "text.model", tokenizers / "image"
     sheet = SampleSheet(held_out, *files, count=4, max_len=128)
-    captions = [text.text for text, _ in sheet.pairs]
+    captions = [pair.text.text for pair in sheet.pairs]
     assert len(set(captions)) == 4
     torch.manual_seed(0)
     network = PretrainTask(config).build_model().eval()

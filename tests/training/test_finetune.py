@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,19 @@ from torch import Tensor, nn
 
 from mixmodal.cli import main
 from mixmodal.config import load_config
+from mixmodal.data.conversations import Message
 from mixmodal.data.packing import Batch
 from mixmodal.data.pretokenize import PretokenizeConfig, pretokenize
+from mixmodal.data.shards import Sample, read_samples, write_shards
+from mixmodal.data.token_shards import TokenShards
 from mixmodal.interop.export import load_export, load_transformer
+from mixmodal.models.transformer import Transformer
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.finetune import FinetuneConfig, FinetuneDataConfig, finetune
-from mixmodal.training.optimizer import OptimizerConfig
-from mixmodal.training.plan import load_training
+from mixmodal.training.optimizer import OptimizerConfig, lr_at
+from mixmodal.training.plan import PlanConfig, build_plan, load_training
 from mixmodal.training.pretrain import PretrainConfig, PretrainTask, pretrain
+from mixmodal.training.sample_sheet import SampleSheet
 
 ROOT = Path(__file__).parents[2]
 
@@ -177,6 +183,29 @@ def test_the_export_keeps_tokenizers_and_attribution_of_the_base_model(
     assert "## Limits\n\nNot stated.\n" in card
 
 
+@pytest.mark.parametrize("sequence_format", ["cm3leon", "chameleon"])
+def test_pictures_that_answer_held_out_texts_are_drawn(
+    tmp_path: Path, tokenizers: Path, write_shape_shards: Callable[..., None], sequence_format: Any
+) -> None:
+    files = {"text_tokenizer": tokenizers / "text.model", "image_tokenizer": tokenizers / "image"}
+    write_shape_shards(tmp_path / "pairs", 6, 16)
+    turns = (Message("user", (False,)), Message("assistant", (True,)))
+    asked = [Sample(pair.key, pair.parts, {}, "", turns) for pair in read_samples(tmp_path / "pairs")]
+    write_shards(asked, tmp_path / "shards", 6)
+    folders = {"shards": (tmp_path / "shards",), "out": tmp_path / "talk", "sequence_format": sequence_format}
+    pretokenize(PretokenizeConfig(**folders, **files))
+    held_out = TokenShards.open(tmp_path / "talk")
+    sheet = SampleSheet(held_out, *files.values(), count=2, max_len=128)
+    documents = [held_out[index].tolist() for index in range(6)]
+    for pair in sheet.pairs:
+        prompt = sheet.codec.format.spell_prompt(pair.prompt, "image").tolist()
+        assert held_out.vocabulary.end_of_turn in prompt
+        assert prompt in [ids[: len(prompt)] for ids in documents]
+    config = tiny_config(tmp_path, max_steps=1)
+    shape = replace(config.model, vocab_size=held_out.vocabulary.size)
+    assert sheet.draw(Transformer(shape).eval()).size[0] > 0
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -222,3 +251,35 @@ def test_the_plan_reads_both_kinds_of_config(tmp_path: Path, objective: str, kin
         "trainer: {run_dir: run, max_steps: 1, micro_batch_size: 1}\n"
     )
     assert type(load_training(path, ["--trainer.seed=3"])) is kind
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["chameleon", "cm3leon"])
+def test_recipes_are_those_of_the_papers_and_fit_the_machines_they_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    base = load_config(PretrainConfig, ROOT / f"configs/train/{name}_7b.yaml").model
+    (tmp_path / "config.json").write_text(json.dumps({"format_version": 1, "model": asdict(base)}))
+    path = ROOT / f"configs/train/finetune_{name}.yaml"
+    header = re.search(
+        r"For (\d+) GPUs of 80 GB.*?\((\S+) GPU-hours\) at 40 %.*?, (\d+) GB a GPU", path.read_text(), re.S
+    )
+    assert header
+    training = load_training(path, [f"--init_from={tmp_path}"])
+    assert isinstance(training, FinetuneConfig)
+    gpus = int(header[1])
+    trainer = training.trainer.shared(gpus)
+    found = build_plan(replace(training, trainer=trainer), PlanConfig(training=path, gpus=gpus, mfu=0.4))
+    assert found.fits
+    assert found.budget is not None
+    assert f"{found.budget.gpu_hours:,.0f}" == header[2]
+    assert round(found.total_bytes / 1e9) == int(header[3])
+    assert found.budget.tokens_per_step == {"chameleon": 128 * 4096, "cm3leon": 2**21}[name]
+    assert found.budget.tokens == pytest.approx({"chameleon": 1.1029e9, "cm3leon": 30e9}[name], rel=1e-3)
+    rates = [lr_at(step, training.optimizer, trainer.max_steps) for step in (0, 150, trainer.max_steps)]
+    assert max(rates) == pytest.approx({"chameleon": 1e-5, "cm3leon": 5e-5}[name], rel=1e-6)
+    assert (training.data.loss_on, training.objective.draws, training.model.dropout) == {
+        "chameleon": ("flagged", False, 0.05),
+        "cm3leon": ("all", True, 0.0),
+    }[name]
