@@ -67,6 +67,16 @@ def stays_inside(name: str) -> bool:
     return not (pure.is_absolute() or ".." in pure.parts or "\0" in name or DRIVE.match(name))
 
 
+def check_new_folder(path: Path, key: str) -> None:
+    """Whether a folder can be written without loss of what is there.
+
+    Raises:
+        ValueError: naming the option `key`, where there is a file, or a folder that is not empty.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{key}: {path} is there and not empty; choose a new folder")
+
+
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, hexadecimal; the file is never in memory as a whole."""
     digest, block = hashlib.sha256(), memoryview(bytearray(1 << 20))

@@ -2,7 +2,9 @@
 
 import importlib.util
 import io
+import resource
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -147,3 +149,19 @@ def _save_tiny_encoder(kind: str, folder: Path, positions: int = 12) -> Path:
 def save_tiny_encoder() -> Callable[..., Path]:
     """A function of (kind, folder, positions): saves a random CLIP or SigLIP with a tokenizer of letters there."""
     return _save_tiny_encoder
+
+
+@pytest.fixture(scope="session")
+def no_file_above() -> Callable[[int], AbstractContextManager[None]]:
+    """A context in which the system refuses to let files grow further: its error is as real as that of a full disk."""
+
+    @contextmanager
+    def limit(num_bytes: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limit

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,19 +101,10 @@ def test_a_metrics_line_that_does_not_fit_names_the_file(tmp_path: Path) -> None
         log.close()
 
 
-@contextlib.contextmanager
-def no_file_above(num_bytes: int) -> Iterator[None]:
-    """The system refuses to let files grow further: its error is as real as that of a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("save", [save_weights, lambda model, path: save_tensors(model.state_dict(), path)])
-def test_weights_that_do_not_fit_name_their_file(tmp_path: Path, save: Callable[..., None]) -> None:
+def test_weights_that_do_not_fit_name_their_file(
+    tmp_path: Path, save: Callable[..., None], no_file_above: Callable[[int], AbstractContextManager[None]]
+) -> None:
     path = tmp_path / "model.safetensors"
     model = torch.nn.Linear(1000, 1000)
     with pytest.raises(OSError, match=r": '.*model\.safetensors'$") as caught, no_file_above(1_000_000):

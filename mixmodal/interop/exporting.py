@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mixmodal.files import check_new_folder
+
 Target = Literal["transformers", "transformers-4.43", "anole", "meta"]
 POSITIONS = ("--model", "--out")
 """What the first arguments are where they stand alone."""
@@ -35,8 +37,9 @@ class ExportConfig:
     allow_lossy: bool = False
 
     def __post_init__(self) -> None:
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise ValueError(f"out: {self.out} is there and not empty; choose a new folder")
+        check_new_folder(self.out, "out")
+        if self.allow_lossy and self.to == "transformers":
+            raise ValueError("allow_lossy can not act: transformers has a QK-norm for every head; leave it out")
         if self.num_shards < 0:
             raise ValueError(f"num_shards is {self.num_shards}; at least 0 is needed")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mixmodal.document import FormatName
+from mixmodal.files import check_new_folder
 from mixmodal.tokenization.preprocessing import Preprocess
 
 if TYPE_CHECKING:
@@ -54,8 +55,7 @@ class ImportConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise ValueError(f"out: {self.out} is there and not empty; choose a new folder")
+        check_new_folder(self.out, "out")
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"image_size is {self.image_size}; pixels are needed, at least 1")
 
@@ -110,6 +110,10 @@ def import_model(config: ImportConfig, checkpoint: Checkpoint) -> dict[str, str]
     )
     if config.seed and not parts.base:
         raise ValueError(f"seed {config.seed} can not act: {config.source} is no text model that gets new rows")
+    if parts.format is None and config.sequence_format != ImportConfig.sequence_format:
+        raise ValueError(
+            f"sequence_format {config.sequence_format} can not act: {config.source} lacks {'; '.join(parts.missing)}"
+        )
     size = write_model(checkpoint, parts, config.out, config.seed)
     return describe_import(checkpoint, parts, size, config.out)
 

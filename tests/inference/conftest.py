@@ -9,6 +9,7 @@ import torch
 
 from mixmodal.document import Document, Image, Mask, SequenceFormat, Text, build_format
 from mixmodal.models.transformer import Transformer, TransformerConfig
+from mixmodal.sampling import engine
 from mixmodal.sampling.engine import FREE, Request
 from mixmodal.sampling.generator import SequenceGenerator
 from mixmodal.sampling.grammar import Grammar, Template
@@ -153,3 +154,16 @@ def exported(request: pytest.FixtureRequest, tokenizers: Path, tmp_path_factory:
     card = {"title": "A test", "data": ["coloured shapes"], "attribution": "nobody", "figures": {"loss": 1.5}}
     save_export(folder, model, form, tokenizers / "text.model", tokenizers / "image", card)
     return folder
+
+
+@pytest.fixture
+def drawn_from(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Logits `(C,)` of each draw of one sample, as they come."""
+    seen: list[torch.Tensor] = []
+
+    def record(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+        seen.append(logits[0])
+        return draw(logits, uniforms)
+
+    monkeypatch.setattr(engine, "draw", record)
+    return seen

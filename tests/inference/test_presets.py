@@ -13,8 +13,6 @@ from mixmodal.config import load_config
 from mixmodal.document import EndOfTurn, LuminaFormat, SequenceFormat
 from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.pipeline.generate import GenerateConfig
-from mixmodal.sampling import engine as module
-from mixmodal.sampling.rules import draw
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.codec import Codec
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
@@ -27,19 +25,6 @@ PENALTY, TEXT_TEMPERATURE, TOP_P = 1.2, 0.7, 0.9
 TEXT_SCALE, IMAGE_SCALE = 3.0, 1.2
 chameleons = pytest.mark.parametrize(("name", "temperature"), [("chameleon", 0.7), ("anole", 1.0)])
 in_chameleon = pytest.mark.parametrize("exported", ["chameleon"], indirect=True)
-
-
-@pytest.fixture
-def drawn_from(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Logits `(C,)` of each draw of one sample, as they come."""
-    seen: list[torch.Tensor] = []
-
-    def record(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-        seen.append(logits[0])
-        return draw(logits, uniforms)
-
-    monkeypatch.setattr(module, "draw", record)
-    return seen
 
 
 def last_logits(model: MixedModal, ids: np.ndarray) -> np.ndarray:

@@ -9,10 +9,9 @@ import torch
 
 from mixmodal.document import Document, Image, SequenceFormat, Text
 from mixmodal.models.transformer import Transformer
-from mixmodal.sampling import engine as module
 from mixmodal.sampling.generator import SequenceGenerator
 from mixmodal.sampling.guidance import Guidance, build_streams
-from mixmodal.sampling.rules import TokenSampling, draw
+from mixmodal.sampling.rules import TokenSampling
 
 LENGTH = 6  # codes of a picture
 PENALTY, TEMPERATURE, TOP_P, TEXT_SCALE, IMAGE_SCALE = 1.2, 0.7, 0.9, 3.0, 1.2  # of Chameleon's `Options`
@@ -31,19 +30,6 @@ def model(model: Transformer) -> Transformer:
     with torch.no_grad():
         model.output.weight *= 0.4
     return model
-
-
-@pytest.fixture
-def drawn_from(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """Logits `(C,)` of each draw of one sample, as they come."""
-    seen: list[torch.Tensor] = []
-
-    def record(logits: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-        seen.append(logits[0])
-        return draw(logits, uniforms)
-
-    monkeypatch.setattr(module, "draw", record)
-    return seen
 
 
 def draw_plainly(logits: np.ndarray, allowed: np.ndarray) -> np.ndarray:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import re
-import resource
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -97,22 +96,11 @@ def load_theirs(folder: Path) -> Any:
     return model.eval()
 
 
-@contextlib.contextmanager
-def no_file_above(num_bytes: int) -> Iterator[None]:
-    """The system refuses to let files grow further, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("placement", ["pre", "post_sublayer"])
 def test_transformers_says_what_ours_says(placement: str, tmp_path: Path, tokenizers: Path) -> None:
     run("export", write_own(tmp_path / "ours", tokenizers, norm_placement=placement), tmp_path / "out")
     ours, theirs = mixmodal.load_transformer(tmp_path / "ours"), load_theirs(tmp_path / "out")
-    tokens = torch.randint(ours.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(1))
+    tokens = torch.randint(ours.config.vocab_size, (15, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         found, wanted = ours(tokens), theirs(tokens).logits
     codes = slice(4, 44)
@@ -207,7 +195,9 @@ def test_meta_gets_what_its_loader_insists_on(tmp_path: Path, tokenizers: Path, 
     assert "4 heads of 16 are not as wide" in fails(capsys, "export", wide, tmp_path / "no", "--to", "meta")
 
 
-def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, tokenizers: Path) -> None:
+def test_a_full_disk_is_named_and_leaves_nothing(
+    tmp_path: Path, tokenizers: Path, no_file_above: Callable[[int], AbstractContextManager[None]]
+) -> None:
     found = gather_export(write_own(tmp_path / "ours", tokenizers), "meta", 1)
     with pytest.raises(OSError, match=r": '.*consolidated.*\.pth'$") as caught, no_file_above(20_000):
         write_exported(found, tmp_path / "out", allow_lossy=True)
@@ -350,4 +340,8 @@ def test_lossy_and_impossible_shards_are_refused(tmp_path: Path, capsys: pytest.
     assert "heads have QK-norms of their own" in fails(capsys, *arguments, "meta", "--num_shards", 2)
     assert not (tmp_path / "out").exists()
     run(*arguments, "anole", "--allow_lossy", "true")
+    with pytest.raises(SystemExit) as caught:
+        run(*arguments[:2], tmp_path / "no", "--to", "transformers", "--allow_lossy", "true")
+    assert caught.value.code == 2
+    assert "allow_lossy can not act: transformers has a QK-norm for every head" in capsys.readouterr().err
     assert (tmp_path / "out" / "config.json").is_file()

@@ -88,6 +88,9 @@ def test_ids_are_those_of_the_tokenizer_file(imported: Path) -> None:
 def test_what_is_missing_is_said_and_the_network_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_download(tmp_path / "x")
     shutil.rmtree(tmp_path / "x" / "tokenizer")
+    message = fails(capsys, "import", tmp_path / "x", "--out", tmp_path / "ours", "--sequence_format", "lumina")
+    assert "sequence_format lumina can not act: " in message
+    assert "lacks the text tokenizer" in message
     run("import", tmp_path / "x", "--out", tmp_path / "ours")
     printed = capsys.readouterr().out
     assert "the text tokenizer (tokenizer.json): prompts can not be spelled; give --text_tokenizer" in printed
