@@ -11,6 +11,7 @@ import synthetic_checkpoints as synthetic
 import torch
 from torch import Tensor
 
+from mixmodal import weights
 from mixmodal.interop.chameleon.checkpoint import open_checkpoint
 from mixmodal.interop.chameleon.conversion import (
     count_sets,
@@ -102,6 +103,17 @@ def test_every_layout_comes_back_bit_for_bit(layout: str, name: str, tmp_path: P
     wanted["anole"] = synthetic.of_anole(state, size)
     assert set(found) == set(wanted[layout])
     assert all(torch.equal(tensor, wanted[layout][key]) for key, tensor in found.items())
+
+
+def test_shards_share_what_may_be_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read by turns: each is closed after its part of the bytes, so that four take no more than one."""
+    folder = synthetic.write_meta(tmp_path / "meta", synthetic.draw_state(synthetic.SHARDED), synthetic.SHARDED)
+    monkeypatch.setattr(weights, "READ_BYTES", 2 * (folder / "consolidated.00.pth").stat().st_size)
+    opened: list[Path] = []
+    read_pickle = weights.read_pickle
+    monkeypatch.setattr(weights, "read_pickle", lambda path: opened.append(path) or read_pickle(path))
+    read(folder)
+    assert len(opened) == 2 * 4
 
 
 def test_what_anole_can_not_hold_is_refused_with_the_reason_unless_it_may_lose(tmp_path: Path) -> None:
