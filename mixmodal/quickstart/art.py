@@ -76,9 +76,31 @@ def find_emoji(skin_tones: Collection[SkinTone] = ()) -> list[Emoji]:
         if drawn and name not in seen:
             seen.add(name)
             other = "flags" if int(code_point.split("-")[0], 16) in REGIONAL_INDICATORS else "other"
-            family = _without_tone(code_point)
+            family = without_tone(code_point)
             found.append(Emoji(code_point, name, categories.get(family, other), family, drawn))
     return found
+
+
+def find_translations(languages: Collection[str]) -> dict[str, dict[str, str]]:
+    """CLDR's names in other languages, by code point and then by language; not every emoji has one in each.
+
+    Args:
+        languages: codes as `de`.
+
+    Raises:
+        ValueError: where a package is missing.
+    """
+    check_packages()
+    import emoji
+
+    names: dict[str, dict[str, str]] = {}
+    for language in languages:
+        emoji.config.load_language(language)
+    for characters, entry in emoji.EMOJI_DATA.items():
+        found = {language: _plain_name(entry[language]) for language in languages if language in entry}
+        if found and (_code_point(characters) not in names or entry["status"] == FULLY_QUALIFIED):
+            names[_code_point(characters)] = found
+    return names
 
 
 def _flat_files() -> dict[str, Path]:
@@ -95,8 +117,8 @@ def _outline_files() -> dict[str, Path]:
     return {_normalise(path.stem): path for path in sorted(folder.glob("*.svg"))}
 
 
-def _without_tone(code_point: str) -> str:
-    """A bare tone, which is an emoji too, keeps its own code point."""
+def without_tone(code_point: str) -> str:
+    """The code point of the family; a bare tone, which is an emoji too, keeps its own code point."""
     parts = code_point.split("-")
     return "-".join(part for part in parts if part not in SKIN_TONES) or code_point
 
@@ -107,13 +129,21 @@ def _names(skin_tones: Collection[SkinTone]) -> dict[str, str]:
 
     names: dict[str, str] = {}
     for characters, entry in emoji.EMOJI_DATA.items():
-        code_point = _normalise("-".join(f"{ord(character):x}" for character in characters))
+        code_point = _code_point(characters)
         tones = [SKIN_TONES[part] for part in code_point.split("-") if part in SKIN_TONES]
         if len(tones) > 1 or not set(tones) <= set(skin_tones):
             continue
         if code_point not in names or entry["status"] == FULLY_QUALIFIED:
-            names[code_point] = entry["en"].strip(":").replace("_", " ").replace("\u2019", "'").lower()
+            names[code_point] = _plain_name(entry["en"])
     return names
+
+
+def _plain_name(name: str) -> str:
+    return name.strip(":").replace("_", " ").replace("\u2019", "'").lower()
+
+
+def _code_point(characters: str) -> str:
+    return _normalise("-".join(f"{ord(character):x}" for character in characters))
 
 
 def _normalise(code_point: str) -> str:

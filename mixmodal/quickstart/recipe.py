@@ -76,6 +76,43 @@ ENTRIES = {
     "samples": Entry("mixmodal.quickstart.samples", "SamplesConfig", "", {}),
     "classes": Entry("mixmodal.quickstart.classes", "ClassesConfig", "", {}),
 }
+TUNED, RECORDS = "finetune/tuned", "finetune/records"
+GROUPS_OF_TASKS = ("edits", "drawings", "texts")
+"""Of the demo tasks: a file of records and a folder of token shards each."""
+EXPORTED = {"tokens.text_tokenizer": "export/text_tokenizer.model", "tokens.image_tokenizer": "export/image_tokenizer"}
+TUNING = {
+    "tasks": Entry("mixmodal.quickstart.demo_tasks", "DemoTasksConfig", "", {}),
+    "templates": Entry("mixmodal.data.tasks", "TasksConfig", "", {}),
+    **{
+        group: Entry(
+            "mixmodal.data.corpora",
+            "PrepareConfig",
+            "prepare",
+            {
+                "corpora.0.path": f"{RECORDS}/train_{group}.jsonl",
+                "corpora.0.templates": "configs/templates.yaml",
+                "out": f"finetune/data/{group}",
+                **EXPORTED,
+            },
+        )
+        for group in GROUPS_OF_TASKS
+    },
+    "finetune": Entry(
+        "mixmodal.training.finetune",
+        "FinetuneConfig",
+        "finetune",
+        {
+            "init_from": "export",
+            **{f"data.sources.{group}.tokens": f"finetune/data/{group}/tokens" for group in GROUPS_OF_TASKS},
+            "trainer.run_dir": TUNED,
+            "trainer.deepspeed": "configs/deepspeed.json",
+        },
+    ),
+    "answers": Entry("mixmodal.quickstart.answers", "AnswersConfig", "", {}),
+}
+"""Of the tuning, which goes on from what the other files make."""
+LAUNCHED = {"pretrain", "finetune"}
+"""What the deepspeed launcher runs."""
 DEEPSPEED = "deepspeed.json"
 
 
@@ -91,19 +128,22 @@ class Recipe(NamedTuple):
     configs: dict[str, Any]
 
 
-def load_recipe(run: Path, folder: Path | None = None, num_processes: int = 1) -> Recipe:
+def load_recipe(
+    run: Path, folder: Path | None = None, num_processes: int = 1, entries: Mapping[str, Entry] = ENTRIES
+) -> Recipe:
     """Writes `run/configs/*.yaml` and loads them; nothing is trained before all of them are right.
 
     Args:
         run: folder of the run.
         folder: holds files that take the place of those of the package, as `pretrain.yaml`.
-        num_processes: of the pretraining, for the command that heads its file.
+        num_processes: of what the deepspeed launcher runs, for the command that heads its file.
+        entries: the files, `ENTRIES` or `TUNING`.
 
     Raises:
         ValueError: for a file that is not part of the recipe, or a key that its config type does not have.
     """
     own = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())} if folder else {}
-    names = {f"{name}.yaml" for name in ENTRIES} | {DEEPSPEED}
+    names = {f"{name}.yaml" for name in entries} | {DEEPSPEED}
     if unknown := sorted(set(own) - names):
         raise ValueError(f"{folder}: {unknown[0]} is not part of the recipe; its files are {', '.join(sorted(names))}")
     texts = {name: own[name] if name in own else read_packaged(name) for name in sorted(names)}
@@ -112,7 +152,7 @@ def load_recipe(run: Path, folder: Path | None = None, num_processes: int = 1) -
     (configs / DEEPSPEED).write_text(texts[DEEPSPEED], encoding="utf-8")
     settings: dict[str, Any] = {DEEPSPEED: texts[DEEPSPEED]}
     loaded: dict[str, Any] = {}
-    for name, entry in ENTRIES.items():
+    for name, entry in entries.items():
         settings[name] = yaml.safe_load(texts[f"{name}.yaml"]) or {}
         mixed = name in ("tokens", "memory") and settings["corpus"].get("mixed")
         path = write_config(run, name, with_mixed(entry) if mixed else entry, settings[name], num_processes)
@@ -136,7 +176,7 @@ def write_config(run: Path, name: str, entry: Entry, settings: Mapping[str, Any]
         *parents, last = key.split(".")
         place = resolved
         for parent in parents:
-            place = place.setdefault(parent, {})
+            place = place[int(parent)] if isinstance(place, list) else place.setdefault(parent, {})
         place[last] = [str(run / part) for part in value] if isinstance(value, list) else str(run / value)
     path = config_path(run, name)
     head = f"# {command_of(run, name, num_processes)}\n" if entry.command else ""
@@ -150,9 +190,9 @@ def config_path(run: Path, name: str) -> Path:
 
 def command_of(run: Path, name: str, num_processes: int = 1) -> str:
     """What a person types to do the stage of this file again; empty where only the quickstart does it."""
-    entry = ENTRIES[name]
+    entry = {**ENTRIES, **TUNING}[name]
     if not entry.command:
         return ""
     arguments = f"{entry.command} --config {config_path(run, name)}"
     launched = f"deepspeed --num_gpus {num_processes} --module mixmodal.cli {arguments}"
-    return launched if entry.command == "pretrain" else f"mixmodal {arguments}"
+    return launched if name in LAUNCHED else f"mixmodal {arguments}"

@@ -52,6 +52,10 @@ def write_report(run: Path, summary: Results, stages: Sequence[Results]) -> Path
         stages: a mapping for each stage: `name`, `seconds`, `peak_memory_bytes`, `command`.
     """
     samples = read_json(run / "samples" / "results.json")
+    speed = (
+        f"Training: {summary['tokens_per_second_train']:,.0f} tokens a second; "
+        f"generating: {summary['tokens_per_second_generate']:,.0f} tokens a second."
+    )
     body = [
         *_head(summary),
         _first_figures(summary, samples),
@@ -62,7 +66,7 @@ def write_report(run: Path, summary: Results, stages: Sequence[Results]) -> Path
         _found(run, read_json(run / "retrieval" / "results.json")),
         _tokenizer(run, summary),
         _curves(run),
-        _making(summary, stages),
+        made_by(summary, stages, speed),
     ]
     path = run / "report.html"
     path.write_text(page("mixmodal quickstart", body), encoding="utf-8")
@@ -313,11 +317,11 @@ def _curves(run: Path) -> str:
     pretrain = read_metrics(run / "pretrain" / "metrics.jsonl")
     tokenizer = read_metrics(run / "image_tokenizer" / "metrics.jsonl")
     names = {"text": "text", "image": "image"}
-    curves = [_curve(pretrain, f"loss_{key}", name, name) for key, name in names.items()]
-    curves += [_curve(pretrain, f"eval_loss_{key}", f"{name}, h.o.", name, dashed=True) for key, name in names.items()]
+    curves = [curve(pretrain, f"loss_{key}", name, name) for key, name in names.items()]
+    curves += [curve(pretrain, f"eval_loss_{key}", f"{name}, h.o.", name, dashed=True) for key, name in names.items()]
     charts = [
         line_chart("Transformer: nats per token; dashed on held-out pairs", curves),
-        line_chart("Image tokenizer: loss", [_curve(tokenizer, "loss", "loss", "total")]),
+        line_chart("Image tokenizer: loss", [curve(tokenizer, "loss", "loss", "total")]),
     ]
     return section(
         "Loss curves",
@@ -328,22 +332,26 @@ def _curves(run: Path) -> str:
     )
 
 
-def _curve(metrics: Sequence[Results], key: str, name: str, color: str, dashed: bool = False) -> Curve:
+def curve(metrics: Sequence[Results], key: str, name: str, color: str, dashed: bool = False) -> Curve:
+    """A metric over the steps of the lines that have it."""
     lines = [line for line in metrics if line.get(key) is not None]
     return Curve(name, [line["step"] for line in lines], [float(line[key]) for line in lines], color, dashed)
 
 
-def _making(summary: Results, stages: Sequence[Results]) -> str:
+def made_by(summary: Results, stages: Sequence[Results], speed: str) -> str:
+    """How a run was made, and from whose pictures.
+
+    Args:
+        summary: with `seconds`, `peak_memory_bytes` and `versions`.
+        stages: a mapping for each stage.
+        speed: a sentence.
+    """
     rows = [
         [stage["name"], f"{stage['seconds']:.1f}", f"{stage['peak_memory_bytes'] / GIB:.2f}", stage["command"]]
         for stage in stages
     ]
     rows.append(["all", f"{summary['seconds']:.1f}", f"{summary['peak_memory_bytes'] / GIB:.2f}", ""])
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
-    speed = (
-        f"Training: {summary['tokens_per_second_train']:,.0f} tokens a second; "
-        f"generating: {summary['tokens_per_second_generate']:,.0f} tokens a second."
-    )
     art = "".join(
         f'<p>{escape(name)} by {escape(maker)}, <a href="{escape(link)}">{escape(licence)}</a>, scaled down and, where '
         "shown as redrawn or generated, changed by the model.</p>"

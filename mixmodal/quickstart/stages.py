@@ -5,66 +5,21 @@ Nothing heavy is imported here: loading the libraries is part of the time that a
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mixmodal.quickstart.recipe import (
-    DEEPSPEED,
-    ENCODER,
-    MEMORY,
-    TOKENIZERS,
-    Recipe,
-    command_of,
-    config_path,
-    load_recipe,
-)
-from mixmodal.quickstart.runner import Stage, StageRunner, largest_memory_bytes, open_run, write_json
+from mixmodal.quickstart.chain import ENVIRONMENT, Chain, QuickstartConfig, flat, progress_bar, say
+from mixmodal.quickstart.recipe import ENCODER, ENTRIES, MEMORY, TOKENIZERS, TUNING, Recipe, config_path, load_recipe
+from mixmodal.quickstart.runner import Stage, largest_memory_bytes, open_run, write_json
 
 if TYPE_CHECKING:
     from mixmodal.pipeline import MixedModal
     from mixmodal.quickstart.demo import Demo
 
-ENVIRONMENT = "environment.json"
-LINE_EVERY = 0.25
-"""Share of the work after which progress is a line where there is no terminal."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuickstartConfig:
-    """Trains a small model on the demo pictures, uses it, and writes `report.html` and `summary.json`.
-
-    Run again after an interruption, it goes on where it was; stages whose recipe is unchanged are skipped.
-
-    Args:
-        out: folder of the run.
-        recipe: folder with YAML files that take the place of the recipe's own, as `pretrain.yaml`. `out/configs` shows
-            what there is: copy a file from there and change it; those there are written anew at each start.
-        num_processes: processes of the pretraining; on a machine with accelerators each takes one.
-    """
-
-    out: Path = Path("runs/quickstart")
-    recipe: Path | None = None
-    num_processes: int = 1
-
-    def __post_init__(self) -> None:
-        if self.num_processes < 1:
-            raise ValueError(f"num_processes is {self.num_processes}; it must be at least 1")
-
-    @property
-    def command(self) -> str:
-        """What a person types for this run."""
-        own = f" --recipe {self.recipe}" if self.recipe else ""
-        processes = f" --num_processes {self.num_processes}" if self.num_processes > 1 else ""
-        return f"mixmodal quickstart --out {self.out}{own}{processes}"
-
 
 def quickstart(config: QuickstartConfig) -> None:
-    """All stages.
+    """All stages of the chain, or of the tuning of what it has made.
 
     Raises:
         ValueError: where `out` holds something else, a package is missing, a config is wrong or a stage fails; finished
@@ -72,71 +27,50 @@ def quickstart(config: QuickstartConfig) -> None:
     """
     started = time.monotonic()
     open_run(config.out)
-    chain = Chain(config, load_recipe(config.out, config.recipe, config.num_processes))
+    if config.stage == "finetune":
+        from mixmodal.quickstart.tuning import TuningChain, check_chain
+
+        check_chain(config.out)
+        entries, kind = TUNING, TuningChain
+    else:
+        entries, kind = ENTRIES, PretrainingChain
+    chain = kind(config, load_recipe(config.out, config.recipe, config.num_processes, entries))
     chain.setup_seconds = time.monotonic() - started
     chain.runner.complete(say)
-    say(f"\nreport:  {config.out / 'report.html'}\nfigures: {config.out / 'summary.json'}\nmodel:   {chain.export}")
+    say("\n" + "\n".join(f"{name + ':':<8} {path}" for name, path in chain.made.items()))
 
 
-def say(message: str) -> None:
-    print(message, flush=True)
-
-
-class Chain:
-    """The stages of one run and what they share.
-
-    Args:
-        config: where the run goes.
-        recipe: how each stage works.
-    """
+class PretrainingChain(Chain):
+    """From pictures to a trained model and what it does."""
 
     def __init__(self, config: QuickstartConfig, recipe: Recipe) -> None:
-        self.config, self.recipe, self.run = config, recipe, config.out
-        self.export = self.run / "export"
-        self.setup_seconds = 0.0
+        super().__init__(config, recipe)
         self._shared: tuple[MixedModal, Demo] | None = None
-        self.runner = StageRunner(self.run, self._stages())
+        self.made = {
+            "report": self.run / "report.html",
+            "figures": self.run / "summary.json",
+            "model": self.export,
+        }
 
     def _stages(self) -> list[Stage]:
         tokenizers = ("data", "text tokenizer", "image tokenizer")
         trained = ("data", "pretraining")
         shown = ("retrieval", "sampling", "classification")
         return [
-            self._stage("data", self.build_data, ["data"], "corpus"),
-            self._stage("text tokenizer", self.train_text_tokenizer, ["text_tokenizer"], "text_tokenizer", ("data",)),
+            self._stage("data", self.build_data, ["data"], ["corpus"]),
+            self._stage("text tokenizer", self.train_text_tokenizer, ["text_tokenizer"], ["text_tokenizer"], ("data",)),
             self._stage(
-                "image tokenizer", self.train_image_tokenizer, ["image_tokenizer"], "image_tokenizer", ("data",)
+                "image tokenizer", self.train_image_tokenizer, ["image_tokenizer"], ["image_tokenizer"], ("data",)
             ),
-            self._stage("token shards", self.write_tokens, ["tokens"], "tokens", tokenizers),
-            self._stage("encoder", self.train_encoder, ["encoder"], "encoder", ("data",)),
-            self._stage("memory", self.build_memory, [MEMORY], "memory", ("token shards", "encoder")),
-            self._stage("retrieval", self.find, ["retrieval"], "retrieval", ("data", "memory")),
-            self._stage("pretraining", self.pretrain, ["pretrain", "export"], "pretrain", ("token shards",)),
-            self._stage("sampling", self.sample, ["samples"], "samples", trained),
-            self._stage("classification", self.classify, ["classification"], "classes", trained),
-            self._stage("report", self.report, ["report.html", "summary.json"], None, shown),
+            self._stage("token shards", self.write_tokens, ["tokens"], ["tokens"], tokenizers),
+            self._stage("encoder", self.train_encoder, ["encoder"], ["encoder"], ("data",)),
+            self._stage("memory", self.build_memory, [MEMORY], ["memory"], ("token shards", "encoder")),
+            self._stage("retrieval", self.find, ["retrieval"], ["retrieval"], ("data", "memory")),
+            self._stage("pretraining", self.pretrain, ["pretrain", "export"], ["pretrain"], ("token shards",)),
+            self._stage("sampling", self.sample, ["samples"], ["samples"], trained),
+            self._stage("classification", self.classify, ["classification"], ["classes"], trained),
+            self._stage("report", self.report, ["report.html", "summary.json"], [], shown),
         ]
-
-    def _stage(
-        self,
-        name: str,
-        complete: Callable[[], None],
-        results: list[str],
-        file: str | None,
-        inputs: tuple[str, ...] = (),
-    ) -> Stage:
-        settings = {} if file is None else {file: self.recipe.settings[file]}
-        if file == "pretrain":
-            settings |= {DEEPSPEED: self.recipe.settings[DEEPSPEED], "num_processes": self.config.num_processes}
-        by_hand = command_of(self.run, file, self.config.num_processes) if file else ""
-        return Stage(
-            name=name,
-            complete=complete,
-            results=tuple(self.run / result for result in results),
-            config=settings,
-            inputs=inputs,
-            command=by_hand or self.config.command,
-        )
 
     # what is trained
 
@@ -185,20 +119,9 @@ class Chain:
 
     def pretrain(self) -> None:
         """Through the deepspeed launcher; the exported model is copied to `export/`."""
-        from mixmodal import environment
-        from mixmodal.quickstart.launch import deepspeed_command, launch
-
-        about = {"commit": environment.commit(), "versions": {**environment.versions(), "device": environment.device()}}
-        write_json(self.run / "pretrain" / ENVIRONMENT, about)
-        arguments = ("pretrain", "--config", str(config_path(self.run, "pretrain")))
-        launch(deepspeed_command(self.config.num_processes, *arguments), self.config.num_processes)
-        self._need("pretrain/export", "the pretraining")
+        self._launch("pretrain", "pretrain/export", "the pretraining")
         shutil.rmtree(self.export, ignore_errors=True)
         shutil.copytree(self.run / "pretrain" / "export", self.export)
-
-    def _need(self, folder: str, what: str) -> None:
-        if not (self.run / folder / "config.json").exists():
-            raise ValueError(f"{what} stopped before its end; run the quickstart again and it goes on")
 
     # what is made with the trained model
 
@@ -285,31 +208,3 @@ class Chain:
             "counts": samples["counts"],
             "stages": {marker["name"]: marker["seconds"] for marker in markers},
         }
-
-
-def flat(data: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested keys with dots between them."""
-    found: list[tuple[str, Any]] = []
-    for key, value in data.items():
-        found += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return found
-
-
-@contextlib.contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, plain lines elsewhere; gives a function of the numbers of finished and of all things."""
-    from rich.progress import Progress
-
-    with Progress(transient=True) as progress:
-        task = progress.add_task(name, total=None)
-
-        shown = 0.0
-
-        def update(done: int, total: int) -> None:
-            nonlocal shown
-            progress.update(task, completed=done, total=total)
-            if not progress.console.is_terminal and (done == total or done / total - shown >= LINE_EVERY):
-                shown = done / total
-                say(f"      {name}: {done:,} of {total:,}")
-
-        yield update
