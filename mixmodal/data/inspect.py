@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from mixmodal.data.mixture import ShareLimits
 from mixmodal.data.retrieved import RetrievalConfig
-from mixmodal.data.source import SourceConfig
+from mixmodal.data.source import Source, SourceConfig
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from mixmodal.data.balance import BalancedMixture
     from mixmodal.data.packing import Batch
     from mixmodal.data.token_shards import TokenShards
     from mixmodal.document import TextCodec
@@ -36,6 +38,8 @@ class InspectConfig:
     Args:
         data: folder with token shards.
         sources: several of them in the place of `data`, as in training; each document is shown with its source.
+        modality_balance: as in training; the shares of answers are shown beside those wanted.
+        share_limits: as in training.
         text_tokenizer: model file, to show text as text; by default one beside the token shards, if it is theirs.
         objective: masks to draw.
         seq_len: length of a row in tokens.
@@ -53,6 +57,8 @@ class InspectConfig:
 
     data: Path | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
+    modality_balance: dict[str, float] = field(default_factory=dict)
+    share_limits: ShareLimits | None = None
     text_tokenizer: Path | None = None
     objective: CausalMaskedConfig = field(default_factory=CausalMaskedConfig)
     seq_len: int = 1024
@@ -88,12 +94,15 @@ def inspect(config: InspectConfig) -> None:
     """
     from rich.console import Console
 
+    from mixmodal.data.balance import BalancedMixture
     from mixmodal.data.mixture import counters
     from mixmodal.data.pipeline import DataConfig, PackedDocuments, open_retrievals, open_sources
 
     data = DataConfig(
         tokens=config.data,
         sources=config.sources,
+        modality_balance=config.modality_balance,
+        share_limits=config.share_limits,
         seq_len=config.seq_len,
         image_first_share=config.image_first_share,
         caption_dropout=config.caption_dropout,
@@ -134,8 +143,11 @@ def inspect(config: InspectConfig) -> None:
         tokens["padding"] += config.seq_len - used
     console.print()
     console.print(_totals(tokens, weights))
+    counted = counters(rows.state_dict())
+    if isinstance(rows.mixture, BalancedMixture):
+        console.print(_answers(rows.mixture, rows.sources, counted))
     if config.sources:
-        console.print(_shares(data.weights_at(0), counters(rows.state_dict())))
+        console.print(_shares(rows.mixture.weights, rows.sources, counted))
     if text_tokenizer is None:
         console.print("text is shown as piece numbers; --text_tokenizer FILE shows it as text")
 
@@ -236,17 +248,31 @@ def _totals(tokens: Counter[str], weights: Mapping[str, float]) -> Table:
     return table
 
 
-def _shares(weights: Mapping[str, float], counted: Mapping[str, float]) -> Table:
-    """What each source has given, beside the share that its weight asks for."""
+def _answers(mixture: BalancedMixture, sources: Mapping[str, Source], counted: Mapping[str, float]) -> Table:
+    """What each modality of answers has given, beside the share wanted, that within the limits, and that stored."""
+    from rich.table import Table
+
+    table = Table("answers", "documents", "share", "wanted", "within limits", "stored")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for modality, wanted in mixture.wanted.items():
+        documents = sum(counted[f"documents/{name}"] for name, one in sources.items() if one.modality == modality)
+        shares = counted[f"answer_share/{modality}"], wanted, mixture.shares[modality], mixture.stored[modality]
+        table.add_row(modality, f"{documents:g}", *(f"{share:.1%}" for share in shares))
+    return table
+
+
+def _shares(weights: Mapping[str, float], sources: Mapping[str, Source], counted: Mapping[str, float]) -> Table:
+    """What each source has given, beside the share that its weight asks for; in each modality of answers apart."""
     from rich.table import Table
 
     table = Table("source", "documents", "tokens", "share", "wanted", "epochs")
     for column in table.columns[1:]:
         column.justify = "right"
-    total = sum(counted[f"tokens/{name}"] for name in weights)
     for name, weight in weights.items():
-        tokens = counted[f"tokens/{name}"]
-        shares = f"{tokens / total:.1%}", f"{weight / sum(weights.values()):.1%}"
+        beside = [other for other in weights if sources[other].modality == sources[name].modality]
+        tokens, total = counted[f"tokens/{name}"], sum(counted[f"tokens/{other}"] for other in beside)
+        shares = tokens / max(1, total), weight / sum(weights[other] for other in beside)
         documents, epochs = f"{counted[f'documents/{name}']:g}", f"{counted[f'epochs/{name}']:.3f}"
-        table.add_row(name, documents, f"{tokens:g}", *shares, epochs)
+        table.add_row(name, documents, f"{tokens:g}", *(f"{share:.1%}" for share in shares), epochs)
     return table
