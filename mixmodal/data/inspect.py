@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from mixmodal.data.mixture import ShareLimits
+from mixmodal.data.mixture import ShareLimits, StageConfig
 from mixmodal.data.retrieved import RetrievalConfig
 from mixmodal.data.source import Source, SourceConfig
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from mixmodal.data.balance import BalancedMixture
     from mixmodal.data.packing import Batch
+    from mixmodal.data.pipeline import DataConfig
     from mixmodal.data.token_shards import TokenShards
     from mixmodal.document import TextCodec
     from mixmodal.vocabulary import Vocabulary
@@ -40,6 +41,8 @@ class InspectConfig:
         sources: several of them in the place of `data`, as in training; each document is shown with its source.
         modality_balance: as in training; the shares of answers are shown beside those wanted.
         share_limits: as in training.
+        stages: as in training.
+        step: rows are drawn with the weights of this optimizer step; above 0 with `stages` alone.
         text_tokenizer: model file, to show text as text; by default one beside the token shards, if it is theirs.
         objective: masks to draw.
         seq_len: length of a row in tokens.
@@ -59,6 +62,8 @@ class InspectConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     modality_balance: dict[str, float] = field(default_factory=dict)
     share_limits: ShareLimits | None = None
+    stages: tuple[StageConfig, ...] = ()
+    step: int = 0
     text_tokenizer: Path | None = None
     objective: CausalMaskedConfig = field(default_factory=CausalMaskedConfig)
     seq_len: int = 1024
@@ -76,6 +81,8 @@ class InspectConfig:
     def __post_init__(self) -> None:
         if (self.data is None) == (not self.sources):
             raise ValueError("inspect: give either data, a folder of token shards, or sources, several by name")
+        if self.step < 0 or (self.step and not self.stages):
+            raise ValueError(f"inspect: step is {self.step}; it must not be negative, and acts with stages alone")
 
 
 class Stretch(NamedTuple):
@@ -103,6 +110,7 @@ def inspect(config: InspectConfig) -> None:
         sources=config.sources,
         modality_balance=config.modality_balance,
         share_limits=config.share_limits,
+        stages=config.stages,
         seq_len=config.seq_len,
         image_first_share=config.image_first_share,
         caption_dropout=config.caption_dropout,
@@ -112,6 +120,7 @@ def inspect(config: InspectConfig) -> None:
         candidates=config.candidates,
         retrieval=config.retrieval,
     )
+    data = _as_in_step(data, config.step)
     sources = open_sources(data)
     shards = next(iter(sources.values()))
     text_tokenizer = _find_text_tokenizer(config, shards)
@@ -150,6 +159,16 @@ def inspect(config: InspectConfig) -> None:
         console.print(_shares(rows.mixture.weights, rows.sources, counted))
     if text_tokenizer is None:
         console.print("text is shown as piece numbers; --text_tokenizer FILE shows it as text")
+
+
+def _as_in_step(data: DataConfig, step: int) -> DataConfig:
+    """With the weights of one step alone; sources that rest in it are left out."""
+    if not data.stages:
+        return data
+    weights = data.weights_at(step)
+    sources = {name: replace(one, weight=weights[name]) for name, one in data.sources.items() if weights[name]}
+    limits = data.share_limits if len(sources) > 1 or data.modality_balance else None
+    return replace(data, sources=sources, stages=(), share_limits=limits)
 
 
 def stretches_of(ids: np.ndarray, weights: np.ndarray, vocabulary: Vocabulary) -> list[Stretch]:
