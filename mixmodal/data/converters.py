@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mixmodal.data.conversations import check_task, parse_messages
+from mixmodal.data.conversations import check_task, may_be_cut, parse_messages
 from mixmodal.data.corpus_files import first, read_part, read_rows
 from mixmodal.data.shards import Sample
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
@@ -80,7 +80,8 @@ def _read(
         messages, entries = parse_messages(row["messages"], source) if "messages" in row else ((), row["parts"])
         if not entries:
             raise SampleError("empty document", f"{source}: there is neither a text nor a picture")
-        parts = tuple(read_part(entry, path.parent, source, counter, limits) for entry in entries)
+        cut = may_be_cut(messages, row)
+        parts = tuple(read_part(entry, path.parent, source, counter, limits, cut) for entry in entries)
         metadata = {key: value for key, value in row.items() if key not in ("messages", "parts")}
         return Sample(source, parts, metadata, source, messages)
 

@@ -124,14 +124,17 @@ def first(row: dict[str, Any], keys: tuple[str, ...]) -> Any:
     return next((row[key] for key in keys if key in row), None)
 
 
-def read_part(entry: Any, folder: Path, source: str, counter: SkipCounter, limits: SampleLimits) -> str | PictureFile:
-    """A text, cut to the longest that is allowed, or the picture of a file in the folder.
+def read_part(
+    entry: Any, folder: Path, source: str, counter: SkipCounter, limits: SampleLimits, cut: bool = True
+) -> str | PictureFile:
+    """A text, cut to the longest that is allowed where `cut` is set, or the picture of a file in the folder.
 
     Raises:
-        SampleError: for an empty text, a file that is missing or outside, or what is neither.
+        SampleError: for an empty text, one that is too long and may not be cut, a file that is missing or outside, or
+            what is neither.
     """
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
-        return check_text(entry["text"], source, counter, limits)
+        return check_text(entry["text"], source, counter, limits, cut)
     if isinstance(entry, dict) and isinstance(entry.get("image"), str):
         return _read_picture(_inside(folder, entry["image"], source), f"{source}:{entry['image']}")
     if entry == {"text": None}:

@@ -21,7 +21,8 @@ class SampleLimits:
 
     Args:
         max_pixels: cap on the pixels of a picture, checked before decoding.
-        max_caption_words: words that are kept of a text; longer ones are cut and counted.
+        max_caption_words: words that are kept of a text; longer ones are cut and counted. A conversation, or a task's
+            document, with a longer one is skipped.
         max_skipped_share: share of bad samples, 0 .. 1, above which the job fails.
     """
 
