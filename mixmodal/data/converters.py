@@ -15,9 +15,11 @@ Pictures are files within the folder of the file. What stands beside these keys 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mixmodal.data.boxes import BoxMover
 from mixmodal.data.conversations import check_task, may_be_cut, parse_messages
 from mixmodal.data.corpus_files import first, read_part, read_rows
 from mixmodal.data.shards import Sample
@@ -42,9 +44,17 @@ def read_conversations(path: Path, counter: SkipCounter, limits: SampleLimits) -
     yield from _read(path, "conversations", counter, limits, lambda row, source: row)
 
 
-def read_tasks(path: Path, counter: SkipCounter, limits: SampleLimits, templates: TaskTemplates) -> Iterator[Sample]:
-    """Records of a task's name and its fields, filled into the templates."""
-    yield from _read(path, "tasks", counter, limits, templates.fill)
+def read_tasks(
+    path: Path, counter: SkipCounter, limits: SampleLimits, templates: TaskTemplates, image_size: int = 0
+) -> Iterator[Sample]:
+    """Records of a task's name and its fields, filled into the templates.
+
+    Args:
+        image_size: boxes are moved into squares of this side, pixels; 0 leaves them as they are.
+    """
+    mover = BoxMover(folder=path.parent, image_size=image_size, counter=counter, limits=limits)
+    fill = partial(templates.fill, move=mover.move if image_size else None)
+    yield from _read(path, "tasks", counter, limits, fill)
 
 
 def read_llava(path: Path, counter: SkipCounter, limits: SampleLimits) -> Iterator[Sample]:

@@ -136,12 +136,21 @@ def read_part(
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
         return check_text(entry["text"], source, counter, limits, cut)
     if isinstance(entry, dict) and isinstance(entry.get("image"), str):
-        return _read_picture(_inside(folder, entry["image"], source), f"{source}:{entry['image']}")
+        return read_picture(folder, entry["image"], source)
     if entry == {"text": None}:
         raise SampleError("no caption", f"{source}: none of the keys {', '.join(TEXT_KEYS)} is there")
     if entry == {"image": None}:
         raise SampleError("no picture", f"{source}: none of the keys {', '.join(IMAGE_KEYS)} is there")
     raise SampleError("broken metadata", f"{source}: the part {str(entry)[:80]!r} is neither a text nor an image")
+
+
+def read_picture(folder: Path, name: str, source: str) -> PictureFile:
+    """The picture of a file in the folder.
+
+    Raises:
+        SampleError: for a file that is missing or outside.
+    """
+    return _read_picture(_inside(folder, name, source), f"{source}:{name}")
 
 
 def _inside(folder: Path, name: str, source: str) -> Path:
