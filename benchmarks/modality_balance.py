@@ -1,11 +1,11 @@
-"""The muted modality, with and without `data.modality_balance`: how answers to held-out requests begin.
+"""The muted modality, with and without `data.modality_balance`: how answers to new requests begin.
 
     python benchmarks/modality_balance.py [--steps 40 100 200] [--seeds 3]
 
 Conversations in which a word is told back or a colour is drawn, as the verb of the request says, of eight for each; of
 100 answers two are pictures of 16 codes. A transformer of 0.1M parameters is trained on them from random weights, with
-loss on the answers. Then it is asked 200 times for a text and 200 times for a picture, of words that it has not seen;
-an answer is right where its most probable first token begins what was asked for.
+loss on the answers. Then it is asked 200 times for a text and 200 times for a picture, by requests drawn anew; an
+answer is right where its most probable first token begins what was asked for.
 """
 
 from __future__ import annotations
