@@ -172,11 +172,6 @@ def check_task(task: Any, source: str) -> str | None:
     return task
 
 
-def may_be_cut(messages: Sequence[Message], metadata: Mapping[str, Any]) -> bool:
-    """Whether long texts are cut: not of conversations and tasks, whose answers would be lost, or end in the middle."""
-    return not messages and metadata.get("task") is None
-
-
 class ConversationCounter:
     """Counts conversations by task, their messages by role and the answers by their modality; and documents by task."""
 

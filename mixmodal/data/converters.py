@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from mixmodal.data.boxes import BoxMover
-from mixmodal.data.conversations import check_task, may_be_cut, parse_messages
+from mixmodal.data.conversations import check_task, parse_messages
 from mixmodal.data.corpus_files import first, read_part, read_rows
 from mixmodal.data.shards import Sample
-from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
+from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter, may_be_cut
 from mixmodal.data.tasks import TaskTemplates
 
 IMAGE_MARK = "<image>"

@@ -20,8 +20,8 @@ from typing import Any
 
 from PIL import Image
 
-from mixmodal.data.conversations import Message, check_task, dump_messages, may_be_cut, parse_messages
-from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter, TooManySkipped
+from mixmodal.data.conversations import Message, check_task, dump_messages, parse_messages
+from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter, TooManySkipped, may_be_cut
 from mixmodal.files import stays_inside, write_whole
 from mixmodal.tokenization.preprocessing import open_picture
 

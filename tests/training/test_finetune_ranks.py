@@ -42,7 +42,7 @@ def test_two_processes_tune_as_one(tmp_path: Path, stage: int) -> None:
     )
     finetune(one)
     two = replace(one, trainer=replace(one.trainer, micro_batch_size=2, run_dir=tmp_path / "two"))
-    pretrain_on_ranks(tmp_path, 2, two, "train/finetune.py")
+    pretrain_on_ranks(tmp_path, 2, two, "finetune")
     for first, second in zip(records(one), records(two), strict=True):
         assert [first[name] for name in LOSSES] == pytest.approx([second[name] for name in LOSSES], rel=1e-5)
         for record in (first, second):
