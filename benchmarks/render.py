@@ -17,7 +17,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "results.md"
-WRITTEN_PAGES = tuple(ROOT / "docs" / f"{name}.md" for name in ("checkpoints", "classifiers", "retrieval", "sampling"))
+WRITTEN_PAGES = tuple(
+    ROOT / "docs" / f"{name}.md" for name in ("checkpoints", "classifiers", "finetune", "retrieval", "sampling")
+)
 MARK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 """In a page that is written by hand, what stands between is rendered."""
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
@@ -38,6 +40,7 @@ TITLES = {
 }
 ORDER = [*TITLES]
 PIVOTED = (
+    "modality_balance",
     "demo_classifiers",
     "digits",
     "elimination",
@@ -59,6 +62,7 @@ PIVOTED = (
 
 
 ON_CPU = (
+    "modality_balance",
     "classifier_exactness",
     "demo_classifiers",
     "digits",

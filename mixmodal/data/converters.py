@@ -15,13 +15,15 @@ Pictures are files within the folder of the file. What stands beside these keys 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mixmodal.data.boxes import BoxMover
 from mixmodal.data.conversations import check_task, parse_messages
 from mixmodal.data.corpus_files import first, read_part, read_rows
 from mixmodal.data.shards import Sample
-from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
+from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter, may_be_cut
 from mixmodal.data.tasks import TaskTemplates
 
 IMAGE_MARK = "<image>"
@@ -42,9 +44,17 @@ def read_conversations(path: Path, counter: SkipCounter, limits: SampleLimits) -
     yield from _read(path, "conversations", counter, limits, lambda row, source: row)
 
 
-def read_tasks(path: Path, counter: SkipCounter, limits: SampleLimits, templates: TaskTemplates) -> Iterator[Sample]:
-    """Records of a task's name and its fields, filled into the templates."""
-    yield from _read(path, "tasks", counter, limits, templates.fill)
+def read_tasks(
+    path: Path, counter: SkipCounter, limits: SampleLimits, templates: TaskTemplates, image_size: int = 0
+) -> Iterator[Sample]:
+    """Records of a task's name and its fields, filled into the templates.
+
+    Args:
+        image_size: boxes are moved into squares of this side, pixels; 0 leaves them as they are.
+    """
+    mover = BoxMover(folder=path.parent, image_size=image_size, counter=counter, limits=limits)
+    fill = partial(templates.fill, move=mover.move if image_size else None)
+    yield from _read(path, "tasks", counter, limits, fill)
 
 
 def read_llava(path: Path, counter: SkipCounter, limits: SampleLimits) -> Iterator[Sample]:
@@ -80,7 +90,8 @@ def _read(
         messages, entries = parse_messages(row["messages"], source) if "messages" in row else ((), row["parts"])
         if not entries:
             raise SampleError("empty document", f"{source}: there is neither a text nor a picture")
-        parts = tuple(read_part(entry, path.parent, source, counter, limits) for entry in entries)
+        cut = may_be_cut(messages, row)
+        parts = tuple(read_part(entry, path.parent, source, counter, limits, cut) for entry in entries)
         metadata = {key: value for key, value in row.items() if key not in ("messages", "parts")}
         return Sample(source, parts, metadata, source, messages)
 

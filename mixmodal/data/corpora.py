@@ -64,20 +64,26 @@ class CorpusConfig:
             `mixmodal.data.converters`.
         path: the folder or file.
         templates: a YAML file of templates, as in `configs/tasks`; of the kind `tasks` alone, which needs it.
+        move_boxes: of the kind `tasks`: boxes are in pixels of the pictures' files, and are moved and clipped as those
+            are scaled and cropped to `image_size`; otherwise they are in pixels of what is trained on.
     """
 
     kind: CorpusKind
     path: Path
     templates: Path | None = None
+    move_boxes: bool = False
 
     def __post_init__(self) -> None:
         if (self.kind == "tasks") != (self.templates is not None):
             said = "needs templates, a YAML file as in configs/tasks" if self.kind == "tasks" else "takes no templates"
             raise ValueError(f"{self.path}: a corpus of kind {self.kind} {said}")
+        if self.move_boxes and self.kind != "tasks":
+            raise ValueError(f"{self.path}: a corpus of kind {self.kind} has no boxes, so move_boxes can not act")
 
-    def read(self, counter: SkipCounter, limits: SampleLimits) -> Iterator[Sample]:
-        """Its samples, their pictures not yet decoded."""
-        reader = READERS.get(self.kind) or partial(read_tasks, templates=self.load_templates())
+    def read(self, counter: SkipCounter, limits: SampleLimits, image_size: int) -> Iterator[Sample]:
+        """Its samples, their pictures not yet decoded; `image_size` is that of the config."""
+        size = image_size if self.move_boxes else 0
+        reader = READERS.get(self.kind) or partial(read_tasks, templates=self.load_templates(), image_size=size)
         return reader(self.path, counter, limits)
 
     def load_templates(self) -> TaskTemplates:
@@ -95,6 +101,8 @@ class CorpusConfig:
         found = {"kind": self.kind, "path": str(self.path)}
         if self.templates is not None:
             found |= {"templates": str(self.templates), "templates_digest": self.load_templates().digest}
+        if self.move_boxes:
+            found["move_boxes"] = "true"
         return found
 
 
@@ -127,6 +135,8 @@ class PrepareConfig:
             raise ValueError(
                 f"image_size is {self.image_size} (at least 0), shard_size is {self.shard_size} (at least 1)"
             )
+        if not self.image_size and any(corpus.move_boxes for corpus in self.corpora):
+            raise ValueError("move_boxes needs image_size, the side of the squares that boxes are moved into, pixels")
         if self.image_size and self.tokens is not None and self.tokens.sequence_format == "lumina":
             raise ValueError(
                 f"image_size is {self.image_size}, which makes all pictures squares, and tokens.sequence_format lumina "
@@ -243,7 +253,7 @@ def _validate(
     """Samples whose every picture decodes, under running keys."""
     numbers = count()
     for corpus, counter, found in zip(config.corpora, counters, conversations):
-        for sample in corpus.read(counter, config.limits):
+        for sample in corpus.read(counter, config.limits, config.image_size):
             try:
                 parts = tuple(
                     part if isinstance(part, str) else _check_picture(part, config.image_size, config.limits, loss)

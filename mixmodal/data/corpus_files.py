@@ -124,21 +124,33 @@ def first(row: dict[str, Any], keys: tuple[str, ...]) -> Any:
     return next((row[key] for key in keys if key in row), None)
 
 
-def read_part(entry: Any, folder: Path, source: str, counter: SkipCounter, limits: SampleLimits) -> str | PictureFile:
-    """A text, cut to the longest that is allowed, or the picture of a file in the folder.
+def read_part(
+    entry: Any, folder: Path, source: str, counter: SkipCounter, limits: SampleLimits, cut: bool = True
+) -> str | PictureFile:
+    """A text, cut to the longest that is allowed where `cut` is set, or the picture of a file in the folder.
 
     Raises:
-        SampleError: for an empty text, a file that is missing or outside, or what is neither.
+        SampleError: for an empty text, one that is too long and may not be cut, a file that is missing or outside, or
+            what is neither.
     """
     if isinstance(entry, dict) and isinstance(entry.get("text"), str):
-        return check_text(entry["text"], source, counter, limits)
+        return check_text(entry["text"], source, counter, limits, cut)
     if isinstance(entry, dict) and isinstance(entry.get("image"), str):
-        return _read_picture(_inside(folder, entry["image"], source), f"{source}:{entry['image']}")
+        return read_picture(folder, entry["image"], source)
     if entry == {"text": None}:
         raise SampleError("no caption", f"{source}: none of the keys {', '.join(TEXT_KEYS)} is there")
     if entry == {"image": None}:
         raise SampleError("no picture", f"{source}: none of the keys {', '.join(IMAGE_KEYS)} is there")
     raise SampleError("broken metadata", f"{source}: the part {str(entry)[:80]!r} is neither a text nor an image")
+
+
+def read_picture(folder: Path, name: str, source: str) -> PictureFile:
+    """The picture of a file in the folder.
+
+    Raises:
+        SampleError: for a file that is missing or outside.
+    """
+    return _read_picture(_inside(folder, name, source), f"{source}:{name}")
 
 
 def _inside(folder: Path, name: str, source: str) -> Path:

@@ -55,12 +55,18 @@ def build_memory(config: MemoryConfig) -> Memory:
     Prints what it comes to.
 
     Raises:
-        ValueError: where shards and token shards do not belong together, the folder holds another memory, or the
-            encoder is none or gives a vector that is none.
+        ValueError: where shards and token shards do not belong together or hold conversations, the folder holds another
+            memory, or the encoder is none or gives a vector that is none.
         TooManySkipped: above the allowed share of samples that were not pretokenized.
     """
     started = time.perf_counter()
     tokens = TokenShards(config.tokens)
+    if tokens.has_loss:
+        raise ValueError(
+            f"{tokens.manifest_path}: its documents are conversations, which say which tokens carry loss; a memory does"
+            " not hold that, so that prompts would be learnt where such documents are retrieved. Index documents that"
+            " are trained on as a whole, from a folder of their own"
+        )
     encoder = load_encoder(config.encoder, config.device, config.batch_size)
     counter = SkipCounter(config.limits.max_skipped_share)
     write_memory(

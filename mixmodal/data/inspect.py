@@ -4,22 +4,25 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
+from mixmodal.data.mixture import ShareLimits, StageConfig
 from mixmodal.data.retrieved import RetrievalConfig
-from mixmodal.data.source import SourceConfig
+from mixmodal.data.source import Source, SourceConfig
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.text import Text
 
+    from mixmodal.data.balance import BalancedMixture
     from mixmodal.data.packing import Batch
+    from mixmodal.data.pipeline import DataConfig
     from mixmodal.data.token_shards import TokenShards
     from mixmodal.document import TextCodec
     from mixmodal.vocabulary import Vocabulary
@@ -36,6 +39,10 @@ class InspectConfig:
     Args:
         data: folder with token shards.
         sources: several of them in the place of `data`, as in training; each document is shown with its source.
+        modality_balance: as in training; the shares of answers are shown beside those wanted.
+        share_limits: as in training.
+        stages: as in training.
+        step: rows are drawn with the weights of this optimizer step; above 0 with `stages` alone.
         text_tokenizer: model file, to show text as text; by default one beside the token shards, if it is theirs.
         objective: masks to draw.
         seq_len: length of a row in tokens.
@@ -53,6 +60,10 @@ class InspectConfig:
 
     data: Path | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
+    modality_balance: dict[str, float] = field(default_factory=dict)
+    share_limits: ShareLimits | None = None
+    stages: tuple[StageConfig, ...] = ()
+    step: int = 0
     text_tokenizer: Path | None = None
     objective: CausalMaskedConfig = field(default_factory=CausalMaskedConfig)
     seq_len: int = 1024
@@ -70,6 +81,8 @@ class InspectConfig:
     def __post_init__(self) -> None:
         if (self.data is None) == (not self.sources):
             raise ValueError("inspect: give either data, a folder of token shards, or sources, several by name")
+        if self.step < 0 or (self.step and not self.stages):
+            raise ValueError(f"inspect: step is {self.step}; it must not be negative, and acts with stages alone")
 
 
 class Stretch(NamedTuple):
@@ -88,12 +101,16 @@ def inspect(config: InspectConfig) -> None:
     """
     from rich.console import Console
 
+    from mixmodal.data.balance import BalancedMixture
     from mixmodal.data.mixture import counters
     from mixmodal.data.pipeline import DataConfig, PackedDocuments, open_retrievals, open_sources
 
     data = DataConfig(
         tokens=config.data,
         sources=config.sources,
+        modality_balance=config.modality_balance,
+        share_limits=config.share_limits,
+        stages=config.stages,
         seq_len=config.seq_len,
         image_first_share=config.image_first_share,
         caption_dropout=config.caption_dropout,
@@ -103,6 +120,7 @@ def inspect(config: InspectConfig) -> None:
         candidates=config.candidates,
         retrieval=config.retrieval,
     )
+    data = _as_in_step(data, config.step)
     sources = open_sources(data)
     shards = next(iter(sources.values()))
     text_tokenizer = _find_text_tokenizer(config, shards)
@@ -134,10 +152,23 @@ def inspect(config: InspectConfig) -> None:
         tokens["padding"] += config.seq_len - used
     console.print()
     console.print(_totals(tokens, weights))
+    counted = counters(rows.state_dict())
+    if isinstance(rows.mixture, BalancedMixture):
+        console.print(_answers(rows.mixture, rows.sources, counted))
     if config.sources:
-        console.print(_shares(data.weights_at(0), counters(rows.state_dict())))
+        console.print(_shares(rows.mixture.weights, rows.sources, counted))
     if text_tokenizer is None:
         console.print("text is shown as piece numbers; --text_tokenizer FILE shows it as text")
+
+
+def _as_in_step(data: DataConfig, step: int) -> DataConfig:
+    """With the weights of one step alone; sources that rest in it are left out."""
+    if not data.stages:
+        return data
+    weights = data.weights_at(step)
+    sources = {name: replace(one, weight=weights[name]) for name, one in data.sources.items() if weights[name]}
+    limits = data.share_limits if len(sources) > 1 or data.modality_balance else None
+    return replace(data, sources=sources, stages=(), share_limits=limits)
 
 
 def stretches_of(ids: np.ndarray, weights: np.ndarray, vocabulary: Vocabulary) -> list[Stretch]:
@@ -236,17 +267,31 @@ def _totals(tokens: Counter[str], weights: Mapping[str, float]) -> Table:
     return table
 
 
-def _shares(weights: Mapping[str, float], counted: Mapping[str, float]) -> Table:
-    """What each source has given, beside the share that its weight asks for."""
+def _answers(mixture: BalancedMixture, sources: Mapping[str, Source], counted: Mapping[str, float]) -> Table:
+    """What each modality of answers has given, beside the share wanted, that within the limits, and that stored."""
+    from rich.table import Table
+
+    table = Table("answers", "documents", "share", "wanted", "within limits", "stored")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for modality, wanted in mixture.wanted.items():
+        documents = sum(counted[f"documents/{name}"] for name, one in sources.items() if one.modality == modality)
+        shares = counted[f"answer_share/{modality}"], wanted, mixture.shares[modality], mixture.stored[modality]
+        table.add_row(modality, f"{documents:g}", *(f"{share:.1%}" for share in shares))
+    return table
+
+
+def _shares(weights: Mapping[str, float], sources: Mapping[str, Source], counted: Mapping[str, float]) -> Table:
+    """What each source has given, beside the share that its weight asks for; in each modality of answers apart."""
     from rich.table import Table
 
     table = Table("source", "documents", "tokens", "share", "wanted", "epochs")
     for column in table.columns[1:]:
         column.justify = "right"
-    total = sum(counted[f"tokens/{name}"] for name in weights)
     for name, weight in weights.items():
-        tokens = counted[f"tokens/{name}"]
-        shares = f"{tokens / total:.1%}", f"{weight / sum(weights.values()):.1%}"
+        beside = [other for other in weights if sources[other].modality == sources[name].modality]
+        tokens, total = counted[f"tokens/{name}"], sum(counted[f"tokens/{other}"] for other in beside)
+        shares = tokens / max(1, total), weight / sum(weights[other] for other in beside)
         documents, epochs = f"{counted[f'documents/{name}']:g}", f"{counted[f'epochs/{name}']:.3f}"
-        table.add_row(name, documents, f"{tokens:g}", *shares, epochs)
+        table.add_row(name, documents, f"{tokens:g}", *(f"{share:.1%}" for share in shares), epochs)
     return table

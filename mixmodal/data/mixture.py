@@ -164,9 +164,18 @@ class Mixture:
         source.drawn += tokens
         heapq.heapreplace(self._queue, (source.drawn / self.weights[source.name], source.name))
 
-    def load_state_dict(self, weights: Mapping[str, float], places: Mapping[str, Mapping[str, Any]]) -> None:
+    @property
+    def is_done(self) -> bool:
+        """Whether every source that has a weight is left out."""
+        return not self._queue
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data; what sources hold is not among it."""
+        return {"weights": dict(self.weights)}
+
+    def load_state_dict(self, state: Mapping[str, Any], places: Mapping[str, Mapping[str, Any]]) -> None:
         """Weights that were in force, and `Source.state_dict` of each source; one that is new begins at its start."""
-        self.weights = {name: weights.get(name, 0.0) for name in self.sources}
+        self.weights = {name: state["weights"].get(name, 0.0) for name in self.sources}
         for name, source in self.sources.items():
             if name in places:
                 source.load_state_dict(places[name])
@@ -191,13 +200,18 @@ def counters(state: Mapping[str, Any]) -> dict[str, float]:
     Returns:
         `documents`, `tokens` (with masks, without padding), `epochs` (with the part of the current one that is drawn)
         and `skipped` (documents too long); with retrieval also `retrieved` (documents that stood before those) and
-        `left_out` (those that did not fit); behind a slash the source's name, where sources have names.
+        `left_out` (those that did not fit); behind a slash the source's name, where sources have names. With
+        `data.modality_balance` also `answer_share` of each modality: its part of these documents.
     """
     found: dict[str, float] = {}
+    answers = dict.fromkeys(state.get("balance", {}).get("shares", {}), 0)
     for name, place in state["sources"].items():
         epochs = round(place["epoch"] + place["position"] / place["num_documents"], 6)
         values = {"documents": place["used"], "tokens": place["tokens"], "epochs": epochs, "skipped": place["too_long"]}
         if place.get("retrieval_sha256"):
             values |= {"retrieved": place["retrieved"], "left_out": place["left_out"]}
         found |= {f"{key}/{name}" if name else key: value for key, value in values.items()}
-    return found
+        if answers:
+            answers[name.rpartition("/")[2]] += place["used"]
+    total = max(1, sum(answers.values()))
+    return found | {f"answer_share/{modality}": round(count / total, 6) for modality, count in answers.items()}

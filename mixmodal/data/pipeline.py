@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mixmodal.data.mixture import Mixture, ShareLimits, StageConfig, check_mixture, weights_at
+from mixmodal.data.balance import build_mixture, build_sources, check_balance, weights_of
+from mixmodal.data.mixture import ShareLimits, StageConfig, check_mixture, weights_at
 from mixmodal.data.packing import Batch, Sample, build_batch
 from mixmodal.data.retrieved import NOTHING, DrawnDocuments, Retrieval, RetrievalConfig, check_retrieval, open_retrieval
 from mixmodal.data.source import (
@@ -40,7 +41,10 @@ class DataConfig:
         tokens: folder with the token shards to train on.
         sources: several of them by name, in the place of `tokens`, with their shares of the trained tokens.
         stages: other weights of the sources from given steps on.
-        share_limits: how far the shares of sources may lie from those that they have by their size; none is no limit.
+        modality_balance: shares of the documents whose answers are `text`, `image` or `both`, relative to each other;
+            0 leaves them out. Weights of sources are then shares of the tokens within each.
+        share_limits: how far the shares of sources, and those of `modality_balance`, may lie from those that they have
+            by their size; none is no limit.
         candidates: folder of `mixmodal retrieve` with what may stand before the documents of `tokens`.
         retrieval: how it is drawn, and from which memory; none means that documents stand alone.
         held_out_tokens: folder with token shards to evaluate on; none means no evaluation.
@@ -64,6 +68,7 @@ class DataConfig:
     tokens: Path | None = None
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     stages: tuple[StageConfig, ...] = ()
+    modality_balance: dict[str, float] = field(default_factory=dict)
     share_limits: ShareLimits | None = None
     candidates: Path | None = None
     retrieval: RetrievalConfig | None = None
@@ -83,8 +88,9 @@ class DataConfig:
             raise ValueError("data: give either tokens, a folder of token shards, or sources, several by name")
         if self.tokens is None or self.stages:
             check_mixture(self.sources, self.stages)
-        if self.share_limits is not None and len(self.sources) < 2:
-            raise ValueError("data: share_limits acts on several sources alone; leave it out")
+        check_balance(self.modality_balance)
+        if self.share_limits is not None and len(self.sources) < 2 and not self.modality_balance:
+            raise ValueError("data: share_limits acts on several sources or modality_balance alone; leave it out")
         if self.seq_len < 2:
             raise ValueError(f"data: seq_len is {self.seq_len}; it must be at least 2 tokens")
         for name in (*SHARES, "max_skipped_share"):
@@ -192,24 +198,11 @@ class PackedDocuments:
             seed=seed,
         )
         named = documents if isinstance(documents, Mapping) else {PLAIN: documents}
-        self.sources = {
-            name: Source(
-                name,
-                named[name],
-                source,
-                shuffle=config.shuffle,
-                seq_len=config.seq_len,
-                max_skipped_share=config.max_skipped_share,
-                seed=seed,
-                retrieval=(retrieval or {}).get(name),
-            )
-            for name, source in config.mixture.items()
-        }
+        self.sources = build_sources(config, named, seed=seed, retrieval=retrieval or {})
         shares = {name: config.shares(source.config) for name, source in self.sources.items()}
         check_loss_flags(self.sources, config.loss_on, shares)
         self.config = config
-        self._sizes = {name: source.size for name, source in self.sources.items()} if config.share_limits else {}
-        self._mixture = Mixture(self.sources, self._weights_at(0))
+        self.mixture = build_mixture(config, self.sources)
         self._variations = {
             name: Variation(
                 sequence_format,
@@ -281,10 +274,11 @@ class PackedDocuments:
         own = self.state_dict()
         for key in ["seed", "seq_len"] + (["split"] if state["micro_batch"] else []):
             check_equal(f"data {self.config.tokens or 'sources'}", key, own[key], state.get(key))
+        check_equal("data", "whether there is a modality_balance", "balance" in own, "balance" in state)
         places = state.get("sources", {})
         self._check_contents(places)
         self._step = state["step"]
-        self._mixture.load_state_dict(state["weights"], places)
+        self.mixture.load_state_dict(state, places)
         self._pending = [
             self._measured(self.sources[name], epoch, document)
             for name, epoch, document in state["pending"]
@@ -306,28 +300,26 @@ class PackedDocuments:
             logger.warning(
                 "data.sources.%s: %s", name, "left out from here on" if name in places else "new from here on"
             )
+        opened: dict[Path, TokenShards] = {}
         for name, source in self.sources.items():
             if name not in places:
                 continue
             source.check_content(places[name])
             if self.config.verify_shards and isinstance(source.documents, TokenShards):
-                source.documents.verify(self.rank, self.world_size)
+                opened[source.documents.folder] = source.documents
+        for shards in opened.values():
+            shards.verify(self.rank, self.world_size)
 
     def _place(self) -> dict[str, Any]:
         """Where the next row begins."""
         places = {name: source.state_dict() for name, source in self.sources.items()}
         pending = [[drawn.source.name, drawn.epoch, drawn.document] for drawn in self._pending]
-        return {"step": self._step, "weights": dict(self._mixture.weights), "pending": pending, "sources": places}
-
-    def _weights_at(self, step: int) -> dict[str, float]:
-        """Within the limits, where there are some."""
-        weights, limits = self.config.weights_at(step), self.config.share_limits
-        return weights if limits is None else limits.apply(weights, self._sizes)
+        return {"step": self._step, **self.mixture.state_dict(), "pending": pending, "sources": places}
 
     # rows
 
     def _begin_step(self) -> None:
-        self._mixture.set_weights(self._weights_at(self._step))
+        self.mixture.set_weights(weights_of(self.config, self.sources, self._step))
         rows_per_rank = self.micro_batch_size * self.grad_accum_steps
         rows = []
         for number in range(rows_per_rank * self.world_size):
@@ -361,9 +353,9 @@ class PackedDocuments:
         return row
 
     def _draw(self) -> _Drawn:
-        source, document = self._mixture.draw()
+        source, document = self.mixture.draw()
         drawn = self._measured(source, source.epoch, document)
-        self._mixture.charge(source, drawn.length)
+        self.mixture.charge(source, drawn.length)
         return drawn
 
     def _measured(self, source: Source, epoch: int, document: int) -> _Drawn:
@@ -379,7 +371,7 @@ class PackedDocuments:
     def _sample(self, drawn: _Drawn) -> Sample:
         source = drawn.source
         key = source.documents.keys[drawn.document]
-        key = f"{source.name}:{key}" if source.name else key
+        key = f"{source.origin}:{key}" if source.origin else key
         before = source.retrieval.read(drawn.retrieved) if source.retrieval else []
         try:
             own = drawn.randomness.of(drawn.document)

@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from mixmodal.data.conversations import Message, check_task, dump_messages, parse_messages
-from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter, TooManySkipped
+from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter, TooManySkipped, may_be_cut
 from mixmodal.files import stays_inside, write_whole
 from mixmodal.tokenization.preprocessing import open_picture
 
@@ -336,7 +336,8 @@ def parse_members(members: Mapping[str, Any], source: str, counter: SkipCounter,
         parts = (caption.strip(), PictureFile(members[pictures[0]], pictures[0], f"{source}.{pictures[0]}"))
     if not parts:
         raise SampleError("empty document", f"{source}: the list of parts is empty")
-    parts = tuple(check_text(part, source, counter, limits) if isinstance(part, str) else part for part in parts)
+    cut = may_be_cut(messages, metadata)
+    parts = tuple(check_text(part, source, counter, limits, cut) if isinstance(part, str) else part for part in parts)
     return Sample(members["__key__"], parts, metadata, source, messages)
 
 
@@ -369,11 +370,11 @@ def _decode(data: bytes, source: str) -> str:
         raise SampleError("broken text", f"{source}: the text is not UTF-8 ({error})") from error
 
 
-def check_text(text: str, source: str, counter: SkipCounter, limits: SampleLimits) -> str:
-    """The text, cut to the longest that is allowed.
+def check_text(text: str, source: str, counter: SkipCounter, limits: SampleLimits, cut: bool = True) -> str:
+    """The text, cut to the longest that is allowed where `cut` is set.
 
     Raises:
-        SampleError: for an empty text, or one that UTF-8 can not hold.
+        SampleError: for an empty text, one that UTF-8 can not hold, or one that is too long and may not be cut.
     """
     if not text.strip():
         raise SampleError("empty text", f"{source}: the text is empty")
@@ -383,6 +384,9 @@ def check_text(text: str, source: str, counter: SkipCounter, limits: SampleLimit
         raise SampleError("broken text", f"{source}: lone surrogate at character {error.start}") from error
     words = list(itertools.islice(re.finditer(r"\S+", text), limits.max_caption_words + 1))
     if len(words) > limits.max_caption_words:
+        if not cut:
+            told = f"{source}: a text has more than {limits.max_caption_words} words; raise limits.max_caption_words"
+            raise SampleError("text too long", told)
         message = f"{source}: cut to the first {limits.max_caption_words} words"
         counter.alter("truncated text", message)
         return text[: words[-2].end()]

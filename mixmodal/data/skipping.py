@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,8 @@ class SampleLimits:
 
     Args:
         max_pixels: cap on the pixels of a picture, checked before decoding.
-        max_caption_words: words that are kept of a text; longer ones are cut and counted.
+        max_caption_words: words that are kept of a text; longer ones are cut and counted. A conversation, or a task's
+            document, with a longer one is skipped.
         max_skipped_share: share of bad samples, 0 .. 1, above which the job fails.
     """
 
@@ -35,6 +36,11 @@ class SampleLimits:
         for name in ("max_pixels", "max_caption_words"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def may_be_cut(messages: Sequence[object], metadata: Mapping[str, Any]) -> bool:
+    """Whether long texts are cut: not of conversations and tasks, whose answers would be lost, or end in the middle."""
+    return not messages and metadata.get("task") is None
 
 
 class SampleError(ValueError):

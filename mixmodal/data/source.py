@@ -6,6 +6,7 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -120,6 +121,12 @@ class Source:
         max_skipped_share: share of the documents that may be skipped.
         seed: of the run.
         retrieval: what stands before its documents; None is nothing.
+        modality: of the answers of all its documents, where `data.modality_balance` takes them apart.
+        indices: of the documents that are its, where these are not all.
+
+    Attributes:
+        name: `NAME`, or `NAME/MODALITY`; only `MODALITY` of `PLAIN`.
+        origin: the name in the config.
     """
 
     def __init__(
@@ -133,17 +140,23 @@ class Source:
         max_skipped_share: float,
         seed: int,
         retrieval: Retrieval | None = None,
+        modality: str | None = None,
+        indices: np.ndarray | None = None,
     ) -> None:
         self.retrieval = retrieval
-        self.name, self.documents, self.config = name, documents, config
-        self.label = f"data.sources.{name} ({config.tokens})" if name else f"data {config.tokens}"
+        self.origin, self.modality = name, modality
+        self.name = name = "/".join(part for part in (name, modality) if part)
+        self.documents, self.config = documents, config
+        self.label = self.label_of(self.origin, config) + (f", answers of {modality}" if modality else "")
+        self.num_documents = len(documents) if indices is None else len(indices)
+        self._indices = indices
         if not len(documents):
             raise ValueError(f"{self.label} holds no documents")
         shards = {"manifest_sha256": "", "shards": ""}
         if isinstance(documents, TokenShards):
             shards = {"manifest_sha256": documents.digest, "shards": documents.shard_digests}
         found = {"retrieval_sha256": retrieval.digest if retrieval else None}
-        self.content = {"num_documents": len(documents), **shards, **found}
+        self.content = {"num_documents": self.num_documents, **shards, **found}
         self.lengths = documents.lengths
         self.done = False
         self.drawn = 0  # tokens since the weights are what they are
@@ -154,10 +167,15 @@ class Source:
         self._seed, self._salt = seed, (int.from_bytes(digest[:8], "big"),) if name else ()
         self._begin_epoch(0)
 
-    @property
+    @staticmethod
+    def label_of(name: str, config: SourceConfig) -> str:
+        """What names a source in messages."""
+        return f"data.sources.{name} ({config.tokens})" if name else f"data {config.tokens}"
+
+    @cached_property
     def size(self) -> int:
         """Tokens of all its documents, without masks."""
-        return int(np.sum(self.lengths))
+        return int(np.sum(self.lengths if self._indices is None else self.lengths[self._indices]))
 
     def take(self) -> int | None:
         """Index of the next document of the epoch that fits a row; None at its end.
@@ -230,7 +248,8 @@ class Source:
         self.epoch, self.position = epoch, 0
         self._randomness = Randomness(self._entropy(epoch))
         size = len(self.documents)
-        self._order = np.arange(size, dtype=np.uint32 if size < 2**32 else np.uint64)
+        dtype = np.uint32 if size < 2**32 else np.uint64
+        self._order = np.arange(size, dtype=dtype) if self._indices is None else self._indices.astype(dtype)
         if self._shuffle:
             np.random.default_rng(self._entropy(epoch)).shuffle(self._order)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
@@ -36,6 +36,8 @@ PICTURE = re.compile(r"image[0-9]*")
 TAKEN = ("messages", "parts")
 """Keys that records can not have: they are what a record is turned into."""
 Entry = dict[str, Any]
+MoveBoxes = Callable[[Any, Mapping[str, bool], str], Any]
+"""See `mixmodal.data.boxes.BoxMover.move`."""
 
 
 class Place(NamedTuple):
@@ -150,13 +152,14 @@ class TaskTemplates:
         generator = np.random.default_rng((self.seed, int.from_bytes(digest[:16], "big")))
         return int(generator.integers(len(self.wordings[task])))
 
-    def fill(self, row: Entry, source: str) -> Entry:
+    def fill(self, row: Entry, source: str, move: MoveBoxes | None = None) -> Entry:
         """A row of `messages` or `parts`, with what stands beside the fields of the task.
 
         Args:
             row: a record with `task` and its fields; the wording is drawn for its `key` or `id`, or else for its place
                 in the file.
             source: names file, line and key.
+            move: changes the value of `objects`, given the files of pictures, and which of them carry loss.
 
         Raises:
             SampleError: for an unknown task, a missing or empty field, or not the pictures that the task has.
@@ -166,7 +169,12 @@ class TaskTemplates:
             known = ", ".join(self.wordings)
             raise SampleError("unknown task", f"{source}: the task {str(task)[:40]!r} has no template; take {known}")
         wanted = self.fields(task)
-        values = {field: self._value(task, field, row, source) for field in wanted}
+        key = next((row[name] for name in ("key", "id") if isinstance(row.get(name), str | int)), Path(source).name)
+        wording = self.wordings[task][self.draw(task, str(key))]
+        values = {field: self._value(task, field, row, source) for field in wanted if field != OBJECTS}
+        if OBJECTS in wanted:
+            moved = move(row[OBJECTS], _pictures(wording, values), source) if move and OBJECTS in row else None
+            values[OBJECTS] = self._value(task, OBJECTS, row if moved is None else {**row, OBJECTS: moved}, source)
         pictures = [name for name in row if PICTURE.fullmatch(name) and name not in wanted and row[name] is not None]
         if pictures:
             message = f"{source}: {', '.join(pictures)} has no place in the task {task}, which has {', '.join(wanted)}"
@@ -174,8 +182,6 @@ class TaskTemplates:
         for name in TAKEN:
             if name in row:
                 raise SampleError("broken metadata", f"{source}: {name} stands beside the fields of the task {task}")
-        key = next((row[name] for name in ("key", "id") if isinstance(row.get(name), str | int)), Path(source).name)
-        wording = self.wordings[task][self.draw(task, str(key))]
         rest = {name: value for name, value in row.items() if name not in wanted}
         return {**rest, "task": task, **_filled(wording, values)}
 
@@ -223,18 +229,28 @@ def spell_objects(value: Any, place: str) -> str:
         name, box = (entry.get("name"), entry.get("box")) if isinstance(entry, dict) else (None, None)
         if not isinstance(name, str) or not name.strip():
             raise SampleError("broken box", f"{place}, object {number} has no name")
-        left, top, right, bottom = _sides(box, f"{place}, object {number}")
+        left, top, right, bottom = map(round, sides_of(box, f"{place}, object {number}"))
         spelled.append(f"{name.strip()} at location ({left}, {top}) -> ({right}, {bottom})")
     return ", ".join(spelled)
 
 
-def _sides(box: Any, place: str) -> list[int]:
-    """Left, top, right and bottom, rounded."""
+def sides_of(box: Any, place: str) -> list[float]:
+    """Left, top, right and bottom of a box.
+
+    Raises:
+        SampleError: where it has no area, or is none.
+    """
     if isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box):
         left, top, right, bottom = box
         if 0 <= left < right < np.inf and 0 <= top < bottom < np.inf:
-            return [round(side) for side in box]
+            return box
     raise SampleError("broken box", f"{place}: the box {str(box)[:60]} is not [left, top, right, bottom] in pixels")
+
+
+def _pictures(wording: Wording, values: Mapping[str, str]) -> dict[str, bool]:
+    """Files of the pictures of a wording, and whether they carry loss."""
+    places = [(line, piece) for line in wording for piece in line.pieces if isinstance(piece, Place)]
+    return {values[piece.field]: line.role in (None, "assistant") for line, piece in places if piece.is_picture}
 
 
 def _text(text: str) -> list[Entry]:

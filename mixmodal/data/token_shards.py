@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -217,6 +217,14 @@ class TokenShards:
                         f"{path}: changed since it was written (SHA-256 {found[:12]}..., not {wanted[:12]}... as in "
                         f"{self.manifest_path}); bring it back or pretokenize again"
                     )
+
+    def arrays(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
+        """Of each shard the ids of all documents `(T,)`, their offsets `(documents + 1,)`, and which tokens carry loss,
+        uint8 `(T,)`, or None where it does not say: memory-mapped, for what looks at all of them."""
+        for entry in self.manifest["shards"]:
+            documents = self._open_documents(entry)
+            loss = self._open(entry, LOSS_KIND, "offsets").values if _loss_kinds(entry) else None
+            yield documents.values, documents.offsets, loss
 
     def build_format(self, text_tokenizer: TextCodec | None = None) -> SequenceFormat:
         """The sequence format that the documents are spelled in."""

@@ -16,8 +16,9 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -122,19 +123,14 @@ def resize_and_crop(picture: Image.Image, size: int | tuple[int, int], preproces
         size: pixels; width and height give the centre of these sides, of the smallest picture that covers it.
     """
     target = (size, size) if isinstance(size, int) else size
-    width, height = picture.size
-    short = min(width, height)
-    if max(width, height) > MAX_ASPECT * short:
-        picture = _crop_centre(picture, min(width, MAX_ASPECT * short), min(height, MAX_ASPECT * short))
+    place = place_cropped(picture.size, target, preprocess)
+    left, top, width, height = place.kept
+    if (width, height) != picture.size:
+        picture = picture.crop((left, top, left + width, top + height))
     if picture.size == target:
         return picture
-    # the side along which the picture has least to spare
-    side = 0 if target[0] * picture.height >= target[1] * picture.width else 1
-    limit, length = target[side], picture.size[side]
-    resized = (round(limit / length * picture.width), round(limit / length * picture.height))
-    if preprocess == "transformers":
-        resized = (limit * picture.width // length, limit * picture.height // length)
-    return _crop_centre(picture.resize(resized, Image.Resampling.LANCZOS), *target)
+    left, top = (-side for side in place.offset)
+    return picture.resize(place.scaled, Image.Resampling.LANCZOS).crop((left, top, left + target[0], top + target[1]))
 
 
 def resize_and_pad(picture: Image.Image, size: int | tuple[int, int], preprocess: Preprocess = "meta") -> Image.Image:
@@ -148,19 +144,62 @@ def resize_and_pad(picture: Image.Image, size: int | tuple[int, int], preprocess
         preprocess: how sides are rounded; never below one pixel.
     """
     target = (size, size) if isinstance(size, int) else size
-    side = 0 if target[0] * picture.height <= target[1] * picture.width else 1  # along which it touches the border
-    limit, length = target[side], picture.size[side]
-    exact = (limit * picture.width / length, limit * picture.height / length)
-    whole = [max(1, round(value) if preprocess == "meta" else int(value)) for value in exact]
-    resized = picture if picture.size == tuple(whole) else picture.resize(whole, Image.Resampling.LANCZOS)
+    place = place_padded(picture.size, target, preprocess)
+    resized = picture if picture.size == place.scaled else picture.resize(place.scaled, Image.Resampling.LANCZOS)
     padded = Image.new("RGB", target, "white")
-    padded.paste(resized, ((target[0] - whole[0]) // 2, (target[1] - whole[1]) // 2))
+    padded.paste(resized, place.offset)
     return padded
 
 
-def _crop_centre(picture: Image.Image, width: int, height: int) -> Image.Image:
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))
+class Placing(NamedTuple):
+    """How a picture comes to lie in others sides; all in pixels.
+
+    Args:
+        kept: left, top, width and height of what is kept of the picture before it is resized.
+        scaled: width and height that this is resized to.
+        offset: left and top of that in the target; below 0 where it is cropped.
+    """
+
+    kept: tuple[int, int, int, int]
+    scaled: tuple[int, int]
+    offset: tuple[int, int]
+
+    def move(self, box: Sequence[float], target: tuple[int, int]) -> tuple[float, float, float, float] | None:
+        """Left, top, right and bottom of a box in the target, clipped to it; None where nothing of it is left."""
+        moved = []
+        for side, value in enumerate(box):
+            axis = side % 2
+            place = (value - self.kept[axis]) * self.scaled[axis] / self.kept[2 + axis] + self.offset[axis]
+            moved.append(min(max(place, 0), target[axis]))
+        left, top, right, bottom = moved
+        return (left, top, right, bottom) if left < right and top < bottom else None
+
+
+def place_cropped(size: tuple[int, int], target: tuple[int, int], preprocess: Preprocess = "meta") -> Placing:
+    """Where `resize_and_crop` puts a picture of width and height `size`."""
+    short = min(size)
+    width, height = (min(side, MAX_ASPECT * short) for side in size)
+    kept = ((size[0] - width) // 2, (size[1] - height) // 2, width, height)
+    if (width, height) == target:
+        return Placing(kept, target, (0, 0))
+    # the side along which the picture has least to spare
+    side = 0 if target[0] * height >= target[1] * width else 1
+    limit, length = target[side], (width, height)[side]
+    scaled = (round(limit / length * width), round(limit / length * height))
+    if preprocess == "transformers":
+        scaled = (limit * width // length, limit * height // length)
+    return Placing(kept, scaled, (-((scaled[0] - target[0]) // 2), -((scaled[1] - target[1]) // 2)))
+
+
+def place_padded(size: tuple[int, int], target: tuple[int, int], preprocess: Preprocess = "meta") -> Placing:
+    """Where `resize_and_pad` puts a picture of width and height `size`."""
+    width, height = size
+    side = 0 if target[0] * height <= target[1] * width else 1  # along which it touches the border
+    limit, length = target[side], size[side]
+    exact = (limit * width / length, limit * height / length)
+    whole = [max(1, round(value) if preprocess == "meta" else int(value)) for value in exact]
+    scaled = (whole[0], whole[1])
+    return Placing((0, 0, width, height), scaled, ((target[0] - scaled[0]) // 2, (target[1] - scaled[1]) // 2))
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:

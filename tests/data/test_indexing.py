@@ -13,6 +13,7 @@ import pytest
 
 from mixmodal.data import indexing
 from mixmodal.data.augment import AugmentConfig
+from mixmodal.data.conversations import Message
 from mixmodal.data.indexing import MemoryConfig, build_memory
 from mixmodal.data.shards import PictureFile, Sample
 from mixmodal.data.skipping import SampleLimits, TooManySkipped
@@ -182,3 +183,15 @@ def test_a_memory_of_nothing_is_refused(
     limits = SampleLimits(max_skipped_share=1.0)
     with pytest.raises(ValueError, match="there are no documents, so there is no memory to build"):
         build_memory(config_of(tmp_path, ((shards,), TokenShards(tokens.folder)), limits=limits))
+
+
+def test_conversations_are_refused_before_anything_is_loaded_or_written(
+    tmp_path: Path, build_shards: Callable[..., Path], build_picture: Callable[..., PictureFile], write_tokens: Any
+) -> None:
+    turns = (Message("user", (False,)), Message("assistant", (True,)))
+    asked = Sample("asked", ("what is it?", build_picture(9)), messages=turns)
+    folders = (build_shards(2, "talk", [asked]),)
+    config = config_of(tmp_path, (folders, write_tokens(folders)))
+    with pytest.raises(ValueError, match=r"manifest\.json: its documents are conversations, .* a folder of their own$"):
+        build_memory(config)  # whose encoder is not there
+    assert not config.out.exists()

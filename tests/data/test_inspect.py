@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mixmodal.data.inspect import InspectConfig, inspect, stretches_of
+from mixmodal.data.mixture import ShareLimits, StageConfig
 from mixmodal.data.source import SourceConfig
 from mixmodal.data.token_shards import build_manifest, write_manifest, write_token_shard
 from mixmodal.document import Run, build_format
@@ -146,6 +148,33 @@ def test_the_source_of_each_document_and_its_share_are_shown(
     assert ["books", "6", "114", "33.3%", "33.3%", "1.750"] in rows  # one is drawn already
     with pytest.raises(ValueError, match=r"either data, .* or sources"):
         replace(config, sources=sources)
+
+
+def test_limits_and_stages_are_those_of_training(
+    tmp_path: Path, byte_tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = shards(tmp_path / "web", ["0123456789"] * 16)
+    shards(tmp_path / "books", ["abcdefghij"] * 4)
+    shards(tmp_path / "late", ["ABCDEFGHIJ"] * 5)
+    sources = {name: SourceConfig(tokens=tmp_path / name) for name in ("web", "books")}
+    sources["late"] = SourceConfig(tokens=tmp_path / "late", weight=0)
+    stages = (StageConfig(from_step=7, weights={"books": 0.0, "late": 1.0}),)
+    config = replace(config, data=None, sources=sources, stages=stages, num_rows=10)
+
+    def wanted(**options: Any) -> dict[str, str]:
+        inspect(replace(config, **options))
+        rows = [line.replace("│", " ").split() for line in capsys.readouterr().out.splitlines()]
+        return {row[0]: row[4] for row in rows if len(row) == 6 and row[0] in sources}
+
+    assert wanted() == {"web": "50.0%", "books": "50.0%"}
+    assert wanted(share_limits=ShareLimits(up=1.5)) == {"web": "70.0%", "books": "30.0%"}
+    assert wanted(step=6) == wanted()
+    assert wanted(step=7) == {"web": "50.0%", "late": "50.0%"}
+    only = (StageConfig(from_step=7, weights={"web": 0.0, "late": 1.0, "books": 0.0}),)
+    assert wanted(step=7, stages=only, share_limits=ShareLimits()) == {"late": "100.0%"}
+    for options in ({"step": -1}, {"step": 3, "stages": ()}):
+        with pytest.raises(ValueError, match=r"step is -?\d; it must not be negative, and acts with stages alone"):
+            replace(config, **options)
 
 
 def test_text_and_keys_can_not_steer_the_terminal(

@@ -117,7 +117,7 @@ def test_limits_that_leave_no_room_are_refused(limits: dict[str, float]) -> None
 
 
 def test_limits_without_several_sources_are_refused() -> None:
-    with pytest.raises(ValueError, match="share_limits acts on several sources alone"):
+    with pytest.raises(ValueError, match="share_limits acts on several sources or modality_balance alone"):
         DataConfig(tokens=Path("a"), seq_len=40, share_limits=ShareLimits())
 
 
