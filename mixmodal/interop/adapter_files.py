@@ -7,15 +7,17 @@ The first two are peft's own: `PeftModel.from_pretrained(mixmodal.load_transform
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from mixmodal.files import read_object, write_whole
+from mixmodal.files import read_object, sha256_of, write_whole
 from mixmodal.interop.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -24,11 +26,12 @@ from mixmodal.interop.adapters import (
     Adapter,
     AdapterError,
     AdapterSettings,
+    MergedWeights,
     merge,
 )
-from mixmodal.interop.export import CARD, staged
+from mixmodal.interop.export import CARD, CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZERS, staged
 from mixmodal.models.transformer import TOKEN_MATRICES
-from mixmodal.weights import open_safetensors, save_tensors
+from mixmodal.weights import open_safetensors, read_weights, save_tensors, write_weights
 
 WITHOUT_EFFECT = (
     *(
@@ -98,11 +101,7 @@ def load_adapter(folder: Path) -> Adapter:
         AdapterError: naming the file and the key that is missing, broken, or asks for what is not known here.
     """
     folder = Path(folder)
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_MODEL):
-        if not (folder / name).is_file():
-            raise AdapterError(
-                f"{folder} is not an adapter: {name} is missing; give a folder such as runs/NAME/adapter"
-            )
+    check_whole(folder)
     settings = read_settings(folder / ADAPTER_CONFIG)
     tensors = read_tensors(folder / ADAPTER_WEIGHTS)
     check_names(settings, tensors, folder)
@@ -136,6 +135,62 @@ def apply_adapter(model: nn.Module, base: Path, folder: Path) -> Adapter:
     adapter.check_base(base)
     merge(model, adapter, keep=False)
     return adapter
+
+
+def save_merged(base: Path, adapter: Adapter, folder: Path) -> int:
+    """Writes a model with an adapter merged into it, tensor by tensor, with all else that the base model's folder has.
+
+    Returns:
+        Bytes of all tensors.
+
+    Raises:
+        AdapterError: naming the files, where the adapter is one of another model.
+        OSError: where the disk is full.
+    """
+    adapter.check_base(base)
+    with staged(folder) as staging:
+        for name in (CONFIG, *TEXT_TOKENIZERS.values()):
+            if (base / name).is_file():
+                shutil.copyfile(base / name, staging / name)
+        if (base / IMAGE_TOKENIZER).is_dir():
+            shutil.copytree(base / IMAGE_TOKENIZER, staging / IMAGE_TOKENIZER)
+        card = (base / CARD).read_text(encoding="utf-8") if (base / CARD).is_file() else f"# {folder.name}\n"
+        write_whole(staging / CARD, tell_of(adapter, card).encode())
+        return write_weights(staging, MergedWeights(read_weights(base), adapter).items())
+
+
+def tell_of(adapter: Adapter, card: str) -> str:
+    """The card of a model into which an adapter was merged."""
+    settings = adapter.settings
+    what = f"{settings.kind}, rank {settings.rank}, alpha {settings.alpha:g}, of the model {adapter.base}"
+    return f"{card.rstrip()}\n\n## Adapter\n\nThe weights have the adapter {adapter.folder.name} in them: {what}.\n"
+
+
+def hash_adapter(folder: Path) -> str:
+    """SHA-256 over an adapter's files but its card, hexadecimal.
+
+    Raises:
+        AdapterError: where it is none.
+    """
+    check_whole(folder)
+    digest = hashlib.sha256()
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROWS, BASE_MODEL):
+        if (folder / name).is_file():
+            digest.update(f"{name} {sha256_of(folder / name)}\n".encode())
+    return digest.hexdigest()
+
+
+def check_whole(folder: Path) -> None:
+    """Whether the files that every adapter has are there.
+
+    Raises:
+        AdapterError: naming the one that is not.
+    """
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_MODEL):
+        if not (folder / name).is_file():
+            raise AdapterError(
+                f"{folder} is not an adapter: {name} is missing; give a folder such as runs/NAME/adapter"
+            )
 
 
 def read_settings(path: Path) -> AdapterSettings:

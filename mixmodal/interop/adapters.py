@@ -161,7 +161,7 @@ def weights_sha256(weights: Mapping[str, Tensor]) -> str:
     for name in sorted(weights):
         tensor = weights[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -200,8 +200,17 @@ def unmerge(model: nn.Module, replaced: Mapping[str, Tensor]) -> None:
         parameters[name].data = tensor
 
 
-def merged_weights(base: Path, adapter: Adapter) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of the merged model, one by one, in the types that the base model stores."""
-    found = read_weights(base)
-    for name in found:
-        yield name, adapter.merged(name, found[name])
+class MergedWeights(Mapping[str, Tensor]):
+    """The weights of a base model with an adapter in them, each computed when it is asked for, in its stored type."""
+
+    def __init__(self, base: Mapping[str, Tensor], adapter: Adapter) -> None:
+        self._base, self._adapter = base, adapter
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._adapter.merged(name, self._base[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
