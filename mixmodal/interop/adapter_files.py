@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -33,6 +32,8 @@ from mixmodal.interop.export import CARD, CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZE
 from mixmodal.models.transformer import TOKEN_MATRICES
 from mixmodal.weights import open_safetensors, read_weights, save_tensors, write_weights
 
+MOST = 2**31
+"""Rank and alpha lie below."""
 WITHOUT_EFFECT = (
     *(
         "auto_mapping",
@@ -203,8 +204,8 @@ def read_settings(path: Path) -> AdapterSettings:
     rank, alpha, targets = (found.get(key) for key in ("r", "lora_alpha", "target_modules"))
     fine = {
         "peft_type": found.get("peft_type") == "LORA",
-        "r": type(rank) is int and rank > 0,
-        "lora_alpha": type(alpha) in (int, float) and 0 < float(alpha or 0) < math.inf,
+        "r": type(rank) is int and 0 < rank < MOST,
+        "lora_alpha": isinstance(alpha, (int, float)) and alpha is not True and 0 < alpha < MOST,
         "use_dora": found.get("use_dora") in (True, False, None),
         "target_modules": isinstance(targets, list) and bool(targets) and all(type(t) is str for t in targets),
     }

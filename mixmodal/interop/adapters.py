@@ -103,7 +103,8 @@ class Adapter:
             return weight
         keys = self.settings.shapes(target, tuple(weight.shape))
         down, up, *magnitude = (self.tensors[key].to(weight.device, torch.float32) for key in keys)
-        found = weight.float() + (self.settings.alpha / self.settings.rank) * (up @ down)
+        with torch.autocast(weight.device.type, enabled=False):
+            found = weight.float() + (self.settings.alpha / self.settings.rank) * (up @ down)
         if magnitude:
             found *= (magnitude[0] / torch.linalg.norm(found, dim=1))[:, None]
         return found.to(weight.dtype)

@@ -13,6 +13,9 @@ from mixmodal.models.transformer import TOKEN_MATRICES
 from mixmodal.training.optimizer import leave_undecayed
 from mixmodal.vocabulary import Vocabulary
 
+TRAINED_ROWS = "trained_rows"
+"""Attribute of a matrix of which only so many rows are trained."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainableConfig:
@@ -117,4 +120,5 @@ def keep_rows(parameter: nn.Parameter, spans: Sequence[range]) -> None:
         return kept
 
     parameter.register_hook(keep)
+    setattr(parameter, TRAINED_ROWS, sum(map(len, spans)))
     leave_undecayed(parameter)

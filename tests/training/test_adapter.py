@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from shapes import tiny_config, write_conversations, write_shapes
+from test_launcher import pretrain_on_ranks
 from torch import Tensor
 
 from mixmodal.interop.adapter_files import load_adapter
@@ -20,8 +23,10 @@ from mixmodal.models.transformer import Transformer
 from mixmodal.training.adapter import AdapterConfig, AdapterTask
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.finetune import FinetuneConfig, FinetuneDataConfig, finetune
-from mixmodal.training.optimizer import OptimizerConfig
+from mixmodal.training.optimizer import OptimizerConfig, parameter_groups
+from mixmodal.training.plan import PlanConfig, build_plan
 from mixmodal.training.pretrain import PretrainConfig, pretrain
+from mixmodal.training.trainable import TrainableConfig
 
 ROOT = Path(__file__).parents[2]
 KINDS = pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -203,3 +208,115 @@ def test_a_run_goes_on_exactly(config: Callable[..., FinetuneConfig], adapter: d
     assert [line["loss"] for line in records(training)] == [line["loss"] for line in lines]
     assert (run / "adapter/adapter_model.safetensors").read_bytes() == whole
     assert all(torch.equal(tensor, exported[name]) for name, tensor in weights(run).items())
+
+
+def test_what_is_trained_is_told_and_written(
+    config: Callable[..., FinetuneConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    training = config(max_steps=1)
+    finetune(training)
+    base = sum(tensor.numel() for tensor in weights(training.init_from.parent).values())
+    layers = 2 * 4 * sum((64 + 192, 64 + 64, 64 + 256, 128 + 64))  # rank 4: qkv, out, up and out of the feed-forward
+    rows = 2 * 64 * 64
+    assert f"trained: {layers + rows:,} of {base + layers:,} parameters\n" in capsys.readouterr().out
+    told = json.loads((training.trainer.run_dir / "resources.json").read_text())
+    assert (told["parameters"], told["trained_parameters"]) == (base + layers, layers + rows)
+    assert told["peak_memory_bytes"] > 10**8
+    assert told["device"] == "cpu"
+
+
+def test_the_plan_counts_what_is_trained(config: Callable[..., FinetuneConfig], tmp_path: Path) -> None:
+    training = config()
+    lora, whole = (
+        build_plan(one, PlanConfig(training=tmp_path, device="cpu"))
+        for one in (training, replace(training, adapter=None))
+    )
+    task = task_of(training)
+    trained = [parameter for parameter in task.build_model().parameters() if parameter.requires_grad]
+    assert lora.parameters == sum(parameter.numel() for parameter in trained)  # all rows have optimizer states
+    assert lora.rows["optimizer"] == 8 * lora.parameters
+    assert lora.rows["weights"] > whole.rows["weights"]
+    assert lora.saved_bytes < whole.saved_bytes + 4 * 64 * 4 * 4 * 64 * 4
+    assert lora.total_bytes < whole.total_bytes
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"targets": ["head"]}, "adapter.targets: 'head' names no linear layer of a block; the network has blocks"),
+        ({"targets": ["output"]}, "adapter.targets: 'output' names no linear layer of a block"),
+        ({"targets": []}, "adapter.targets is empty"),
+        ({"rows": ["audio"]}, "adapter.rows: vocabulary: no range or control token 'audio'; there are special"),
+        ({"rank": 0}, "adapter.rank is 0 and adapter.alpha 32.0; both must be above 0"),
+        ({"dropout": 1.0}, r"adapter.dropout is 1.0; it must lie in \[0, 1\)"),
+        ({"kind": "dora", "trainer": stage(3)}, "adapter.kind is dora, which needs whole weights"),
+    ],
+)
+def test_what_can_not_act_is_named(config: Callable[..., FinetuneConfig], adapter: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        task_of(config(**adapter)).build_model()
+
+
+def test_parts_of_the_network_stay_trained_by_one_config_alone(config: Callable[..., FinetuneConfig]) -> None:
+    with pytest.raises(ValueError, match="trainable can not act beside adapter"):
+        replace(config(), trainable=TrainableConfig(parameters=["output"]))
+
+
+def test_dora_refuses_rows_of_zeros(config: Callable[..., FinetuneConfig], root: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(root / "run/export", tmp_path / "zeros/export"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["blocks.1.ffn.out.weight"][3] = 0
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"no direction for rows of zeros, as blocks\.1\.ffn\.out has"):
+        task_of(replace(config(kind="dora"), init_from=folder)).build_model()
+
+
+def test_targets_are_named_by_patterns(config: Callable[..., FinetuneConfig]) -> None:
+    training = config(targets=["*.qkv", "blocks.1.ffn"], rows=["image", "end_of_span"])
+    task = task_of(training)
+    adapter = task.read_adapter(task.build_model())
+    assert adapter.settings.targets == (
+        "blocks.0.attention.qkv",
+        "blocks.1.attention.qkv",
+        "blocks.1.ffn.up",
+        "blocks.1.ffn.out",
+    )
+    assert adapter.spans == (range(task.vocabulary.ids("image").start, task.vocabulary.end_of_span + 1),)
+
+
+def test_trained_rows_are_not_decayed_and_thin_matrices_are(config: Callable[..., FinetuneConfig]) -> None:
+    model = task_of(config(kind="dora")).build_model()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, others = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.1))
+    assert all("lora_A" in name or "lora_B" in name for name in decayed)
+    assert others - {"embedding.weight", "output.weight"} == {name for name in names.values() if "magnitude" in name}
+
+
+@pytest.mark.parametrize(("precision", "number"), [("bfloat16", 2), ("autocast_bfloat16", 0)])
+def test_other_precisions_train_and_export(config: Callable[..., FinetuneConfig], precision: str, number: int) -> None:
+    training = config(trainer={"precision": precision, **stage(number)})
+    finetune(training)
+    exported = weights(training.trainer.run_dir)
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    assert {tensor.dtype for tensor in exported.values()} == {dtype}
+    plain = load_transformer(training.init_from)
+    merge(plain, load_adapter(training.trainer.run_dir / "adapter"))
+    assert all(torch.equal(tensor.to(dtype), exported[name]) for name, tensor in plain.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 2, 3])
+def test_two_processes_train_the_same_adapter(
+    config: Callable[..., FinetuneConfig], tmp_path: Path, number: int
+) -> None:
+    one = config(trainer=stage(number))
+    two = config(trainer={"micro_batch_size": 2, "run_dir": tmp_path / "two", **stage(number)})
+    finetune(one)
+    pretrain_on_ranks(tmp_path, 2, two, "finetune")
+    found, wanted = (load_adapter(run.trainer.run_dir / "adapter") for run in (two, one))
+    for first, second in zip(records(one), records(two), strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+        assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-5)
+    for name, tensor in wanted.tensors.items():
+        torch.testing.assert_close(found.tensors[name], tensor, atol=1e-4, rtol=0)
+    assert_base_is_kept(two)
