@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from mixmodal.interop.adapters import PREFIX, Adapter, AdapterSettings, Kind, me
 from mixmodal.models.transformer import TOKEN_MATRICES, Transformer
 from mixmodal.training.deepspeed_config import read_zero_file
 from mixmodal.training.pretrain import PretrainConfig, PretrainTask
+from mixmodal.training.quantized import quantize
 from mixmodal.training.trainable import TrainableConfig, choose_names, choose_rows, restrict
 from mixmodal.weights import read_weights
 
@@ -34,6 +36,8 @@ class AdapterConfig:
             default. Query, key and value are one matrix, `qkv`, and so are gate and value of the feed-forward, `up`.
         rows: of embedding and output, those that are trained as a whole beside it, named as in `trainable.rows`; the
             image codes by default, none with `[]`.
+        quantize: `nf4` keeps the frozen linear layers of the blocks in 4 bits while training, as QLoRA does (arXiv
+            2305.14314); null as they are. What is exported is the base model as it is stored, with the adapter.
     """
 
     kind: Kind = "lora"
@@ -42,6 +46,7 @@ class AdapterConfig:
     dropout: float = 0.0
     targets: list[str] = field(default_factory=lambda: ["blocks"])
     rows: list[str] = field(default_factory=lambda: ["image"])
+    quantize: Literal["nf4"] | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.alpha <= 0:
@@ -58,24 +63,26 @@ class AdapterTask(PretrainTask):
         adapter: what is trained.
 
     Raises:
-        ValueError: as for `PretrainTask`, and for DoRA at ZeRO stage 3.
+        ValueError: as for `PretrainTask`, and for DoRA and quantized weights at ZeRO stage 3.
     """
 
     def __init__(self, config: PretrainConfig, adapter: AdapterConfig) -> None:
         super().__init__(config)
         self.adapter = adapter
         zero = read_zero_file(config.trainer.deepspeed, config.trainer.precision)["zero_optimization"]
-        if adapter.kind == "dora" and zero.get("stage") == 3:
-            raise ValueError(
-                "adapter.kind is dora, which needs whole weights beside their layers; ZeRO stage 3 does not keep them: "
-                "choose stage 2, which is as small where only an adapter is trained, or lora"
-            )
+        acting = {"adapter.kind is dora": adapter.kind == "dora", "adapter.quantize is nf4": bool(adapter.quantize)}
+        for what, acts in acting.items():
+            if acts and zero.get("stage") == 3:
+                raise ValueError(
+                    f"{what}, which needs whole weights; ZeRO stage 3 does not keep them: choose stage 2 "
+                    "(gradients and optimizer states, of an adapter few, are shared there, too)"
+                )
 
     def restrict(self, model: nn.Module) -> None:
         """Puts the adapter in, unless it is there, and freezes all but it and the rows."""
         assert isinstance(model, Transformer)
         if not any(LAYER in name for name, _ in model.named_parameters()):
-            inject(model, self.adapter)
+            inject(model, self.adapter, self.config.trainer.precision)
         matrices = [name for name, _ in model.named_parameters() if name in TOKEN_MATRICES and self.adapter.rows]
         trained = TrainableConfig(parameters=[f"*.{LAYER}*", *matrices], rows=self.adapter.rows)
         restrict(model, trained, self.vocabulary, "adapter")
@@ -83,12 +90,12 @@ class AdapterTask(PretrainTask):
     def export(self, model: nn.Module, folder: Path) -> None:
         """Writes the merged model to `folder`, and the adapter alone to `adapter` beside it."""
         assert self.base
-        weight = next(model.parameters())
+        dtype = model.get_parameter(TOKEN_MATRICES[0]).dtype
         with torch.no_grad():
             adapter = self.read_adapter(model)
             merged = self.base.build(self.model_config)
             merge(merged, adapter, keep=False)
-        super().export(merged.to(weight.dtype), folder)
+        super().export(merged.to(dtype), folder)
         sections = self.base.extend_card(self.config.card)
         text = "\n\n".join(f"## {name.capitalize()}\n\n{section}" for name, section in sections.items() if section)
         save_adapter(folder.parent / "adapter", adapter, text)
@@ -118,10 +125,13 @@ def stored_name(name: str) -> str:
     return PREFIX + (found.removesuffix(".weight") if "magnitude" in found else found)
 
 
-def inject(model: Transformer, config: AdapterConfig) -> None:
+def inject(model: Transformer, config: AdapterConfig, precision: str = "float32") -> None:
     """Puts peft's layers around linear layers of the blocks; the network computes what it did before.
 
-    Its own parameters keep their values, and get `.base_layer` into their names.
+    Its own parameters keep their values, unless they are quantized, and get `.base_layer` into their names.
+
+    Args:
+        precision: of training; quantized weights are multiplied in it.
 
     Raises:
         ValueError: without peft, for a target that names nothing, or weights that DoRA can not take.
@@ -141,6 +151,8 @@ def inject(model: Transformer, config: AdapterConfig) -> None:
             raise ValueError(
                 f"adapter.kind is dora, which has no direction for rows of zeros, as {name} has; choose lora"
             )
+    if config.quantize:
+        quantize(model, precision)
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - it is a number

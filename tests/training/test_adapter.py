@@ -250,6 +250,7 @@ def test_the_plan_counts_what_is_trained(config: Callable[..., FinetuneConfig], 
         ({"rank": 0}, "adapter.rank is 0 and adapter.alpha 32.0; both must be above 0"),
         ({"dropout": 1.0}, r"adapter.dropout is 1.0; it must lie in \[0, 1\)"),
         ({"kind": "dora", "trainer": stage(3)}, "adapter.kind is dora, which needs whole weights"),
+        ({"quantize": "nf4", "trainer": stage(3)}, "adapter.quantize is nf4, which needs whole weights"),
     ],
 )
 def test_what_can_not_act_is_named(config: Callable[..., FinetuneConfig], adapter: Any, said: str) -> None:
