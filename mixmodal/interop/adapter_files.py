@@ -163,8 +163,8 @@ def save_merged(base: Path, adapter: Adapter, folder: Path) -> int:
 def tell_of(adapter: Adapter, card: str) -> str:
     """The card of a model into which an adapter was merged."""
     settings = adapter.settings
-    what = f"{settings.kind}, rank {settings.rank}, alpha {settings.alpha:g}, of the model {adapter.base}"
-    return f"{card.rstrip()}\n\n## Adapter\n\nThe weights have the adapter {adapter.folder.name} in them: {what}.\n"
+    what = f"{settings.kind} of rank {settings.rank}, alpha {settings.alpha:g}, weights_sha256 {adapter.base_sha256}"
+    return f"{card.rstrip()}\n\n## Adapter\n\nThese are the weights of {adapter.base} with an adapter: {what}.\n"
 
 
 def hash_adapter(folder: Path) -> str:

@@ -48,6 +48,6 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 def write_resources(run_dir: Path, counted: Parameters, device: torch.device) -> None:
-    """Writes `RESOURCES` for this process, so far."""
+    """Writes `RESOURCES` for this process, so far; to be called before the export, which may build a second model."""
     found = {**counted._asdict(), "peak_memory_bytes": peak_memory_bytes(device), "device": device.type}
     write_whole(run_dir / RESOURCES, json.dumps(found, indent=2).encode() + b"\n")

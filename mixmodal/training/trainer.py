@@ -152,11 +152,11 @@ class Loop(Run):
             if batches and trained < total:
                 log.say(f"trained: {trained:,} of {total:,} parameters")
             finished = self._steps(batches, log, stop)
+            if batches and self.place.rank == 0:
+                write_resources(config.run_dir, self.parameters, self.place.device)
             if finished:
                 self._evaluate(log, last=True)
                 self._export()
-            if batches and self.place.rank == 0:
-                write_resources(config.run_dir, self.parameters, self.place.device)
             return FitResult(self.step, finished, self.last_eval)
 
     def _steps(self, batches: list[Batch], log: MetricsLog, stop: StopSignal) -> bool:

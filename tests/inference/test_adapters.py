@@ -143,6 +143,18 @@ def test_commands_take_an_adapter(exported: Path, lora: Path, tmp_path: Path, co
     assert "adapter_sha256" not in told[0]
 
 
+def test_the_page_is_served_with_an_adapter(exported: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mixmodal.serve import server
+
+    served = []
+    monkeypatch.setattr(server, "check_gradio", lambda: None)
+    monkeypatch.setattr(server, "launch", lambda studio, config: served.append(studio))
+    server.serve(server.ServeConfig(model=str(exported), adapter=lora, device="cpu"))
+    plain = load_transformer(exported)
+    merge(plain, load_adapter(lora))
+    assert same(served[0].model.model, plain)
+
+
 def test_transformers_layouts_get_the_merged_weights(exported: Path, lora: Path, tmp_path: Path) -> None:
     main(["export", str(exported), str(tmp_path / "merged"), "--adapter", str(lora), "--to", "mixmodal"])
     main(["export", str(exported), str(tmp_path / "one"), "--adapter", str(lora)])
