@@ -56,6 +56,7 @@ CONFIG_TYPES = {
     "train/diffusion_classes": "train-diffusion",
     "train/finetune_chameleon": "finetune",
     "train/finetune_cm3leon": "finetune",
+    "train/finetune_lora": "finetune",
     "tokenizers/train_text": "train-text-tokenizer",
     "tokenizers/train_image": "train-image-tokenizer",
     "tokenizers/evaluate_image": "evaluate-image-tokenizer",

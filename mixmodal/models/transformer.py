@@ -161,6 +161,9 @@ class Block(nn.Module):
         return F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden
 
 
+TOKEN_MATRICES = ("embedding.weight", "output.weight")
+"""Parameters of a transformer that have a row for each token; the output is absent where it is tied."""
+
 Reduce = Callable[[Tensor, Tensor], Any]
 """What is wanted of hidden states `(B, T, D)` and the output matrix `(V, D)` in place of all logits."""
 

@@ -182,7 +182,7 @@ def build_autoregressive(
 ) -> AutoregressivePictures:
     """From an exported model."""
     device = local_device(config.device)
-    model = MixedModal.from_pretrained(config.model, device, DTYPES[config.dtype], config.batch_size)
+    model = MixedModal.from_pretrained(config.model, device, DTYPES[config.dtype], config.batch_size, config.adapter)
     config.attach(model)
     return AutoregressivePictures(
         model,

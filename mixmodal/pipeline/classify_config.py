@@ -107,6 +107,7 @@ class ClassifyConfig(ReadingConfig):
             raise ValueError(f"classification method {self.method!r} is unknown; choose {', '.join(METHODS)}")
         is_ours, denoises = self.method in AUTOREGRESSIVE, self.method == "diffusion" or self.is_adapted
         idle = {
+            "adapter": (self.adapter is not None, is_ours),
             "memory": (self.memory is not None, is_ours),
             "debias": (bool(self.debias), is_ours),
             "length_normalise": (self.length_normalise, is_ours),

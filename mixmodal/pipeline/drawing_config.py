@@ -89,7 +89,8 @@ class DrawingConfig(ReadingConfig):
 
     def load(self) -> MixedModal:
         """The model, on this process's device where a launcher has started several, with its memory."""
-        model = MixedModal.from_pretrained(self.model, local_device(self.device), DTYPES[self.dtype], self.batch_size)
+        how = local_device(self.device), DTYPES[self.dtype], self.batch_size, self.adapter
+        model = MixedModal.from_pretrained(self.model, *how)
         model.accelerate(cuda_graphs=self.cuda_graphs, compile=self.compile)
         self.attach(model)
         return model

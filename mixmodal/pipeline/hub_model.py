@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mixmodal.hub import reason_of
+from mixmodal.interop.adapter_files import tell_of
 from mixmodal.interop.export import (
     CARD,
     EXPORT_FILES,
@@ -20,6 +21,7 @@ from mixmodal.interop.export import (
 
 if TYPE_CHECKING:
     from mixmodal.document import SequenceFormat
+    from mixmodal.interop.adapters import Adapter
     from mixmodal.models.transformer import Transformer
     from mixmodal.tokenization.codec import Codec
 
@@ -39,6 +41,8 @@ class HubModel(Mixin):
     codec: Codec
     format: SequenceFormat
     folder: Path | None
+    adapter: Adapter | None = None
+    """That is in the weights, and not in those of `folder`."""
 
     def save_pretrained(self, folder: Path | str, *, config: None = None, model_card_kwargs: None = None) -> None:
         """Writes the exported folder, whole or not at all: weights as they are in memory, with their dtype.
@@ -62,6 +66,8 @@ class HubModel(Mixin):
             source = self.folder or save_tokenizers(self.codec, Path(made))
             card = source / CARD
             text = card.read_text(encoding="utf-8") if card.is_file() else {}
+            if self.adapter and isinstance(text, str):
+                text = tell_of(self.adapter, text)
             save_export(folder, self.model, self.format, find_text_tokenizer(source), source / IMAGE_TOKENIZER, text)
 
     def push_to_hub(

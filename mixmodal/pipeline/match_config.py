@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mixmodal.classification.autoregressive import METHODS as AUTOREGRESSIVE
+from mixmodal.interop.adapter_files import hash_adapter
 from mixmodal.pipeline.classify_config import METHODS
 from mixmodal.pipeline.diffusion_options import DiffusionOptions
 from mixmodal.records import Shard
@@ -25,6 +26,7 @@ class MatchConfig:
 
     Args:
         model: folder of an exported model, a diffusion model or a CLIP or SigLIP as the method needs it, or a hub id.
+        adapter: folder of an adapter of the model, as `runs/NAME/adapter`, which is merged into it; null is none.
         task: JSONL file of pictures, captions and which are true; or Winoground's examples.jsonl, or a JSON file of
             SugarCrepe.
         out: folder for records and summary; made where it is missing.
@@ -48,6 +50,7 @@ class MatchConfig:
     model: str
     task: Path
     out: Path
+    adapter: Path | None = None
     images: Path | None = None
     method: str = "image_given_text"
     blind: str | None = None
@@ -83,6 +86,7 @@ class MatchConfig:
         if self.method not in METHODS:
             raise ValueError(f"classification method {self.method!r} is unknown; choose {', '.join(METHODS)}")
         idle = {
+            "adapter": (self.adapter is not None, self.method in AUTOREGRESSIVE),
             "debias": (bool(self.debias), self.method == "text_given_image"),
             "diffusion": (self.diffusion != WHOLE_DIFFUSION, self.method == "diffusion"),
             "seed": (bool(self.seed), self.method == "diffusion"),
@@ -104,4 +108,5 @@ class MatchConfig:
     def describe(self) -> dict[str, Any]:
         """What scores depend on beside the models and the task, as plain data."""
         names = ("method", "dtype", "seed", "debias")
-        return {**{name: getattr(self, name) for name in names}, "diffusion": self.diffusion.describe()}
+        adapted = {} if self.adapter is None else {"adapter_sha256": hash_adapter(self.adapter)}
+        return {**{name: getattr(self, name) for name in names}, "diffusion": self.diffusion.describe(), **adapted}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -43,17 +44,17 @@ def build_matcher(config: MatchConfig) -> Matcher:
     """
     blind = None if config.blind is None else by_text_alone(load_ours(config, config.blind)[1])
     if config.method in AUTOREGRESSIVE:
-        model, scorer = load_ours(config, config.model)
+        model, scorer = load_ours(config, config.model, config.adapter)
         pairs = by_likelihood(scorer, model.codec, config.method, debias=config.debias)
         pictures = by_image_alone(scorer, model.codec) if config.method == "image_given_text" else None
         return Matcher(pairs, pictures, blind or by_text_alone(scorer))
     return Matcher(by_denoising(config) if config.method == "diffusion" else by_logits(config), None, blind)
 
 
-def load_ours(config: MatchConfig, source: str) -> tuple[MixedModal, SequenceScorer]:
-    """An exported model, and what scores its sequences."""
+def load_ours(config: MatchConfig, source: str, adapter: Path | None = None) -> tuple[MixedModal, SequenceScorer]:
+    """An exported model, with an adapter of it where one is given, and what scores its sequences."""
     device = local_device(config.device)
-    model = MixedModal.from_pretrained(source, device, DTYPES[config.dtype], config.batch_size)
+    model = MixedModal.from_pretrained(source, device, DTYPES[config.dtype], config.batch_size, adapter)
     return model, SequenceScorer(model.model, model.format, config.batch_size)
 
 

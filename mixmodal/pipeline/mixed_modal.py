@@ -15,6 +15,7 @@ from mixmodal.classification.autoregressive import check_method
 from mixmodal.classification.likelihoods import SequenceScorer
 from mixmodal.document import Document, Grid, Image, Text
 from mixmodal.hub import HubOptions
+from mixmodal.interop.adapter_files import apply_adapter
 from mixmodal.interop.export import find_export, load_export
 from mixmodal.models.transformer import Transformer
 from mixmodal.pipeline.drawing import Piece, Plan, Sample, build_plan, parse_sample, read_pieces, sample_of
@@ -83,6 +84,7 @@ class MixedModal(Infilling, Scoring, HubModel):
         device: torch.device | str = "auto",
         dtype: torch.dtype | None = None,
         batch_size: int = 64,
+        adapter: Path | str | None = None,
         **hub: Unpack[HubOptions],
     ) -> MixedModal:
         """Loads an exported folder, or one from the Hugging Face hub where huggingface_hub is installed.
@@ -92,16 +94,20 @@ class MixedModal(Infilling, Scoring, HubModel):
             device: `auto` takes the accelerator where there is one.
             dtype: of the network's weights; None keeps the stored one.
             batch_size: most rows in one forward.
+            adapter: folder of one that was trained on this model (`runs/NAME/adapter`), which is merged into it.
             hub: how a hub id is fetched: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
 
         Raises:
-            ExportError: naming the folder and the file that is missing or broken, or the option that can not act.
+            ExportError: naming the folder and the file that is missing or broken, or the option that can not act; or
+                both models, where the adapter is of another.
         """
         if str(device) == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = find_export(source, hub)
         export = load_export(folder, device, dtype)
-        return cls(export.model, export.codec, batch_size, folder=folder)
+        model = cls(export.model, export.codec, batch_size, folder=folder)
+        model.adapter = apply_adapter(export.model, folder, Path(adapter)) if adapter else None
+        return model
 
     def accelerate(self, *, cuda_graphs: bool = False, compile: bool = False) -> None:
         """Spares the host work on a CUDA device; see `SequenceGenerator.accelerate`."""

@@ -1,4 +1,4 @@
-"""What the generate and classify commands have in common: the memory that they retrieve from, the device."""
+"""What the generate and classify commands have in common: an adapter, the memory they retrieve from, the device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mixmodal.config import plain
+from mixmodal.interop.adapter_files import hash_adapter
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.records import is_launched
 from mixmodal.retrieval.retriever import DEFAULT_SELECTION
@@ -18,9 +19,10 @@ from mixmodal.retrieval.selection import SelectionConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ReadingConfig:
-    """Which documents of a memory the model reads before what it is asked for.
+    """An adapter of the model, and which documents of a memory it reads before what it is asked for.
 
     Args:
+        adapter: folder of an adapter of the model, as `runs/NAME/adapter`, which is merged into it; null is none.
         memory: folder of a memory, which `mixmodal index` writes; null is none.
         retrieve: how many of its documents are read, the nearest last; fewer where the model's context takes no more.
         encoder: folder or hub id of the memory's encoder; null is where the memory says that it was.
@@ -29,6 +31,7 @@ class ReadingConfig:
             takes the nearest.
     """
 
+    adapter: Path | None = None
     memory: Path | None = None
     retrieve: int = 0
     encoder: str | None = None
@@ -62,14 +65,15 @@ class ReadingConfig:
             model.attach_memory(self.memory, self.encoder, self.selection)
 
     def describe(self) -> dict[str, Any]:
-        """Plain data for a report; nothing without a memory."""
+        """Plain data for a report; nothing without adapter and memory."""
+        adapted = {} if self.adapter is None else {"adapter_sha256": hash_adapter(self.adapter)}
         if self.memory is None:
-            return {}
+            return adapted
         settings = {name: getattr(self, name) for name in ("memory", "retrieve", "encoder", "selection", "random_seed")}
         settings["selection"] = {
             name: value for name, value in vars(self.selection).items() if name != "num_candidates"
         }
-        return {"retrieval": plain(settings)}
+        return {**adapted, "retrieval": plain(settings)}
 
 
 def local_device(device: str) -> str:

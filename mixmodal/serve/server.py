@@ -29,6 +29,7 @@ class ServeConfig:
 
     Args:
         model: folder of an exported model, or an id on the Hugging Face hub.
+        adapter: folder of an adapter of the model, as `runs/NAME/adapter`, which is merged into it; null is none.
         memory: folder of a memory, which `mixmodal index` writes, for documents that are read first; null is none.
         encoder: folder or hub id of the memory's encoder; null is where the memory says that it was.
         host: address that the page is reached at; 0.0.0.0 is every one of this machine.
@@ -44,6 +45,7 @@ class ServeConfig:
     """
 
     model: str
+    adapter: Path | None = None
     memory: Path | None = None
     encoder: str | None = None
     host: str = "127.0.0.1"
@@ -76,7 +78,8 @@ def serve(config: ServeConfig) -> None:
         ValueError: where gradio is missing, the memory is not the model's, or the port is taken.
     """
     check_gradio()
-    model = MixedModal.from_pretrained(config.model, config.device, DTYPES[config.dtype], config.batch_size)
+    how = config.device, DTYPES[config.dtype], config.batch_size, config.adapter
+    model = MixedModal.from_pretrained(config.model, *how)
     if config.memory is not None:
         model.attach_memory(config.memory, config.encoder)
     limits = Limits(max_pixels=config.max_pixels, max_num=config.max_num)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from mixmodal.data.pipeline import DataConfig
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
+from mixmodal.training.adapter import AdapterConfig, AdapterTask
 from mixmodal.training.optimizer import OptimizerConfig
-from mixmodal.training.pretrain import PretrainConfig, pretrain
-from mixmodal.training.trainer import FitResult
+from mixmodal.training.pretrain import PretrainConfig, PretrainTask
+from mixmodal.training.trainable import TrainableConfig
+from mixmodal.training.trainer import FitResult, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +40,20 @@ class FinetuneConfig(PretrainConfig):
         data: token shards of conversations, or of anything that is pretrained on.
         objective: masks, by default none. `max_masks` above 0 makes it CM3Leon's (arXiv 2309.02591, section 4).
         optimizer: AdamW and its schedule, with a peak rate of 1e-5 by default.
+        adapter: LoRA or DoRA in the place of the whole network; none by default. It is written to `adapter` of the run
+            folder, and merged into the exported model.
     """
 
     init_from: Path = field()
     data: FinetuneDataConfig
     objective: CausalMaskedConfig = field(default_factory=lambda: CausalMaskedConfig(min_masks=0, max_masks=0))
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
+    adapter: AdapterConfig | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adapter and self.trainable != TrainableConfig():
+            raise ValueError("trainable can not act beside adapter, whose targets and rows say what is trained")
 
 
 def finetune(config: FinetuneConfig) -> FitResult:
@@ -52,4 +62,5 @@ def finetune(config: FinetuneConfig) -> FitResult:
     Raises:
         ValueError: where config, data and the model do not fit together.
     """
-    return pretrain(config)
+    task = AdapterTask(config, config.adapter) if config.adapter else PretrainTask(config)
+    return Trainer(config.trainer, config.optimizer, resolved=config).fit(task)

@@ -199,6 +199,8 @@ def load_training(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
             "finetune)"
         )
     arguments = ["--config", str(path), *overrides]
+    if "adapter" in given:
+        return parse(FinetuneConfig, arguments)
     if "init_from" in given:
         with contextlib.suppress(UsageError):  # which parsing it as a pretraining words no worse
             return parse(FinetuneConfig, arguments)

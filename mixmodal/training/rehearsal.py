@@ -17,7 +17,9 @@ from mixmodal.models.packed_rows import resolve_kind
 from mixmodal.models.transformer import Transformer
 from mixmodal.objectives.output_loss import DEFAULT_CHUNK_ELEMENTS
 from mixmodal.tokenization.vector_quantizers import MovingAverageQuantizer
+from mixmodal.training.adapter import AdapterTask
 from mixmodal.training.base_model import BaseModel, build_shape
+from mixmodal.training.finetune import FinetuneConfig
 from mixmodal.training.image_tokenizer import ImageTokenizerTask, ImageTokenizerTrainingConfig
 from mixmodal.training.live_bytes import CastAsOnCuda, LiveBytes
 from mixmodal.training.pretrain import PretrainConfig, PretrainTask
@@ -56,7 +58,7 @@ class Rehearsal:
         self._tensors = FakeTensorMode(allow_non_fake_inputs=True) if fake else contextlib.nullcontext()
         # Image tokenizers are small, and libraries of quantizers and files of weights need real tensors to be built.
         pictures = isinstance(training, ImageTokenizerTrainingConfig)
-        self.task: Task = ImageTokenizerTask(training) if pictures else DatalessPretrainTask(training)
+        self.task: Task = ImageTokenizerTask(training) if pictures else build_dataless(training)
         with torch.device("cpu" if pictures or not fake else "meta"):
             self.networks = {MODEL: self._build_model(as_on_cuda)}
             self.networks |= {name: opponent.model for name, opponent in self.task.build_opponents().items()}
@@ -143,6 +145,16 @@ class DatalessPretrainTask(PretrainTask):
             sizes = VocabularyConfig(codebook_sizes={"image": 1}, num_text_pieces=max(1, size - 9), num_sentinels=1)
             self.vocabulary = Vocabulary(sizes)
         self.model_config = build_shape(config.model, base, self.vocabulary.size, config.data.seq_len)
+
+
+class DatalessAdapterTask(AdapterTask, DatalessPretrainTask):
+    """The same with an adapter."""
+
+
+def build_dataless(config: PretrainConfig) -> DatalessPretrainTask:
+    """What is trained, before there is data."""
+    adapter = config.adapter if isinstance(config, FinetuneConfig) else None
+    return DatalessAdapterTask(config, adapter) if adapter else DatalessPretrainTask(config)
 
 
 class _AsTrained(nn.Module):

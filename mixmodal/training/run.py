@@ -13,6 +13,7 @@ from mixmodal.training.optimizer import OptimizerConfig, build_optimizer
 from mixmodal.training.randomness import set_seeds
 from mixmodal.training.read_ahead import ReadAhead
 from mixmodal.training.recomputing import recompute
+from mixmodal.training.resources import count_parameters
 from mixmodal.training.saving import Saver
 from mixmodal.training.task import MODEL, Task
 
@@ -44,6 +45,7 @@ class Run:
         self.place = place
         set_seeds(self.config.seed)
         model = task.build_model()
+        self.parameters = count_parameters(model)
         if self.config.activation_checkpointing:
             recompute(task.recomputed(model))
         if self.config.compile:

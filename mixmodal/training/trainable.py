@@ -9,11 +9,12 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
+from mixmodal.models.transformer import TOKEN_MATRICES
 from mixmodal.training.optimizer import leave_undecayed
 from mixmodal.vocabulary import Vocabulary
 
-TOKEN_MATRICES = ("embedding.weight", "output.weight")
-"""Parameters of a transformer that have a row for each token."""
+TRAINED_ROWS = "trained_rows"
+"""Attribute of a matrix of which only so many rows are trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class TrainableConfig:
     rows: list[str] = field(default_factory=list)
 
 
-def restrict(model: nn.Module, config: TrainableConfig, vocabulary: Vocabulary) -> None:
+def restrict(model: nn.Module, config: TrainableConfig, vocabulary: Vocabulary, key: str = "trainable") -> None:
     """Freezes what `config` does not name.
 
     Rows are kept apart where the gradient of a matrix comes in, before it is added to what has come before: there ZeRO
@@ -43,27 +44,34 @@ def restrict(model: nn.Module, config: TrainableConfig, vocabulary: Vocabulary) 
 
     Args:
         model: with the parameters `TOKEN_MATRICES`, of which the output is absent where it is tied.
+        key: of the config, for messages.
 
     Raises:
         ValueError: naming the entry that can not act.
     """
     parameters = dict(model.named_parameters())
-    chosen = choose_names(parameters, config.parameters)
+    chosen = choose_names(parameters, config.parameters, f"{key}.parameters")
     for name, parameter in parameters.items():
         parameter.requires_grad_(name in chosen)
-    spans = choose_rows(vocabulary, config.rows)
+    spans = choose_rows(vocabulary, config.rows, f"{key}.rows")
     matrices = [name for name in TOKEN_MATRICES if name in chosen]
     if spans and not matrices:
         raise ValueError(
-            f"trainable.rows {config.rows} can not act: trainable.parameters {config.parameters} has neither embedding "
+            f"{key}.rows {config.rows} can not act: {key}.parameters {config.parameters} has neither embedding "
             "nor output"
         )
     for name in matrices if spans else ():
         keep_rows(parameters[name], spans)
 
 
-def choose_names(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
+def choose_names(
+    names: Iterable[str], patterns: Sequence[str], key: str = "trainable.parameters", what: str = "parameter"
+) -> set[str]:
     """Those that a pattern names, or that stand below a module that it names.
+
+    Args:
+        key: of the config, for messages.
+        what: the names are of.
 
     Raises:
         ValueError: for a pattern that names nothing, or where there is none.
@@ -74,14 +82,14 @@ def choose_names(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
         found = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")}
         if not found:
             tops = ", ".join(dict.fromkeys(name.partition(".")[0] for name in names))
-            raise ValueError(f"trainable.parameters: {pattern!r} names no parameter; the network has {tops}")
+            raise ValueError(f"{key}: {pattern!r} names no {what}; the network has {tops}")
         chosen |= found
     if not chosen:
-        raise ValueError("trainable.parameters is empty; leave it out to train all of the network")
+        raise ValueError(f"{key} is empty; leave it out to train all of the network")
     return chosen
 
 
-def choose_rows(vocabulary: Vocabulary, names: Iterable[str]) -> list[range]:
+def choose_rows(vocabulary: Vocabulary, names: Iterable[str], key: str = "trainable.rows") -> list[range]:
     """Ids in stretches that do not touch, in order.
 
     Raises:
@@ -92,7 +100,7 @@ def choose_rows(vocabulary: Vocabulary, names: Iterable[str]) -> list[range]:
         try:
             stretches.append(vocabulary.named(name))
         except ValueError as error:
-            raise ValueError(f"trainable.rows: {error}") from error
+            raise ValueError(f"{key}: {error}") from error
     merged: list[range] = []
     for one in sorted(stretches, key=lambda ids: ids.start):
         if merged and one.start <= merged[-1].stop:
@@ -112,4 +120,5 @@ def keep_rows(parameter: nn.Parameter, spans: Sequence[range]) -> None:
         return kept
 
     parameter.register_hook(keep)
+    setattr(parameter, TRAINED_ROWS, sum(map(len, spans)))
     leave_undecayed(parameter)

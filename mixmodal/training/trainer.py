@@ -25,6 +25,7 @@ from mixmodal.training.metrics import METRICS_FILE, MetricsLog, MetricSums, Reco
 from mixmodal.training.optimizer import OptimizerConfig, lr_at, set_lr
 from mixmodal.training.randomness import random_state, set_random_state
 from mixmodal.training.ranks import RankWatch, launched
+from mixmodal.training.resources import write_resources
 from mixmodal.training.restoring import restore, save
 from mixmodal.training.run import Run
 from mixmodal.training.task import MODEL, Batch, Task, to_device
@@ -147,7 +148,12 @@ class Loop(Run):
             if self.step:
                 how = "going on from" if batches else "finished:"
                 log.say(f"{how} step {self.step} of {config.max_steps}")
+            total, trained = self.parameters
+            if batches and trained < total:
+                log.say(f"trained: {trained:,} of {total:,} parameters")
             finished = self._steps(batches, log, stop)
+            if batches and self.place.rank == 0:
+                write_resources(config.run_dir, self.parameters, self.place.device)
             if finished:
                 self._evaluate(log, last=True)
                 self._export()

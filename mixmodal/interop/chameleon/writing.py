@@ -27,7 +27,7 @@ from mixmodal.interop.export import (
 from mixmodal.models.transformer import TransformerConfig
 from mixmodal.tokenization.image import ImageTokenizer, is_saved
 from mixmodal.vocabulary import Vocabulary
-from mixmodal.weights import LazyFiles, read_weights, write_weights
+from mixmodal.weights import read_weights, write_weights
 
 FIXED: Mapping[str, Any] = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope"}
 """What no layout of the family has otherwise."""
@@ -54,7 +54,7 @@ class Exported:
 
     folder: Path
     config: TransformerConfig
-    weights: LazyFiles
+    weights: Mapping[str, Tensor]
     layout: Layout
     num_sets: int
     vocabulary: Vocabulary | None
