@@ -49,7 +49,7 @@ def launch(tmp_path: Path, num_processes: int, run_dir: Path, runs: Any = None, 
 
 
 def pretrain_on_ranks(tmp_path: Path, num_processes: int, config: PretrainConfig, script: str = "pretrain") -> None:
-    """`train/pretrain.py`, or another script, under the launcher."""
+    """`train/pretrain.py`, or another script of that folder, under the launcher."""
     path = tmp_path / "launched.yaml"
     save_config(config, path)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_processes)]
