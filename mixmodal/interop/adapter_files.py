@@ -2,7 +2,8 @@
 
 adapter_config.json  adapter_model.safetensors  rows.safetensors (where rows were trained)  base_model.json  README.md
 
-The first two are peft's own: `PeftModel.from_pretrained(mixmodal.load_transformer(BASE), DIR)` reads them.
+The first two are peft's own: `PeftModel.from_pretrained(mixmodal.load_transformer(BASE), DIR)` reads them,
+without the rows.
 """
 
 from __future__ import annotations

@@ -133,14 +133,19 @@ def test_commands_take_an_adapter(exported: Path, lora: Path, tmp_path: Path, co
         "classify": ["--data", str(tmp_path / "pictures"), "--classes", str(tmp_path / "classes.txt")],
         "match": ["--task", str(tmp_path / "pictures/task.jsonl")],
     }[command]
-    report = {"generate": "results.json"}.get(command, "summary.json")
-    told = []
-    for number, using in enumerate(([], ["--adapter", str(lora)])):
+    main(["export", str(exported), str(tmp_path / "merged"), "--adapter", str(lora), "--to", "mixmodal"])
+    found = []
+    for number, using in enumerate(([exported], [exported, "--adapter", lora], [tmp_path / "merged"])):
         out = tmp_path / f"out{number}"
-        main([command, "--model", str(exported), "--out", str(out), "--device", "cpu", *using, *more])
-        told.append((out / report).read_text())
-    assert hash_adapter(lora) in told[1]
-    assert "adapter_sha256" not in told[0]
+        main([command, "--model", *map(str, using), "--out", str(out), "--device", "cpu", *more])
+        told = (out / {"generate": "results.json"}.get(command, "summary.json")).read_text()
+        assert (hash_adapter(lora) in told) == (number == 1)
+        found.append(
+            Image.open(out / "0000.png").tobytes() if command == "generate" else (out / "records.jsonl").read_text()
+        )
+    plain, adapted, merged = found
+    assert adapted == merged
+    assert adapted != plain
 
 
 def test_the_page_is_served_with_an_adapter(exported: Path, lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
