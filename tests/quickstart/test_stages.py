@@ -13,8 +13,9 @@ import yaml
 
 from mixmodal.config import UsageError, load_config
 from mixmodal.quickstart import recipe as recipes
+from mixmodal.quickstart.chain import QuickstartConfig, flat, progress_bar
 from mixmodal.quickstart.recipe import ENTRIES, load_recipe
-from mixmodal.quickstart.stages import Chain, QuickstartConfig, flat, progress_bar
+from mixmodal.quickstart.stages import PretrainingChain
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -108,14 +109,16 @@ def test_mistakes_in_own_files_are_found_before_anything_is_trained(tmp_path: Pa
 def test_a_changed_file_redoes_its_stage_and_no_earlier_one(tmp_path: Path) -> None:
     def settings(own: Path | None) -> dict[str, Any]:
         config = QuickstartConfig(out=tmp_path / "run", recipe=own)
-        return {stage.name: stage.config for stage in Chain(config, load_recipe(config.out, own)).runner.stages}
+        return {
+            stage.name: stage.config for stage in PretrainingChain(config, load_recipe(config.out, own)).runner.stages
+        }
 
     before, after = settings(None), settings(write_recipe(tmp_path / "own", {"pretrain": TINY["pretrain"]}))
     assert [name for name in before if before[name] != after[name]] == ["pretraining"]
 
 
 def test_every_stage_reads_only_earlier_ones(tmp_path: Path) -> None:
-    chain = Chain(QuickstartConfig(out=tmp_path), load_recipe(tmp_path))
+    chain = PretrainingChain(QuickstartConfig(out=tmp_path), load_recipe(tmp_path))
     names = [stage.name for stage in chain.runner.stages]
     assert len(names) == 11
     for place, stage in enumerate(chain.runner.stages):
@@ -134,7 +137,7 @@ def test_the_memory_is_of_the_documents_that_have_token_shards(tmp_path: Path) -
 def test_printed_commands_say_how_many_processes_and_whose_recipe(tmp_path: Path) -> None:
     own = write_recipe(tmp_path / "own", {"samples": TINY["samples"]})
     config = QuickstartConfig(out=tmp_path / "run", recipe=own, num_processes=2)
-    chain = Chain(config, load_recipe(config.out, own, config.num_processes))
+    chain = PretrainingChain(config, load_recipe(config.out, own, config.num_processes))
     commands = {stage.name: stage.command for stage in chain.runner.stages}
     assert commands["pretraining"].startswith("deepspeed --num_gpus 2 ")
     assert (config.out / "configs" / "pretrain.yaml").read_text().startswith(f"# {commands['pretraining']}\n")
@@ -153,7 +156,7 @@ def test_a_copy_of_a_resolved_config_is_a_recipe_for_any_run(tmp_path: Path) -> 
 
 
 def test_moving_the_run_folder_changes_no_digest(tmp_path: Path) -> None:
-    chains = [Chain(QuickstartConfig(out=out), load_recipe(out)) for out in (tmp_path / "a", tmp_path / "b")]
+    chains = [PretrainingChain(QuickstartConfig(out=out), load_recipe(out)) for out in (tmp_path / "a", tmp_path / "b")]
     first, second = ([stage.config for stage in chain.runner.stages] for chain in chains)
     assert first == second
 
