@@ -61,6 +61,7 @@ def build_memory(config: MemoryConfig) -> Memory:
     """
     started = time.perf_counter()
     tokens = TokenShards(config.tokens)
+    tokens.check_pairs(wanted=False)
     encoder = load_encoder(config.encoder, config.device, config.batch_size)
     counter = SkipCounter(config.limits.max_skipped_share)
     write_memory(
