@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mixmodal.data.conversations import check_task, is_pair
+from mixmodal.data.conversations import Message, check_task, is_pair, parse_messages
 from mixmodal.data.corpus_files import first, read_part, read_rows
-from mixmodal.data.preferences import ANSWERS, CHOSEN, KEYS, REJECTED, parse_conversation, parse_pair
+from mixmodal.data.preferences import ANSWERS, CHOSEN, KEYS, REJECTED, parse_pair
 from mixmodal.data.shards import PictureFile, Sample
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
 from mixmodal.data.tasks import TaskTemplates
@@ -88,25 +88,29 @@ def _read(
         if kind != PREFERENCES and "messages" not in row and "parts" not in row:
             raise SampleError("broken metadata", f"{source}: the key messages is missing")
         check_task(row.get("task"), source)
+        messages: tuple[Message, ...] = ()
         if kind == PREFERENCES:
             messages, entries = parse_pair(row, source)
+        elif "messages" in row:
+            messages, entries = parse_messages(row["messages"], source)
         else:
-            messages, entries = parse_conversation(row, source) if "messages" in row else ((), row["parts"])
+            entries = row["parts"]
         if not entries:
             raise SampleError("empty document", f"{source}: there is neither a text nor a picture")
         parts = tuple(read_part(entry, path.parent, source, counter, limits) for entry in entries)
         if is_pair(messages):
-            _check_differ(parts, messages[-1].num_parts, messages[-2].num_parts, source)
+            _check_differ(parts, [message.num_parts for message in messages], source)
         metadata = {key: value for key, value in row.items() if key not in (*KEYS, "parts")}
         return Sample(source, parts, metadata, source, messages)
 
     yield from read_rows(path, kind, counter, build)
 
 
-def _check_differ(parts: tuple[str | PictureFile, ...], rejected: int, chosen: int, source: str) -> None:
-    """Whether two answers, the numbers of whose parts are given, differ when they are read."""
-    content = [part if isinstance(part, str) else part.data for part in parts[-rejected - chosen :]]
-    if content[:chosen] == content[chosen:]:
+def _check_differ(parts: tuple[str | PictureFile, ...], counts: list[int], source: str) -> None:
+    """Whether the answers of a pair, of the last two numbers of parts, differ when they are read."""
+    content = [part if isinstance(part, str) else part.data for part in parts]
+    stop = len(content) - counts[-1]
+    if content[stop - counts[-2] : stop] == content[stop:]:
         raise SampleError("equal answers", f"{source}: chosen and rejected hold the same texts and pictures")
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from mixmodal.data.pipeline import DataConfig
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
 from mixmodal.training.optimizer import OptimizerConfig
+from mixmodal.training.preference import PreferenceTask, PreferenceTuningConfig
 from mixmodal.training.pretrain import PretrainConfig, pretrain
-from mixmodal.training.trainer import FitResult
+from mixmodal.training.trainer import FitResult, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +39,15 @@ class FinetuneConfig(PretrainConfig):
         data: token shards of conversations, or of anything that is pretrained on.
         objective: masks, by default none. `max_masks` above 0 makes it CM3Leon's (arXiv 2309.02591, section 4).
         optimizer: AdamW and its schedule, with a peak rate of 1e-5 by default.
+        preference: trains on pairs of answers (DPO, arXiv 2305.18290) in the place of conversations, with `data` of
+            the kind `preferences`; none by default.
     """
 
     init_from: Path = field()
     data: FinetuneDataConfig
     objective: CausalMaskedConfig = field(default_factory=lambda: CausalMaskedConfig(min_masks=0, max_masks=0))
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
+    preference: PreferenceTuningConfig | None = None
 
 
 def finetune(config: FinetuneConfig) -> FitResult:
@@ -52,4 +56,7 @@ def finetune(config: FinetuneConfig) -> FitResult:
     Raises:
         ValueError: where config, data and the model do not fit together.
     """
-    return pretrain(config)
+    if config.preference is None:
+        return pretrain(config)
+    task = PreferenceTask(config, config.preference)
+    return Trainer(config.trainer, config.optimizer, resolved=config).fit(task)

@@ -48,12 +48,12 @@ def launch(tmp_path: Path, num_processes: int, run_dir: Path, runs: Any = None, 
     return done.stdout
 
 
-def pretrain_on_ranks(tmp_path: Path, num_processes: int, config: PretrainConfig) -> None:
-    """`train/pretrain.py` under the launcher."""
+def pretrain_on_ranks(tmp_path: Path, num_processes: int, config: PretrainConfig, script: str = "pretrain") -> None:
+    """`train/pretrain.py`, or another script of that folder, under the launcher."""
     path = tmp_path / "launched.yaml"
     save_config(config, path)
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(num_processes)]
-    command += ["--master_port", str(free_port()), str(ROOT / "train/pretrain.py"), "--config", str(path)]
+    command += ["--master_port", str(free_port()), str(ROOT / f"train/{script}.py"), "--config", str(path)]
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
 
