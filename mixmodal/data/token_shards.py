@@ -110,7 +110,7 @@ def build_manifest(
     Raises:
         ValueError: where pairs stand beside other documents.
     """
-    if num_pairs not in (0, counts["documents"]):
+    if num_pairs and num_pairs != counts["documents"]:
         raise ValueError(
             f"{num_pairs} of {counts['documents']} documents are pairs of a chosen and a rejected answer, beside which "
             "nothing else can be trained on; prepare them apart"

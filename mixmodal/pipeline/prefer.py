@@ -286,11 +286,14 @@ class PairWriter:
             counts[f"{modality}_tokens"] = sum(
                 int(format.vocabulary.contains(modality, ids).sum()) for ids in self._ids
             )
-        hashes = {
-            "text_tokenizer_sha256": self.codec.text_tokenizer.sha256,
-            "image_tokenizer_sha256": ImageTokenizer.sha256(self.folder / IMAGE_TOKENIZER),
-        }
-        manifest = build_manifest(format, [entry], counts=counts, num_pairs=len(self._ids), **hashes)
+        manifest = build_manifest(
+            format,
+            [entry],
+            text_tokenizer_sha256=self.codec.text_tokenizer.sha256,
+            image_tokenizer_sha256=ImageTokenizer.sha256(self.folder / IMAGE_TOKENIZER),
+            counts=counts,
+            num_pairs=len(self._ids),
+        )
         write_manifest(out, manifest)
         best, mean, worst = (float(np.mean(column)) for column in zip(*self._scores))
         return {

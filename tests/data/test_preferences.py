@@ -197,3 +197,11 @@ def test_pairs_are_shown_without_masks(
         inspect(InspectConfig(**options))
     inspect(InspectConfig(**options, objective=CausalMaskedConfig(min_masks=0, max_masks=0)))
     assert "which?*0 <end_of_turn>*0 the red <end_of_turn> </s> <s>*0 which?*0" in capsys.readouterr().out
+
+
+def test_the_pairs_of_the_page_are_pairs(prepared: Prepare) -> None:
+    page = (Path(__file__).parents[2] / "docs/finetune.md").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in page.partition("```pairs\n")[2].partition("```")[0].splitlines()]
+    report, samples = prepared(rows)
+    assert report["shards"]["corpora"][0]["skipped"] == {}
+    assert len(samples) == 2
