@@ -30,6 +30,7 @@ from mixmodal.tokenization.image import ImageTokenizer
 from mixmodal.tokenization.text import TextTokenizer
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.finetune import FinetuneConfig, FinetuneDataConfig, finetune
+from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.preference import PreferenceTuningConfig
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
@@ -131,6 +132,25 @@ def test_pairs_are_trained_on(config: PreferConfig, tmp_path: Path) -> None:
         z_loss_weight=0.0,
     )
     assert finetune(tuned).finished
+
+
+def test_tuning_on_what_a_judge_prefers_wins_by_that_judge(config: PreferConfig, tmp_path: Path) -> None:
+    config = replace(config, num=16)
+    prefer(config)
+    tuned = FinetuneConfig(
+        init_from=Path(config.model),
+        data=FinetuneDataConfig(tokens=config.out / "tokens", seq_len=96),
+        optimizer=OptimizerConfig(lr=3e-3, warmup_steps=5),
+        trainer=TrainerConfig(run_dir=tmp_path / "run", max_steps=30, micro_batch_size=4, tensorboard=False),
+        preference=PreferenceTuningConfig(),
+        z_loss_weight=0.0,
+    )
+    finetune(tuned)
+    model, base = (MixedModal.from_pretrained(path, "cpu") for path in (tmp_path / "run/export", config.model))
+    asked, judge = questions(config, base), build_judge("reference", base)
+    found = measure_win_rate(model, base, asked, judge, num=16, seed=1, options=config.options())
+    assert found.share > 0.55  # of 64 comparisons; seen: 0.625
+    assert found.mean > found.mean_base
 
 
 def test_texts_are_judged_by_their_distance(config: PreferConfig) -> None:
