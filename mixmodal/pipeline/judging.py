@@ -59,7 +59,12 @@ Judge = Callable[[Sequence[Question], Sequence[Document]], np.ndarray]
 
 
 def read_questions(
-    path: Path, codec: Codec, output: Output, counter: SkipCounter, limits: SampleLimits
+    path: Path,
+    codec: Codec,
+    output: Output,
+    counter: SkipCounter,
+    limits: SampleLimits,
+    check: Callable[[Question], None] | None = None,
 ) -> Iterator[Question]:
     """The conversations of a JSONL file or of shards whose last answer is of texts alone, or one picture alone.
 
@@ -69,6 +74,7 @@ def read_questions(
         output: the modality of the answers that are wanted.
         counter: takes what is bad; those with other answers are altered ones of it, since nothing is wrong with them.
         limits: of samples.
+        check: raises a ValueError for a question that can not be asked, which is then counted as `not askable`.
 
     Raises:
         ValueError: where there is no such file or folder.
@@ -76,6 +82,8 @@ def read_questions(
     for sample in (read_samples if path.is_dir() else read_conversations)(path, counter, limits):
         try:
             question = _read_question(sample, codec, output, limits)
+            if check:
+                check(question)
         except PictureError as error:
             counter.skip(SampleError("broken picture", str(error)))
         except SampleError as error:
@@ -83,6 +91,8 @@ def read_questions(
                 counter.alter(OTHER_ANSWER, str(error))
             else:
                 counter.skip(error)
+        except ValueError as error:
+            counter.skip(SampleError("not askable", f"{sample.source}: {error}"))
         else:
             counter.use()
             yield question

@@ -17,7 +17,7 @@ from mixmodal.data.preferences import CHOSEN, REJECTED, spell_conversation
 from mixmodal.data.shards import PictureFile
 from mixmodal.data.skipping import SampleLimits, SkipCounter
 from mixmodal.data.token_shards import build_manifest, write_manifest, write_token_shard
-from mixmodal.document import Document, Image
+from mixmodal.document import Document, Image, SequenceFormat
 from mixmodal.files import append_line, check_new_folder, replacing
 from mixmodal.interop.export import IMAGE_TOKENIZER, find_export
 from mixmodal.pipeline.drawing_config import DTYPES
@@ -150,7 +150,14 @@ def prefer(config: PreferConfig) -> dict[str, Any]:
     model = MixedModal.from_pretrained(folder, device, DTYPES[config.dtype], config.batch_size)
     judge = build_judge(config.judge, model, config.encoder)
     counter = SkipCounter(config.limits.max_skipped_share)
-    questions = read_questions(config.prompts, model.codec, config.output, counter, config.limits)
+
+    def check(question: Question) -> None:
+        asked = [list(question.prompt.parts)]
+        plan = model.plan(asked, config.output, 1, config.seed, config.max_new_tokens, config.options())
+        model.generator.check(plan.requests[0])
+        build_pair(model.codec.format, question, (question.reference, question.reference))
+
+    questions = read_questions(config.prompts, model.codec, config.output, counter, config.limits, check)
     writer = PairWriter(config, model)
     for judged in judge_answers(config, model, judge, questions):
         writer.add(judged)
@@ -161,6 +168,7 @@ def prefer(config: PreferConfig) -> dict[str, Any]:
         "model_sha256": model_digest(folder),
         **writer.finish(),
         "skipped": dict(counter.skipped),
+        "examples": counter.examples,
         "left_out": counter.altered[OTHER_ANSWER],
     }
     write_json(path, report)
@@ -190,6 +198,15 @@ def judge_answers(
         for question, answers in zip(window, drawn):
             answers = [answer for answer in answers if answer.parts]
             yield Judged(question, answers, judge([question] * len(answers), answers) if answers else np.zeros(0))
+
+
+def build_pair(
+    format: SequenceFormat, question: Question, answers: Sequence[Document]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ids `(T,)` int64 of a question with a chosen and a rejected answer, and which of them carry loss."""
+    ends = tuple(Message("assistant", (True,) * len(answer.parts)) for answer in answers)
+    parts = [*question.parts, *(part for answer in answers for part in answer.parts)]
+    return spell_conversation(format, (*question.messages, *ends), parts)
 
 
 class PairWriter:
@@ -222,9 +239,7 @@ class PairWriter:
             return
         self._scores.append((float(scores[best]), float(scores.mean()), float(scores[worst])))
         question, answers = judged.question, (judged.answers[best], judged.answers[worst])
-        ends = tuple(Message("assistant", (True,) * len(answer.parts)) for answer in answers)
-        parts = [*question.parts, *(part for answer in answers for part in answer.parts)]
-        ids, loss = spell_conversation(self.codec.format, (*question.messages, *ends), parts)
+        ids, loss = build_pair(self.codec.format, question, answers)
         self._ids.append(ids)
         self._losses.append(loss)
         self._write_line(question, f"{number:06d}", answers, (float(scores[best]), float(scores[worst])))

@@ -166,6 +166,20 @@ def test_a_gap_makes_ties_and_nothing_but_ties_is_an_error(config: PreferConfig)
         prefer(replace(config, min_gap=1e6))
 
 
+def test_a_question_without_room_for_an_answer_is_skipped_and_named(
+    config: PreferConfig, folder: Path, tmp_path: Path
+) -> None:
+    long = {"messages": [{"role": "user", "content": "a red apple " * 40}, {"role": "assistant", "content": "x"}]}
+    drawn = {**long, "messages": [long["messages"][0], {"role": "assistant", "parts": [{"image": "0.png"}]}]}
+    path = folder / "long.jsonl"
+    path.write_text((folder / "talk.jsonl").read_text() + "\n" + json.dumps(drawn))
+    report = prefer(replace(config, prompts=path, limits=SampleLimits(max_skipped_share=0.5)))
+    assert report["skipped"] == {"not askable": 1}
+    assert report["questions"] == 4
+    (example,) = [one for one in report["examples"] if "not askable" in one]
+    assert "long.jsonl:7" in example
+
+
 def test_a_finished_folder_stays_and_another_is_refused(config: PreferConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     report = prefer(config)
     monkeypatch.setattr(module, "find_export", None)
