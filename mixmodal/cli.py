@@ -77,6 +77,9 @@ COMMANDS: dict[str, Subcommand] = {
     "generate": Subcommand(
         "mixmodal.pipeline.generate", "GenerateConfig", "generate", "texts and pictures; fills holes"
     ),
+    "prefer": Subcommand(
+        "mixmodal.pipeline.prefer", "PreferConfig", "prefer", "pairs of answers by best-of-N and a judge"
+    ),
     "classify": Subcommand("mixmodal.pipeline.classify", "ClassifyConfig", "classify", "zero-shot, by likelihood"),
     "match": Subcommand(
         "mixmodal.pipeline.match", "MatchConfig", "match", "pictures with captions of the same words in another order"

@@ -57,6 +57,8 @@ CONFIG_TYPES = {
     "train/finetune_chameleon": "finetune",
     "train/finetune_cm3leon": "finetune",
     "train/finetune_lora": "finetune",
+    "train/dpo_chameleon": "finetune",
+    "sample/prefer": "prefer",
     "tokenizers/train_text": "train-text-tokenizer",
     "tokenizers/train_image": "train-image-tokenizer",
     "tokenizers/evaluate_image": "evaluate-image-tokenizer",

@@ -42,6 +42,11 @@ class Message:
         return len(self.loss)
 
 
+def is_pair(messages: Sequence[Message]) -> bool:
+    """Whether the last two messages are a chosen and a rejected answer, see `mixmodal.data.preferences`."""
+    return [message.role for message in messages[-2:]] == ["assistant"] * 2
+
+
 def parse_messages(rows: Any, source: str) -> tuple[tuple[Message, ...], list[dict[str, Any]]]:
     """Messages as they stand in JSON, and the entries `{"text": ...}` or `{"image": ...}` of all their parts in order.
 
@@ -173,11 +178,14 @@ def check_task(task: Any, source: str) -> str | None:
 
 
 class ConversationCounter:
-    """Counts conversations by task, their messages by role and the answers by their modality; and documents by task."""
+    """Counts conversations by task, their messages by role and the answers by their modality; and documents by task.
+
+    A pair of answers is a conversation with two of them.
+    """
 
     def __init__(self) -> None:
         self._documents: Counter[str] = Counter()
-        self.num_conversations = 0
+        self.num_conversations, self.num_pairs = 0, 0
         self._tasks: Counter[str] = Counter()
         self._messages: Counter[str] = Counter()
         self._answers: Counter[str] = Counter()
@@ -194,6 +202,7 @@ class ConversationCounter:
             self._documents.update([task] if isinstance(task, str) else [])
             return
         self.num_conversations += 1
+        self.num_pairs += is_pair(messages)
         self._tasks[task or NO_TASK] += 1
         rest = iter(modalities)
         for message in messages:
@@ -211,6 +220,7 @@ class ConversationCounter:
         return {
             "conversations": {
                 "samples": self.num_conversations,
+                **({"pairs": self.num_pairs} if self.num_pairs else {}),
                 **{name: dict(sorted(counter.items())) for name, counter in counts.items()},
             },
             **documents,
@@ -222,7 +232,8 @@ def describe_conversations(report: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     if found := report.get("conversations"):
         shown = "; ".join(f"{name}: {_listed(found[name])}" for name in ("tasks", "messages", "answers"))
-        lines.append(f"  {found['samples']:,} conversations; {shown}")
+        pairs = f", {found['pairs']:,} of them pairs of answers" if "pairs" in found else ""
+        lines.append(f"  {found['samples']:,} conversations{pairs}; {shown}")
     if found := report.get("documents"):
         lines.append(f"  documents trained on as a whole; tasks: {_listed(found['tasks'])}")
     return lines

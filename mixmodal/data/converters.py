@@ -3,6 +3,7 @@
 | kind | a line, or an entry of a JSON list | becomes |
 |---|---|---|
 | conversations | `{"messages": ..., "task": ..., "key": ...}` | a conversation |
+| preferences | `{"messages": ..., "chosen": ..., "rejected": ...}` | a pair of answers (`mixmodal.data.preferences`) |
 | tasks | `{"task": ..., "caption": ..., "image": ..., "key": ...}` | what its template says (`mixmodal.data.tasks`) |
 | llava | `{"image": ..., "conversations": [{"from": "human", "value": "<image>\\n..."}, ...]}` | a conversation |
 | instructpix2pix | `{"input_image": ..., "edit_prompt": ..., "edited_image": ...}` | picture and text, then a picture |
@@ -20,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from mixmodal.data.boxes import BoxMover
-from mixmodal.data.conversations import check_task, parse_messages
+from mixmodal.data.conversations import Message, check_task, is_pair, parse_messages
 from mixmodal.data.corpus_files import first, read_part, read_rows
-from mixmodal.data.shards import Sample
+from mixmodal.data.preferences import ANSWERS, CHOSEN, KEYS, REJECTED, parse_pair
+from mixmodal.data.shards import PictureFile, Sample
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter, may_be_cut
 from mixmodal.data.tasks import TaskTemplates
 
@@ -32,6 +34,7 @@ INPUT_KEYS = ("input_image", "original_image", "source_img")
 EDIT_KEYS = ("edit_prompt", "edit", "instruction")
 OUTPUT_KEYS = ("edited_image", "output_image", "target_img")
 EDITING = "editing"
+PREFERENCES = "preferences"
 Row = dict[str, Any]
 
 
@@ -42,6 +45,11 @@ def read_conversations(path: Path, counter: SkipCounter, limits: SampleLimits) -
         ValueError: where there is no such file; so do the other readers.
     """
     yield from _read(path, "conversations", counter, limits, lambda row, source: row)
+
+
+def read_preferences(path: Path, counter: SkipCounter, limits: SampleLimits) -> Iterator[Sample]:
+    """Lines of messages with a chosen and a rejected answer, see `parse_pair`."""
+    yield from _read(path, PREFERENCES, counter, limits, lambda row, source: row)
 
 
 def read_tasks(
@@ -84,18 +92,37 @@ def _read(
 
     def build(row: Row, source: str) -> Sample:
         row = convert(row, source)
-        if "messages" not in row and "parts" not in row:
+        if kind != PREFERENCES and any(key in row for key in ANSWERS):
+            message = f"{source}: it has {CHOSEN} or {REJECTED}, as pairs have; those are read with kind {PREFERENCES}"
+            raise SampleError("broken metadata", message)
+        if kind != PREFERENCES and "messages" not in row and "parts" not in row:
             raise SampleError("broken metadata", f"{source}: the key messages is missing")
         check_task(row.get("task"), source)
-        messages, entries = parse_messages(row["messages"], source) if "messages" in row else ((), row["parts"])
+        messages: tuple[Message, ...] = ()
+        if kind == PREFERENCES:
+            messages, entries = parse_pair(row, source)
+        elif "messages" in row:
+            messages, entries = parse_messages(row["messages"], source)
+        else:
+            entries = row["parts"]
         if not entries:
             raise SampleError("empty document", f"{source}: there is neither a text nor a picture")
         cut = may_be_cut(messages, row)
         parts = tuple(read_part(entry, path.parent, source, counter, limits, cut) for entry in entries)
-        metadata = {key: value for key, value in row.items() if key not in ("messages", "parts")}
+        if is_pair(messages):
+            _check_differ(parts, [message.num_parts for message in messages], source)
+        metadata = {key: value for key, value in row.items() if key not in (*KEYS, "parts")}
         return Sample(source, parts, metadata, source, messages)
 
     yield from read_rows(path, kind, counter, build)
+
+
+def _check_differ(parts: tuple[str | PictureFile, ...], counts: list[int], source: str) -> None:
+    """Whether the answers of a pair, of the last two numbers of parts, differ when they are read."""
+    content = [part if isinstance(part, str) else part.data for part in parts]
+    stop = len(content) - counts[-1]
+    if content[stop - counts[-2] : stop] == content[stop:]:
+        raise SampleError("equal answers", f"{source}: chosen and rejected hold the same texts and pictures")
 
 
 def _from_llava(row: Row, source: str) -> Row:

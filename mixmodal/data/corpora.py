@@ -18,6 +18,7 @@ from mixmodal.data.converters import (
     read_llava,
     read_mmc4,
     read_obelics,
+    read_preferences,
     read_tasks,
 )
 from mixmodal.data.corpus_files import Reader, read_folder, read_jsonl
@@ -37,13 +38,14 @@ from mixmodal.tokenization.preprocessing import PictureError, resize_and_crop, r
 
 REPORT_NAME = "report.json"
 CorpusKind = Literal[
-    "folder", "jsonl", "shards", "conversations", "tasks", "llava", "instructpix2pix", "obelics", "mmc4"
+    "folder", "jsonl", "shards", "conversations", "preferences", "tasks", "llava", "instructpix2pix", "obelics", "mmc4"
 ]
 READERS: dict[CorpusKind, Reader] = {
     "folder": read_folder,
     "jsonl": read_jsonl,
     "shards": read_samples,
     "conversations": read_conversations,
+    "preferences": read_preferences,
     "llava": read_llava,
     "instructpix2pix": read_instructpix2pix,
     "obelics": read_obelics,
@@ -59,9 +61,9 @@ class CorpusConfig:
         kind: `folder` holds pictures, each with a text file of the same name or all in one `captions.jsonl`; `jsonl` is
             a file with a line `{"image": ..., "text": ...}` or `{"parts": [{"text": ...}, {"image": ...}, ...]}` each,
             its paths within its folder; `shards` is a folder of img2dataset's or this package's shards. `conversations`
-            is a file of messages, `tasks` one of records that templates make such of, `llava` and `instructpix2pix` are
-            files that become such, and `obelics` and `mmc4` are files of interleaved documents: see
-            `mixmodal.data.converters`.
+            is a file of messages, `preferences` one of pairs of answers, `tasks` one of records that templates make
+            conversations of, `llava` and `instructpix2pix` are files that become such, and `obelics` and `mmc4` are
+            files of interleaved documents: see `mixmodal.data.converters`.
         path: the folder or file.
         templates: a YAML file of templates, as in `configs/tasks`; of the kind `tasks` alone, which needs it.
         move_boxes: of the kind `tasks`: boxes are in pixels of the pictures' files, and are moved and clipped as those
@@ -131,6 +133,10 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if not self.corpora:
             raise ValueError("corpora is empty; give at least one with kind and path")
+        kinds = {corpus.kind for corpus in self.corpora}
+        if "preferences" in kinds and len(kinds) > 1:
+            others = ", ".join(sorted(kinds - {"preferences"}))
+            raise ValueError(f"corpora: preferences are tuned on apart, not beside {others}; prepare them apart")
         if self.image_size < 0 or self.shard_size < 1:
             raise ValueError(
                 f"image_size is {self.image_size} (at least 0), shard_size is {self.shard_size} (at least 1)"

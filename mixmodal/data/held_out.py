@@ -50,6 +50,6 @@ def held_out_batches(
         yield build_batch(own, config.seq_len, vocabulary.pad)
     if too_long:
         logger.warning(
-            "%d of %d held-out documents, first %s, are longer than seq_len %d and are skipped",
+            "%d of %d documents, first %s, are longer than seq_len %d and are skipped",
             len(too_long), len(documents), too_long[0], config.seq_len,
         )  # fmt: skip

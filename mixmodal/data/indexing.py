@@ -61,6 +61,7 @@ def build_memory(config: MemoryConfig) -> Memory:
     """
     started = time.perf_counter()
     tokens = TokenShards(config.tokens)
+    tokens.check_pairs(wanted=False)
     if tokens.has_loss:
         raise ValueError(
             f"{tokens.manifest_path}: its documents are conversations, which say which tokens carry loss; a memory does"

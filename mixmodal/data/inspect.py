@@ -97,7 +97,8 @@ def inspect(config: InspectConfig) -> None:
     """Prints rows, a legend and totals.
 
     Raises:
-        ValueError: where there are no token shards, or the text tokenizer given is not theirs.
+        ValueError: where there are no token shards, or the text tokenizer given is not theirs, or masks are asked for
+            in pairs of answers.
     """
     from rich.console import Console
 
@@ -123,6 +124,8 @@ def inspect(config: InspectConfig) -> None:
     data = _as_in_step(data, config.step)
     sources = open_sources(data)
     shards = next(iter(sources.values()))
+    if config.objective.draws and any(source.has_pairs for source in sources.values()):
+        raise ValueError("inspect: no masks are drawn in pairs of answers; set objective.min_masks and max_masks to 0")
     text_tokenizer = _find_text_tokenizer(config, shards)
     objective = CausalMasked(config.objective, shards.vocabulary)
     rows = PackedDocuments(

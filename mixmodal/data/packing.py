@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mixmodal.document import SequenceError
+
 
 class Sample(NamedTuple):
     """One document as it is trained on.
@@ -105,3 +107,28 @@ def build_batch(rows: Sequence[Sequence[Sample]], seq_len: int, pad: int) -> Bat
             start = stop
     arrays = (tokens, positions, segment_ids, loss_weights)
     return Batch(*map(torch.from_numpy, arrays), keys=[[sample.key for sample in row] for row in rows])
+
+
+def split_pairs(batch: Batch, bos: int) -> Batch:
+    """Packed rows of pairs as rows of their conversations: segments 1 and 2 are a pair, 3 and 4 the next one.
+
+    Positions begin again in the second one. `keys` stay those of the pairs.
+
+    Args:
+        batch: rows whose documents are pairs.
+        bos: id of `<s>`, which stands nowhere but at the start of a conversation.
+
+    Raises:
+        SequenceError: naming a document that is no pair.
+    """
+    inside = batch.segment_ids != 0
+    starts = (batch.tokens == bos) & inside
+    segments = starts.cumsum(1) * inside
+    for keys, found, row in zip(batch.keys, batch.segment_ids, starts):
+        counts = found[row].bincount(minlength=len(keys) + 1)[1:].tolist()
+        for key, count in zip(keys, counts, strict=True):
+            if count != 2:
+                raise SequenceError(f"document {key} holds {count} conversations, and a pair two; prepare it again")
+    places = starts.new_ones(starts.shape).cumsum(1) - 1
+    first = (places * starts).cummax(1).values
+    return batch._replace(segment_ids=segments, positions=(places - first) * inside)

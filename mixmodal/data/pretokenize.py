@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from mixmodal.data.augment import AugmentConfig, augment, draw_changes
-from mixmodal.data.conversations import NO_TASK, turns_of
+from mixmodal.data.conversations import NO_TASK, is_pair
+from mixmodal.data.preferences import answers_equal, spell_conversation
 from mixmodal.data.shards import PictureFile, Sample, find_shards, read_samples, write_atomically
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
 from mixmodal.data.token_shards import (
@@ -38,7 +39,6 @@ from mixmodal.document import (
     SequenceFormat,
     Text,
     build_format,
-    spell_turns,
 )
 from mixmodal.document.lumina import num_reserved
 from mixmodal.tokenization.codec import map_alike
@@ -52,12 +52,14 @@ Progress = Callable[[int, int], None]
 
 
 class Spelled(NamedTuple):
-    """A document: its key, its ids `(T,)` int64, which tokens carry loss, bool `(T,)` (None is all), and its task."""
+    """A document: its key, its ids `(T,)` int64, which tokens carry loss, bool `(T,)` (None is all), its task, and
+    whether it is a pair of answers."""
 
     key: str
     ids: np.ndarray
     loss: np.ndarray | None
     task: str | None
+    pair: bool
 
     @property
     def name_of_task(self) -> str:
@@ -245,6 +247,7 @@ class Pretokenizer:
                 [record["entry"] for record in records],
                 counts={**counts, **by_task, "skipped": dict(counter.skipped), "altered": dict(counter.altered)},
                 num_variants=self.config.num_variants,
+                num_pairs=sum(record.get("pairs", 0) for record in records),
                 **self.tokenizers,
             ),
         )
@@ -292,6 +295,7 @@ class Pretokenizer:
             "counts": counts,
             "tasks": {task: self._count_task([*group]) for task, group in by_task} if has_tasks else {},
             "samples": counter.to_dict(),
+            "pairs": sum(one.pair for one in found),
         }
         write_atomically(self.config.out / f"{name}.json", json.dumps(record, indent=1).encode())
         return record
@@ -331,9 +335,9 @@ class Pretokenizer:
             batch.append((number, sample, images))
             waiting += len(images)
             if waiting >= self.config.batch_size:
-                yield from self._spell(shard, batch)
+                yield from self._spell(shard, batch, counter)
                 batch, waiting = [], 0
-        yield from self._spell(shard, batch)
+        yield from self._spell(shard, batch, counter)
 
     def _image(self, picture: PictureFile, loss: bool) -> Tensor:
         """The picture in the size of its codes: cropped, or, where it is no answer of a conversation, padded."""
@@ -343,7 +347,9 @@ class Pretokenizer:
         size = self.image_size * width // square[1], self.image_size * height // square[0]
         return to_tensor((resize_and_crop if loss else resize_and_pad)(opened, size, self.preprocess))
 
-    def _spell(self, shard: int, batch: Sequence[tuple[int, Sample, list[Tensor]]]) -> Iterator[Spelled]:
+    def _spell(
+        self, shard: int, batch: Sequence[tuple[int, Sample, list[Tensor]]], counter: SkipCounter
+    ) -> Iterator[Spelled]:
         variants = range(self.config.num_variants)
         codes = [iter(self._encode(shard, batch, variant)) for variant in variants]
         for _, sample, _ in batch:
@@ -352,12 +358,14 @@ class Pretokenizer:
                     Text(part) if isinstance(part, str) else Image(next(codes[variant])) for part in sample.parts
                 ]
                 ids, loss = (
-                    spell_turns(self.spelling, turns_of(sample.messages, parts))
+                    spell_conversation(self.spelling, sample.messages, parts)
                     if sample.messages
                     else (self.spelling.spell(Document(parts)), None)
                 )
-                task = sample.metadata.get("task")
-                yield Spelled(f"{sample.key}#{variant}", ids, loss, task if isinstance(task, str) else None)
+                pair, task = is_pair(sample.messages), sample.metadata.get("task")
+                if pair and answers_equal(ids, self.spelling.vocabulary.bos):
+                    counter.alter("equal tokens", f"{sample.source}#{variant}: both answers become the same tokens")
+                yield Spelled(f"{sample.key}#{variant}", ids, loss, task if isinstance(task, str) else None, pair)
 
     def _encode(self, shard: int, batch: Sequence[tuple[int, Sample, list[Tensor]]], variant: int) -> list[np.ndarray]:
         """Codes `(h, w)` of all pictures of a batch in one variant, in order."""

@@ -95,6 +95,7 @@ def retrieve(config: RetrieveConfig) -> CandidateStore:
     """
     started = time.perf_counter()
     tokens = TokenShards(config.tokens)
+    tokens.check_pairs(wanted=False)
     encoder = _load_encoder(config)
     memory = open_memory(config.memory, encoder_identity=encoder.identity)
     memory.check_like(tokens.manifest)

@@ -2,7 +2,8 @@
 
 A pair is `KEY.png` (or jpg, webp, ...), `KEY.txt` and `KEY.json`. A document of any other order of parts is
 `KEY.json` with `{"parts": [{"text": "..."}, {"image": "0.png"}, ...]}` and the members `KEY.0.png` and so on; a
-conversation has `messages` in the place of `parts`, see `mixmodal.data.conversations`.
+conversation has `messages` in the place of `parts`, and a pair of answers also `chosen` and `rejected`, see
+`mixmodal.data.conversations` and `mixmodal.data.preferences`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from typing import Any
 
 from PIL import Image
 
-from mixmodal.data.conversations import Message, check_task, dump_messages, parse_messages
+from mixmodal.data.conversations import Message, check_task
+from mixmodal.data.preferences import KEYS, dump_conversation, parse_conversation
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter, TooManySkipped, may_be_cut
 from mixmodal.files import stays_inside, write_whole
 from mixmodal.tokenization.preprocessing import open_picture
@@ -224,7 +226,7 @@ def _members(sample: Sample) -> dict[str, Any]:
             else:
                 members[f"{number}.{part.suffix}"] = part.data
                 entries.append({"image": f"{number}.{part.suffix}"})
-        metadata |= {"messages": dump_messages(sample.messages, entries)} if sample.messages else {"parts": entries}
+        metadata |= dump_conversation(sample.messages, entries) if sample.messages else {"parts": entries}
     members["json"] = json.dumps(metadata, sort_keys=True).encode()
     return members
 
@@ -322,7 +324,8 @@ def parse_members(members: Mapping[str, Any], source: str, counter: SkipCounter,
     messages: tuple[Message, ...] = ()
     if "messages" in metadata:
         check_task(metadata.get("task"), source)
-        messages, entries = parse_messages(metadata.pop("messages"), source)
+        messages, entries = parse_conversation(metadata, source)
+        metadata = {key: value for key, value in metadata.items() if key not in KEYS}
         parts = tuple(_part(entry, members, source) for entry in entries)
     elif isinstance(metadata.get("parts"), list):
         parts = tuple(_part(part, members, source) for part in metadata.pop("parts"))

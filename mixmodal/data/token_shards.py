@@ -31,6 +31,8 @@ NUM_UINT16 = 1 << 16
 FILE_KINDS = ("tokens", "offsets", "keys", "key_offsets")
 LOSS_KIND = "loss"
 """A file that only shards of conversations have; in others every token carries loss."""
+PAIRS = "pairs"
+"""A key of the manifest that only shards of preferences have."""
 DIGITS = 8
 REMEDY = "pretokenize again"
 
@@ -91,6 +93,7 @@ def build_manifest(
     image_tokenizer_sha256: str,
     counts: Mapping[str, Any],
     num_variants: int = 1,
+    num_pairs: int = 0,
 ) -> dict[str, Any]:
     """The manifest as plain data, for `write_manifest`.
 
@@ -100,11 +103,21 @@ def build_manifest(
         counts: documents, tokens, text_tokens, image_tokens and `skipped` by reason; with conversations or tasks also
             `tasks`: documents, loss_tokens, text_loss_tokens and image_loss_tokens of each.
         num_variants: documents a sample gives; document i is variant i % num_variants of its sample.
+        num_pairs: documents that are pairs of answers, see `mixmodal.data.preferences`: all, or none.
 
-    `loss` is there, and true, where a shard says which of its tokens carry loss.
+    `loss` is there, and true, where a shard says which of its tokens carry loss, and `pairs` where documents are pairs.
+
+    Raises:
+        ValueError: where pairs stand beside other documents.
     """
+    if num_pairs and num_pairs != counts["documents"]:
+        raise ValueError(
+            f"{num_pairs} of {counts['documents']} documents are pairs of a chosen and a rejected answer, beside which "
+            "nothing else can be trained on; prepare them apart"
+        )
     return {
         **({LOSS_KIND: True} if any(map(_loss_kinds, shards)) else {}),
+        **({PAIRS: True} if num_pairs else {}),
         "format_version": FORMAT_VERSION,
         "vocabulary": spelling.vocabulary.to_dict(),
         "vocabulary_digest": spelling.vocabulary.digest,
@@ -141,6 +154,7 @@ class TokenShards:
     Attributes:
         keys: key of each document: `KEY#variant`; a sequence that reads from disk what is asked for.
         has_loss: whether some documents say which of their tokens carry loss.
+        has_pairs: whether its documents are pairs of answers, one behind the other.
 
     Raises:
         ValueError: where the manifest is missing or does not fit its shards or its vocabulary.
@@ -153,6 +167,7 @@ class TokenShards:
         self.vocabulary = Vocabulary.from_dict(self.manifest["vocabulary"])
         self.num_variants: int = self.manifest.get("num_variants", 1)
         self.check(vocabulary_digest=self.vocabulary.digest)
+        self.has_pairs: bool = self.manifest.get(PAIRS, False)
         entries = self.manifest["shards"]
         self._documents = RaggedArray([self._open_documents(entry) for entry in entries])
         self.keys = Strings(RaggedArray([self._open_keys(entry) for entry in entries]))
@@ -253,6 +268,23 @@ class TokenShards:
                     f"{self.manifest_path}: {key} is {self.manifest[key][:12]}..., not {value[:12]}...: the token "
                     f"shards were made with another {key.rsplit('_', 1)[0].replace('_', ' ')}; pretokenize again"
                 )
+
+    def check_pairs(self, wanted: bool) -> None:
+        """Whether its documents are pairs of answers, which preference tuning takes and nothing else.
+
+        Raises:
+            ValueError: naming the manifest and what to change.
+        """
+        if self.has_pairs and not wanted:
+            raise ValueError(
+                f"{self.manifest_path}: its documents are pairs of a chosen and a rejected answer, of which preference "
+                "tuning alone knows what to do: set preference in a config of `mixmodal finetune`, or give other shards"
+            )
+        if wanted and not self.has_pairs:
+            raise ValueError(
+                f"{self.manifest_path}: its documents are no pairs of answers, which preference needs: prepare a "
+                "corpus of kind preferences, or leave preference out"
+            )
 
     def check_like(self, other: TokenShards) -> None:
         """Whether both were made with the same tokenizers, vocabulary and sequence format: trained on together.

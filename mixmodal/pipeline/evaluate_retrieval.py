@@ -73,6 +73,7 @@ def evaluate_retrieval(config: RetrievalEvaluationConfig) -> list[Worth]:
     """
     model = MixedModal.from_pretrained(config.model, config.device, DTYPES[config.dtype], config.batch_size)
     shards = TokenShards.open(config.tokens)
+    shards.check_pairs(wanted=False)
     memory = open_memory(config.memory, encoder_identity=None, verify=False, searched=False)
     check_memory(memory, model.codec, model.folder)
     memory.check_like(shards.manifest)

@@ -329,6 +329,23 @@ class MixedModal(Infilling, Scoring, HubModel):
         pieces = self._generator.stream(plan.requests, plan.sampling, plan.guidance, **chunk)
         yield from read_pieces(self.codec, plan.requests, pieces, previews=bool(preview_every))
 
+    @property
+    def generator(self) -> SequenceGenerator:
+        """Draws what `plan` asks for."""
+        return self._generator
+
+    def plan(
+        self,
+        prompts: Sequence[str | Sequence[Content]],
+        output: str,
+        num: int,
+        seed: int,
+        max_new_tokens: int | None,
+        options: SamplingOptions,
+    ) -> Plan:
+        """What `generate_batch` would draw, for those who want ids or codes of it; the arguments are its own."""
+        return self._plan(prompts, output, num, seed, max_new_tokens, 0, None, options)
+
     def _check_output(self, output: str) -> None:
         """Whether the model can show what it draws, before it begins: mixed samples have pictures by chance."""
         if output != "text":

@@ -9,6 +9,7 @@ from mixmodal.data.pipeline import DataConfig
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
 from mixmodal.training.adapter import AdapterConfig, AdapterTask
 from mixmodal.training.optimizer import OptimizerConfig
+from mixmodal.training.preference import PreferenceTask, PreferenceTuningConfig
 from mixmodal.training.pretrain import PretrainConfig, PretrainTask
 from mixmodal.training.trainable import TrainableConfig
 from mixmodal.training.trainer import FitResult, Trainer
@@ -40,6 +41,8 @@ class FinetuneConfig(PretrainConfig):
         data: token shards of conversations, or of anything that is pretrained on.
         objective: masks, by default none. `max_masks` above 0 makes it CM3Leon's (arXiv 2309.02591, section 4).
         optimizer: AdamW and its schedule, with a peak rate of 1e-5 by default.
+        preference: trains on pairs of answers (DPO, arXiv 2305.18290) in the place of conversations, with `data` of
+            the kind `preferences`; none by default.
         adapter: LoRA or DoRA in the place of the whole network; none by default. It is written to `adapter` of the run
             folder, and merged into the exported model.
     """
@@ -48,6 +51,7 @@ class FinetuneConfig(PretrainConfig):
     data: FinetuneDataConfig
     objective: CausalMaskedConfig = field(default_factory=lambda: CausalMaskedConfig(min_masks=0, max_masks=0))
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
+    preference: PreferenceTuningConfig | None = None
     adapter: AdapterConfig | None = None
 
     def __post_init__(self) -> None:
@@ -62,5 +66,18 @@ def finetune(config: FinetuneConfig) -> FitResult:
     Raises:
         ValueError: where config, data and the model do not fit together.
     """
-    task = AdapterTask(config, config.adapter) if config.adapter else PretrainTask(config)
+    task = build_task(config)
     return Trainer(config.trainer, config.optimizer, resolved=config).fit(task)
+
+
+class AdapterPreferenceTask(PreferenceTask, AdapterTask):
+    """Preference tuning of an adapter."""
+
+
+def build_task(config: FinetuneConfig) -> PretrainTask:
+    """What is trained."""
+    if config.preference and config.adapter:
+        return AdapterPreferenceTask(config, config.preference, adapter=config.adapter)
+    if config.preference:
+        return PreferenceTask(config, config.preference)
+    return AdapterTask(config, config.adapter) if config.adapter else PretrainTask(config)

@@ -130,6 +130,8 @@ class PretrainTask(Task):
 
     chunk_elements: int | None = None
     """Logits that stand at a time, for a plan: by default those of the device at hand."""
+    trains_pairs = False
+    """Whether its documents are pairs of answers, of which no others know what to do."""
     _looked_at = -1  # the step whose attention was looked at last
 
     def __init__(self, config: PretrainConfig) -> None:
@@ -146,6 +148,8 @@ class PretrainTask(Task):
         self.held_out = TokenShards.open(config.data.held_out_tokens) if config.data.held_out_tokens else None
         if self.held_out:
             self.held_out.check_like(self.shards)
+        for shards in [*self.sources.values(), *([self.held_out] if self.held_out else [])]:
+            shards.check_pairs(self.trains_pairs)
         self.base = BaseModel(config.init_from) if config.init_from else None
         if self.base:
             self.base.check(self.shards)

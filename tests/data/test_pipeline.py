@@ -350,7 +350,7 @@ def test_held_out_documents_that_do_not_fit_are_named(caplog: pytest.LogCaptureF
     documents.documents[4] = FORMAT["cm3leon"].join([text(60), IMAGE])
     batches = list(held_out_batches(documents, MASKED, CONFIG, micro_batch_size=2))
     assert sum(batch.num_documents for batch in batches) == 22
-    assert "1 of 23 held-out documents, first doc4" in caplog.text
+    assert "1 of 23 documents, first doc4" in caplog.text
 
 
 @every_format

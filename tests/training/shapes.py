@@ -54,8 +54,11 @@ def write_shapes(folder: Path, num_pairs: int, seed: int = 0, text_sha256: str =
 COLOURS = ("red", "blue", "green", "black", "white", "pink", "gold", "grey")
 
 
-def write_conversations(folder: Path, count: int, seed: int = 0) -> TokenShards:
-    """Writes one token shard: what colour a picture in tints of one has, and pictures to draw of a colour."""
+def write_conversations(folder: Path, count: int, seed: int = 0, pairs: bool = False) -> TokenShards:
+    """Writes one token shard: what colour a picture in tints of one has, and pictures to draw of a colour.
+
+    With `pairs` each is answered twice: rightly, and then with another colour.
+    """
     vocabulary = Vocabulary(VocabularyConfig(codebook_sizes={"image": LEVELS**3}, num_text_pieces=256, num_sentinels=8))
     spelling = build_format("cm3leon", vocabulary, {"image": (2, 2)}, Bytes())
     rng = np.random.default_rng(seed)
@@ -64,17 +67,20 @@ def write_conversations(folder: Path, count: int, seed: int = 0) -> TokenShards:
         colour = int(rng.integers(len(COLOURS)))
         name, tints = Text(COLOURS[colour]), Image(8 * colour + rng.integers(1, 8, (2, 2)))
         prompt: tuple[Part, ...] = (Text("draw "), name) if number % 2 else (tints, Text("see "))
-        answer = Image(np.full((2, 2), 8 * colour)) if number % 2 else name
-        turns = [Turn(prompt, (False, False), False), Turn((answer,), (True,), True)]
-        ids, loss = spell_turns(spelling, turns)
-        documents.append(ids)
-        losses.append(loss)
+        spelled = []
+        for answered in (colour, (colour + int(rng.integers(1, 8))) % 8)[: 2 if pairs else 1]:
+            answer = Image(np.full((2, 2), 8 * answered)) if number % 2 else Text(COLOURS[answered])
+            turns = [Turn(prompt, (False, False), False), Turn((answer,), (True,), True)]
+            spelled.append(spell_turns(spelling, turns))
+        documents.append(np.concatenate([ids for ids, _ in spelled]))
+        losses.append(np.concatenate([loss for _, loss in spelled]))
     folder.mkdir(parents=True)
     keys = [f"{number}#0" for number in range(count)]
     entry = write_token_shard(folder, "shard_00000", documents, keys, vocabulary.size, losses)
     counts = {"documents": count, "tokens": entry["tokens"], "skipped": {}}
     hashes = {"text_tokenizer_sha256": "t" * 64, "image_tokenizer_sha256": "i" * 64}
-    write_manifest(folder, build_manifest(spelling, [entry], counts=counts, **hashes))
+    num_pairs = count if pairs else 0
+    write_manifest(folder, build_manifest(spelling, [entry], counts=counts, num_pairs=num_pairs, **hashes))
     return TokenShards.open(folder)
 
 
