@@ -6,10 +6,13 @@ OUT ?= runs/quickstart
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 export PYTHONUTF8 = 1
 
-.PHONY: quickstart test check fmt slow gpu bench clean
+.PHONY: quickstart finetune test check fmt slow gpu bench clean
 
 quickstart: $(VENV)/.demo  ## the whole chain on the demo pictures: OUT/report.html
 	$(BIN)/mixmodal quickstart --out $(OUT)
+
+finetune: $(VENV)/.demo  ## the quickstart's model tuned on edits, questions and captions: OUT/finetune.html
+	$(BIN)/mixmodal quickstart --out $(OUT) --stage finetune
 
 test: $(VENV)/.dev  ## the tests without slow and gpu ones
 	$(BIN)/python -m pytest
@@ -47,6 +50,8 @@ bench: $(VENV)/.dev  ## measures, takes the figures of OUT where a quickstart ha
 	$(BIN)/python benchmarks/diffusion_classifier.py
 	@if [ -f $(OUT)/summary.json ]; then $(BIN)/python benchmarks/record_quickstart.py $(OUT); \
 	  else echo "$(OUT)/summary.json is missing: no figures of a quickstart are recorded; make quickstart makes it"; fi
+	@if [ -f $(OUT)/finetune.json ]; then $(BIN)/python benchmarks/tuning.py --run $(OUT) --parts tasks; \
+	  else echo "$(OUT)/finetune.json is missing: no figures of its tuning are recorded; make finetune makes it"; fi
 	$(BIN)/python benchmarks/render.py
 
 clean:

@@ -41,6 +41,9 @@ TITLES = {
 ORDER = [*TITLES]
 PIVOTED = (
     "modality_balance",
+    "tuning_tasks",
+    "tuning_adapters",
+    "tuning_preference",
     "demo_classifiers",
     "digits",
     "elimination",
@@ -63,6 +66,9 @@ PIVOTED = (
 
 ON_CPU = (
     "modality_balance",
+    "tuning_tasks",
+    "tuning_adapters",
+    "tuning_preference",
     "classifier_exactness",
     "demo_classifiers",
     "digits",

@@ -185,8 +185,8 @@ class Judge:
 def summarise(items: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Rates by task: of pictures `concept`, `style` and `both`, of texts `right`, each `[hits, trials]`.
 
-    Of questions for a category also `balanced`, the mean of its categories' shares, `chance`, one over their number,
-    and `majority`, the share of the commonest one.
+    Of questions for a category also `balanced`, the mean of the shares of each, `majority`, the share of the commonest
+    one, and `kinds`, their number.
     """
     tasks: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for item in items:
@@ -202,5 +202,9 @@ def summarise(items: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
                 Rate(sum(item["right"] for item in some if item["record"]["answer"] == kind), count).share
                 for kind, count in kinds.items()
             ]
-            found[task] |= {"balanced": float(np.mean(shares)), "majority": max(kinds.values()) / len(some)}
+            found[task] |= {
+                "balanced": float(np.mean(shares)),
+                "majority": max(kinds.values()) / len(some),
+                "kinds": len(kinds),
+            }
     return found

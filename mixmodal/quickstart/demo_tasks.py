@@ -47,7 +47,7 @@ class DemoTasksConfig:
 
     kinds: dict[str, str] = field(default_factory=dict)
     languages: tuple[str, ...] = ("de", "es")
-    comparisons: int = 4
+    comparisons: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:

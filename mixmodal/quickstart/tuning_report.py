@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,9 @@ TITLES = {
     "gender": "As the other gender",
     "category": "What kind is it?",
     "which": "Which of the two?",
-    "drawing": "Drawn from a caption",
 }
+"""The first tasks on the page, in this order."""
+LAST = {"drawing": "Drawn from a caption"}
 Results = Mapping[str, Any]
 
 
@@ -48,7 +49,7 @@ def write_tuning_report(run: Path, summary: Results, items: Sequence[Results], s
         stages: a mapping for each stage: `name`, `seconds`, `peak_memory_bytes`, `command`.
     """
     heldout = [item for item in items if item["heldout"]]
-    tasks = list(dict.fromkeys(item["task"] for item in heldout))
+    tasks = in_order({item["task"] for item in heldout})
     body = [
         *_head(summary),
         _first_figures(summary),
@@ -62,8 +63,15 @@ def write_tuning_report(run: Path, summary: Results, items: Sequence[Results], s
     return path
 
 
+def in_order(tasks: Iterable[str]) -> list[str]:
+    """As they stand on the page."""
+    tasks = set(tasks)
+    others = sorted(tasks - {*TITLES, *LAST})
+    return [task for task in (*TITLES, *others, *LAST) if task in tasks]
+
+
 def title_of(task: str) -> str:
-    return TITLES.get(task, task.replace("captions", "Named in"))
+    return {**TITLES, **LAST}.get(task, task.replace("captions", "Named in"))
 
 
 def _head(summary: Results) -> Iterator[str]:
@@ -81,11 +89,14 @@ def _first_figures(summary: Results) -> str:
     after, before = (summary["tasks"][when]["heldout"] for when in ("after", "before"))
 
     def cards() -> Iterator[str]:
-        for task, rates in after.items():
+        for task in in_order(after):
+            rates = after[task]
             for name in ("concept", "style") if task in GROUPS else ("right",):
                 note = f"before: {percent(Rate(*before[task][name]).share)}"
                 if task == "category":
-                    note += f", the commonest kind {percent(rates['majority'])}"
+                    note += f", chance {percent(1 / rates['kinds'])}, the commonest kind {percent(rates['majority'])}"
+                if task == "which":
+                    note += ", chance 50 %"
                 said = title_of(task).rstrip("?") + ("" if name == "right" else f": right {name}")
                 yield figure_of(Rate(*rates[name]), said, note)
 
@@ -139,7 +150,9 @@ def _given(run: Path, file: str, words: str) -> tuple[str, str]:
 def rows_of(summary: Results) -> list[list[str]]:
     """Task, what is right, and the shares before and after of held-out and of trained pairs, with the numbers."""
     rows: list[list[str]] = []
-    for task, rates in summary["tasks"]["after"][HELDOUT].items():
+    found_of = summary["tasks"]["after"][HELDOUT]
+    for task in in_order(found_of):
+        rates = found_of[task]
         for name in rates:
             if not isinstance(rates[name], list):
                 continue
