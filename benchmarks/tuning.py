@@ -72,6 +72,8 @@ def record_tasks(run: Path) -> None:
             note(f"{what}: before, %", percent(*before[task][name]), "%", settings)
             note(f"{what}: tuned, %", percent(*found), "%", settings)
             note(f"{what}: held-out pairs", found[1], "", settings)
+        if task == "which":
+            note(f"{title_of(task).rstrip('?')}: chance, %", 50, "%", {})
         if "majority" in rates:
             kinds = {"kinds": rates["kinds"]}
             for figure, value in (("chance, %", 100 / rates["kinds"]), ("commonest kind, %", 100 * rates["majority"])):
@@ -116,7 +118,7 @@ def record_adapters(run: Path) -> None:
     """LoRA beside full tuning: the same data and steps."""
     full = load_config(FinetuneConfig, config_path(run, "finetune"))
     arms = {"full": full}
-    for rank in (8, 32):
+    for rank in (16,):
         trainer = replace(full.trainer, run_dir=run / "finetune" / f"lora{rank}")
         adapter = AdapterConfig(rank=rank, alpha=2 * rank, rows=["image", "control"])
         arms[f"LoRA, rank {rank}"] = replace(full, trainer=trainer, adapter=adapter)

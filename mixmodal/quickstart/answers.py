@@ -177,7 +177,8 @@ class Judge:
                     item["nearest"] = found.caption
                 item |= verdict
             else:
-                item["right"] = answer.text == (record["answer"] if "answer" in record else record["caption"])
+                wanted = record["answer"] if "answer" in record else record["caption"]
+                item["right"] = answer.text.rpartition(": ")[2] == wanted  # behind what it has named first
             items.append(item)
         return items
 
