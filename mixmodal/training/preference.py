@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mixmodal.data.held_out import held_out_batches
 from mixmodal.data.packing import split_pairs
-from mixmodal.data.pipeline import PackedDocuments
 from mixmodal.data.source import check_equal
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.objectives.preference import PreferenceConfig, PreferenceLoss, Reduced
@@ -46,13 +45,13 @@ class PairLoader:
     """Micro-batches of pairs with their reference, from rows that have each pair as one document.
 
     Args:
-        rows: of pairs.
+        rows: of pairs, as `PackedDocuments` gives them.
         bos: id of `<s>`.
         reference: of all of them.
         model_sha256: of the reference; a run does not go on with another.
     """
 
-    def __init__(self, rows: PackedDocuments, bos: int, reference: Reference, model_sha256: str) -> None:
+    def __init__(self, rows: Any, bos: int, reference: Reference, model_sha256: str) -> None:
         self._rows, self._bos, self._reference = rows, bos, reference
         self._model_sha256 = model_sha256
 
