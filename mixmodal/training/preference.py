@@ -85,6 +85,8 @@ class PreferenceTask(PretrainTask):
     """
 
     trains_pairs = True
+    quantize: str | None = None
+    """How the weights of the reference are rounded; null as they are stored."""
 
     def __init__(self, config: PretrainConfig, preference: PreferenceTuningConfig, **options: Any) -> None:
         check_options(config)
@@ -109,6 +111,7 @@ class PreferenceTask(PretrainTask):
             "model": self._model_sha256,
             "precision": trainer.precision,
             "seq_len": self.config.data.seq_len,
+            "quantize": self.quantize,
             "shards": {name: found.digest for name, found in shards.items()},
         }
         path = self.preference.reference_file or trainer.run_dir / REFERENCE_FILE
