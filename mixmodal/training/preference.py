@@ -35,10 +35,15 @@ class PreferenceTuningConfig(PreferenceConfig):
     Args:
         reference_file: log-probabilities of all answers under the model that is tuned, computed before the first step
             where the file is not there, or is of another model or other shards; runs may share it. By default
-            `reference.safetensors` in the run folder.
+            `reference.safetensors` in the run folder. What it is of stands beside it, in a file of the ending `.json`.
     """
 
     reference_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reference_file and self.reference_file.suffix != ".safetensors":
+            raise ValueError(f"preference: reference_file is {self.reference_file}; its name must end in .safetensors")
 
 
 class PairLoader:

@@ -232,6 +232,20 @@ def test_a_reference_of_whole_weights_is_none_of_rounded_ones(
         assert records(tuned)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_what_is_no_reference_is_not_written_over(config: Build, root: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes((root / "run/export/model.safetensors").read_bytes())
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"notes")
+    for path in (weights, broken):
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match=f"preference.reference_file {path} holds something else"):
+            finetune(config(reference=path))
+        assert path.read_bytes() == before
+    with pytest.raises(ValueError, match=r"reference_file is config.json; its name must end in .safetensors"):
+        PreferenceTuningConfig(reference_file=Path("config.json"))
+
+
 def test_a_run_does_not_go_on_with_another_reference(config: Build, tmp_path: Path) -> None:
     tuned = config(1)
     finetune(tuned)
