@@ -11,10 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mixmodal.files import read_object, sha256_of, write_whole
@@ -34,7 +35,9 @@ from mixmodal.models.transformer import TOKEN_MATRICES
 from mixmodal.weights import open_safetensors, read_weights, save_tensors, write_weights
 
 MOST = 2**31
-"""Rank and alpha lie below."""
+"""Rank, alpha and ids lie below."""
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What tensors of an adapter are stored in."""
 WITHOUT_EFFECT = (
     *(
         "auto_mapping",
@@ -113,6 +116,8 @@ def load_adapter(folder: Path) -> Adapter:
         raise AdapterError(f"{folder / BASE_MODEL} needs format_version 1, base_model and weights_sha256")
     spans = read_spans(base.get("rows", []), folder / BASE_MODEL)
     count = sum(map(len, spans))
+    if not spans and (folder / ROWS).exists():
+        raise AdapterError(f"{folder / BASE_MODEL} names no rows, but {ROWS} stands beside it")
     rows = read_tensors(folder / ROWS) if spans else {}
     for key, tensor in rows.items():
         if key not in TOKEN_MATRICES or tensor.dim() != 2 or len(tensor) != count:
@@ -242,7 +247,7 @@ def read_spans(rows: Any, path: Path) -> tuple[range, ...]:
     last, spans = 0, []
     for pair in rows if isinstance(rows, list) else [None]:
         start, stop = pair if isinstance(pair, list) and len(pair) == 2 else (-1, -1)
-        if type(start) is not int or type(stop) is not int or not last <= start < stop:
+        if type(start) is not int or type(stop) is not int or not last <= start < stop < MOST:
             raise AdapterError(f"{path}: rows is {_short(rows)}; it must be pairs of ids in order, as [[4, 8196]]")
         last = stop
         spans.append(range(start, stop))
@@ -253,13 +258,19 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file.
 
     Raises:
-        AdapterError: naming the file, where it is missing or broken.
+        AdapterError: naming the file, where it is missing or broken, and a tensor that holds no finite fractions.
     """
     try:
         found = open_safetensors(path)
-        return {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 - it is no mapping
+        tensors = {name: found.get_tensor(name) for name in found.keys()}  # noqa: SIM118 - it is no mapping
     except (ValueError, OSError) as error:
         raise AdapterError(str(error)) from error
+    for name, tensor in tensors.items():
+        if tensor.dtype not in FLOATS:
+            raise AdapterError(f"{path}: tensor {_short(name)} is of {tensor.dtype}; an adapter has {_listed(FLOATS)}")
+        if not tensor.isfinite().all():
+            raise AdapterError(f"{path}: tensor {_short(name)} holds values that are not finite")
+    return tensors
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -267,6 +278,10 @@ def _read(path: Path) -> dict[str, Any]:
         return read_object(path)
     except ValueError as error:
         raise AdapterError(str(error)) from error
+
+
+def _listed(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _short(value: Any) -> str:

@@ -16,24 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from mixmodal.interop.export import ExportError
+from mixmodal.models.transformer import TOKEN_MATRICES
 from mixmodal.weights import read_weights
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 ROWS, BASE_MODEL = "rows.safetensors", "base_model.json"
 PREFIX = "base_model.model."
 """What peft puts before the name of a layer."""
-WITHOUT_EFFECT = (
-    *(
-        "auto_mapping",
-        "base_model_name_or_path",
-        "inference_mode",
-        "init_lora_weights",
-        "lora_dropout",
-        "megatron_core",
-    ),
-    *("peft_version", "qalora_group_size", "revision", "task_type"),
-)
-"""Keys of peft's config that say nothing of the weights of a trained adapter."""
 
 Kind = Literal["lora", "dora"]
 
@@ -131,6 +120,9 @@ class Adapter:
             if shape[1:] != rows.shape[1:] or self.spans[-1].stop > shape[0]:
                 wanted = f"rows of {rows.shape[1]} up to id {self.spans[-1].stop - 1}"
                 self._refuse(ROWS, f"{name} has {wanted}; {where} has the shape {shape}")
+        for name in TOKEN_MATRICES if self.rows else ():
+            if name in shapes and name not in self.rows:
+                self._refuse(ROWS, f"{name}, which {where} has, is missing")
 
     def check_base(self, folder: Path) -> None:
         """Whether this is an adapter of the model in a folder, whose weights are read for it.

@@ -11,7 +11,7 @@ import numpy as np
 from mixmodal.classification.likelihoods import SequenceScorer
 from mixmodal.data.conversations import Message, is_pair, turns_of
 from mixmodal.data.converters import read_conversations
-from mixmodal.data.shards import PictureFile, Sample, read_samples
+from mixmodal.data.shards import Sample, read_samples
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
 from mixmodal.document import Coded, Document, EndOfTurn, Part
 from mixmodal.pipeline.drawing import parse_sample
@@ -70,7 +70,7 @@ def read_questions(
 
     Args:
         path: a file of the kind `conversations`, or a folder of shards.
-        codec: encodes pictures, cropped to their centre.
+        codec: encodes pictures as conversations are prepared: those of prompts padded, answers cropped to their centre.
         output: the modality of the answers that are wanted.
         counter: takes what is bad; those with other answers are altered ones of it, since nothing is wrong with them.
         limits: of samples.
@@ -110,7 +110,8 @@ def _read_question(sample: Sample, codec: Codec, output: Output, limits: SampleL
     if not fits:
         raise SampleError(OTHER_ANSWER, f"{sample.source}: its answer is no {output} alone")
     contents: list[Content] = [
-        part.open(limits.max_pixels) if isinstance(part, PictureFile) else part for part in sample.parts
+        part if isinstance(part, str) else codec.fit(part.open(limits.max_pixels), part.name, padded=place < start)
+        for place, part in enumerate(sample.parts)
     ]
     whole = [codec.to_document([content]).parts[0] for content in contents]
     messages = tuple(Message(one.role, (False,) * one.num_parts) for one in prompt)

@@ -103,7 +103,11 @@ class PreferConfig:
             raise ValueError("guidance_scale acts on pictures alone; leave it out for the output text")
         if self.output == "image" and self.max_new_tokens is not None:
             raise ValueError("max_new_tokens acts on texts alone; leave it out for the output image")
-        sampling = self.image_sampling if self.output == "image" else self.text_sampling
+        given = {"image": self.image_sampling, "text": self.text_sampling}
+        sampling = given.pop(self.output)
+        ((idle, other),) = given.items()
+        if other != DEFAULT_SAMPLING[idle]:
+            raise ValueError(f"{idle}_sampling can not act on the output {self.output}; leave it out")
         if not sampling.temperature:
             raise ValueError(f"{self.output}_sampling.temperature is 0, with which all answers are the same; raise it")
 

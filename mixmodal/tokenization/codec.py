@@ -24,7 +24,7 @@ from mixmodal.document import (
     SequenceFormat,
     Text,
 )
-from mixmodal.tokenization.preprocessing import open_picture, resize_and_crop, to_pictures, to_tensor
+from mixmodal.tokenization.preprocessing import open_picture, resize_and_crop, resize_and_pad, to_pictures, to_tensor
 
 if TYPE_CHECKING:
     from mixmodal.tokenization.image import ImageTokenizer
@@ -128,7 +128,9 @@ class Codec:
         codes: Tensor = self.image_tokenizer.encode(torch.stack([*map(to_tensor, fitted)]).to(self.device))  # (B, h, w)
         return [Image(one) for one in codes.cpu().numpy()]
 
-    def fit(self, picture: Picture, name: str = "the picture", *, square: bool = False) -> Picture:
+    def fit(
+        self, picture: Picture, name: str = "the picture", *, square: bool = False, padded: bool = False
+    ) -> Picture:
         """A picture of any size and mode as the encoder sees it: RGB, resized and cropped to the centre.
 
         It gets the sides of the grid that fits it, see `SequenceFormat.fitting_grid`.
@@ -136,10 +138,11 @@ class Codec:
         Args:
             name: for messages.
             square: whether it gets the sides `image_size` in every format.
+            padded: whether it is kept as a whole, between borders, as pictures of prompts are in conversations.
         """
         opened, config = open_picture(picture, name), self.image_tokenizer.config
         grid = self.format.grids["image"] if square else self.format.fitting_grid("image", opened.height, opened.width)
-        return resize_and_crop(opened, config.size_of(grid), config.preprocess)
+        return (resize_and_pad if padded else resize_and_crop)(opened, config.size_of(grid), config.preprocess)
 
     def grid_of_size(self, size: tuple[int, int]) -> Grid:
         """The grid of codes of a picture of this width and height in pixels.

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from mixmodal.data.packing import Batch
 from mixmodal.interop.adapter_files import save_adapter
 from mixmodal.interop.adapters import PREFIX, Adapter, AdapterSettings, Kind, merge, weights_sha256
 from mixmodal.models.transformer import TOKEN_MATRICES, Transformer
@@ -18,6 +21,8 @@ from mixmodal.training.quantized import quantize
 from mixmodal.training.trainable import TrainableConfig, choose_names, choose_rows, restrict
 from mixmodal.weights import read_weights
 
+NOTE = "adapter"
+"""Key of a loader's state."""
 LAYER = "lora_"
 """What the names of peft's parameters begin with."""
 
@@ -55,6 +60,44 @@ class AdapterConfig:
             raise ValueError(f"adapter.dropout is {self.dropout}; it must lie in [0, 1)")
 
 
+class AdapterLoader:
+    """Rows with the note, in their state, of what an adapter is of: a run does not go on with another.
+
+    A checkpoint has the frozen weights, the adapter and the trained rows; but what is exported is the base model at
+    hand with the rows that the config names, and the adapter counts as often as the config says.
+
+    Args:
+        rows: what is trained on.
+        build_note: plain data by the key of the config; asked once, when a state is first wanted.
+    """
+
+    def __init__(self, rows: Any, build_note: Callable[[], dict[str, Any]]) -> None:
+        self._rows, self._build_note = rows, build_note
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._rows)
+
+    @cached_property
+    def _note(self) -> dict[str, Any]:
+        return self._build_note()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self._rows.state_dict(), NOTE: self._note}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        written = state.get(NOTE, self._note)  # which an earlier version did not keep
+        for key, own in self._note.items():
+            if written[key] != own:
+                raise ValueError(
+                    f"{key} is {own}, but the checkpoint's adapter was trained with {written[key]}; go on with that, "
+                    "or start a new run folder"
+                )
+        self._rows.load_state_dict(state)
+
+
 class AdapterTask(PretrainTask):
     """Pretraining of an adapter: all of the base model is frozen bit for bit but for the rows that are named.
 
@@ -87,6 +130,22 @@ class AdapterTask(PretrainTask):
         trained = TrainableConfig(parameters=[f"*.{LAYER}*", *matrices], rows=self.adapter.rows)
         restrict(model, trained, self.vocabulary, "adapter")
 
+    def build_loader(self, micro_batch_size: int, grad_accum_steps: int, rank: int, world_size: int) -> Any:
+        return AdapterLoader(super().build_loader(micro_batch_size, grad_accum_steps, rank, world_size), self._note)
+
+    def _note(self) -> dict[str, Any]:
+        spans = choose_rows(self.vocabulary, self.adapter.rows)
+        return {
+            "init_from": f"a model of weights_sha256 {self._base_sha256}",
+            "adapter.alpha": float(self.adapter.alpha),
+            "adapter.rows": [[ids.start, ids.stop] for ids in spans],
+        }
+
+    @cached_property
+    def _base_sha256(self) -> str:
+        assert self.base
+        return weights_sha256(read_weights(self.base.folder))
+
     def export(self, model: nn.Module, folder: Path) -> None:
         """Writes the merged model to `folder`, and the adapter alone to `adapter` beside it."""
         assert self.base
@@ -115,7 +174,7 @@ class AdapterTask(PretrainTask):
             spans=tuple(spans),
             rows={name: torch.cat([t[ids.start : ids.stop] for ids in spans]) for name, t in kept.items()},
             base=self.base.name,
-            base_sha256=weights_sha256(read_weights(self.base.folder)),
+            base_sha256=self._base_sha256,
         )
 
 

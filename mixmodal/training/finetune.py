@@ -73,11 +73,15 @@ def finetune(config: FinetuneConfig) -> FitResult:
 class AdapterPreferenceTask(PreferenceTask, AdapterTask):
     """Preference tuning of an adapter."""
 
+    def __init__(self, config: PretrainConfig, preference: PreferenceTuningConfig, adapter: AdapterConfig) -> None:
+        super().__init__(config, preference, adapter=adapter)
+        self.quantize = adapter.quantize
+
 
 def build_task(config: FinetuneConfig) -> PretrainTask:
     """What is trained."""
     if config.preference and config.adapter:
-        return AdapterPreferenceTask(config, config.preference, adapter=config.adapter)
+        return AdapterPreferenceTask(config, config.preference, config.adapter)
     if config.preference:
         return PreferenceTask(config, config.preference)
     return AdapterTask(config, config.adapter) if config.adapter else PretrainTask(config)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mixmodal.data.held_out import held_out_batches
 from mixmodal.data.packing import split_pairs
-from mixmodal.data.pipeline import PackedDocuments
 from mixmodal.data.source import check_equal
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.objectives.preference import PreferenceConfig, PreferenceLoss, Reduced
@@ -36,23 +35,28 @@ class PreferenceTuningConfig(PreferenceConfig):
     Args:
         reference_file: log-probabilities of all answers under the model that is tuned, computed before the first step
             where the file is not there, or is of another model or other shards; runs may share it. By default
-            `reference.safetensors` in the run folder.
+            `reference.safetensors` in the run folder. What it is of stands beside it, in a file of the ending `.json`.
     """
 
     reference_file: Path | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.reference_file and self.reference_file.suffix != ".safetensors":
+            raise ValueError(f"preference: reference_file is {self.reference_file}; its name must end in .safetensors")
 
 
 class PairLoader:
     """Micro-batches of pairs with their reference, from rows that have each pair as one document.
 
     Args:
-        rows: of pairs.
+        rows: of pairs, as `PackedDocuments` gives them.
         bos: id of `<s>`.
         reference: of all of them.
         model_sha256: of the reference; a run does not go on with another.
     """
 
-    def __init__(self, rows: PackedDocuments, bos: int, reference: Reference, model_sha256: str) -> None:
+    def __init__(self, rows: Any, bos: int, reference: Reference, model_sha256: str) -> None:
         self._rows, self._bos, self._reference = rows, bos, reference
         self._model_sha256 = model_sha256
 
@@ -86,6 +90,8 @@ class PreferenceTask(PretrainTask):
     """
 
     trains_pairs = True
+    quantize: str | None = None
+    """How the weights of the reference are rounded; null as they are stored."""
 
     def __init__(self, config: PretrainConfig, preference: PreferenceTuningConfig, **options: Any) -> None:
         check_options(config)
@@ -110,6 +116,7 @@ class PreferenceTask(PretrainTask):
             "model": self._model_sha256,
             "precision": trainer.precision,
             "seq_len": self.config.data.seq_len,
+            "quantize": self.quantize,
             "shards": {name: found.digest for name, found in shards.items()},
         }
         path = self.preference.reference_file or trainer.run_dir / REFERENCE_FILE

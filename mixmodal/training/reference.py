@@ -18,10 +18,12 @@ from mixmodal.data.packing import Batch
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.files import replacing, sha256_of
 from mixmodal.objectives.preference import Pairs
-from mixmodal.weights import read_weights, save_tensors
+from mixmodal.weights import open_safetensors, read_weights, save_tensors
 
 logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
+SOURCE = "source:"
+"""What the names of tensors in the file begin with."""
 Score = Callable[[TokenShards, int, int], Iterable[tuple[list[list[str]], Tensor]]]
 """Keys of the pairs of each row, and log-probabilities `(B, S)` of their answers, for one rank's part of the shards."""
 
@@ -112,6 +114,9 @@ def load_reference(
         shards: folders of pairs by name.
         score: asks the reference.
         device: of this process, for what ranks send each other.
+
+    Raises:
+        ValueError: see `read_values`; and for shards of which no pair fits a row.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     settings = {"format_version": FORMAT_VERSION, **settings}
@@ -149,13 +154,22 @@ def write_values(path: Path, settings: Mapping[str, Any], values: Mapping[str, T
     beside = path.with_suffix(".json")
     beside.unlink(missing_ok=True)  # values without settings are never read
     with replacing(path) as part:
-        save_tensors({f"source:{name}": value for name, value in values.items()}, part)
+        save_tensors({f"{SOURCE}{name}": value for name, value in values.items()}, part)
     with replacing(beside) as part:
         part.write_text(json.dumps({**settings, "sha256": sha256_of(path)}, indent=1))
 
 
 def read_values(path: Path, settings: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The values in the file; None where there is none, or one of other settings, which the log then says."""
+    """The values in the file; None where there is none, or one of other settings, which the log then says.
+
+    Raises:
+        ValueError: for a file of something else, such as a model's weights, which would be written over.
+    """
+    if path.exists() and not (path.is_file() and _is_reference(path)):
+        raise ValueError(
+            f"preference.reference_file {path} holds something else than log-probabilities of a reference; give the "
+            "name of a new file"
+        )
     beside = path.with_suffix(".json")
     if not (path.is_file() and beside.is_file()):
         return None
@@ -170,4 +184,11 @@ def read_values(path: Path, settings: Mapping[str, Any]) -> dict[str, Tensor] | 
         logger.warning("%s: its %s is another; the reference is computed anew", path, ", ".join(differing))
         return None
     found = read_weights(path)
-    return {name.removeprefix("source:"): found[name] for name in found}
+    return {name.removeprefix(SOURCE): found[name] for name in found}
+
+
+def _is_reference(path: Path) -> bool:
+    try:
+        return all(name.startswith(SOURCE) for name in open_safetensors(path).keys())  # noqa: SIM118 - it is no mapping
+    except ValueError:
+        return False

@@ -228,6 +228,8 @@ def test_other_shapes_are_refused_before_anything_changes(
         ("base_model.json", {"rows": [[9, 11], [4, 7]]}, "rows is [[9, 11], [4, 7]]"),
         ("base_model.json", {"rows": [[4, "7"]]}, "rows is [[4, '7']]"),
         ("base_model.json", {"rows": 3}, "rows is 3"),
+        ("base_model.json", {"rows": [[0, 2**70]]}, "rows is [[0, 1180591620717411303424]]"),
+        ("base_model.json", {"rows": ...}, "base_model.json names no rows, but rows.safetensors stands beside it"),
         ("base_model.json", {"rows": [[4, 8]]}, "embedding.weight' has the shape (5, "),
     ],
 )
@@ -237,6 +239,33 @@ def test_what_is_wrong_with_a_folder_is_named(lora: Path, file: str, changes: di
         load_adapter(lora)
     assert said in str(found.value)
     assert str(lora) in str(found.value)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "rows.safetensors"])
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (lambda tensor: tensor.to(torch.int8), "is of torch.int8; an adapter has float32, bfloat16, float16, float64"),
+        (lambda tensor: tensor > 0, "is of torch.bool"),
+        (lambda tensor: tensor.to(torch.complex64), "is of torch.complex64"),
+        (lambda tensor: tensor.fill_(float("nan")), "holds values that are not finite"),
+        (lambda tensor: tensor.fill_(-float("inf")), "holds values that are not finite"),
+    ],
+)
+def test_what_is_no_number_is_refused(lora: Path, file: str, changed: Callable[..., Any], said: str) -> None:
+    tensors = load_file(lora / file)
+    name = next(iter(tensors))
+    save_file({**tensors, name: changed(tensors[name])}, lora / file)
+    with pytest.raises(AdapterError) as found:
+        load_adapter(lora)
+    assert f"{lora / file}: tensor {name!r} {said}" in str(found.value)
+
+
+def test_rows_of_both_matrices_are_needed_where_there_are_two(exported: Path, lora: Path) -> None:
+    rows = load_file(lora / "rows.safetensors")
+    save_file({"embedding.weight": rows["embedding.weight"]}, lora / "rows.safetensors")
+    with pytest.raises(AdapterError, match=r"rows.safetensors: .* output.weight, which the network has, is missing"):
+        merge(load_transformer(exported), load_adapter(lora))
 
 
 def test_what_peft_itself_saves_can_be_read(lora: Path) -> None:

@@ -15,7 +15,8 @@ from PIL import Image as Pictures
 
 from mixmodal import MixedModal
 from mixmodal.cli import main
-from mixmodal.data.converters import read_preferences
+from mixmodal.data.converters import read_conversations, read_preferences
+from mixmodal.data.pretokenize import PretokenizeConfig, pretokenize
 from mixmodal.data.shards import write_shards
 from mixmodal.data.skipping import SampleLimits, SkipCounter
 from mixmodal.data.token_shards import TokenShards
@@ -24,8 +25,9 @@ from mixmodal.interop.export import save_export
 from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.pipeline import prefer as module
 from mixmodal.pipeline.judging import Question, build_judge, draw_answers, read_questions
-from mixmodal.pipeline.prefer import PreferConfig, prefer
+from mixmodal.pipeline.prefer import PreferConfig, build_pair, prefer
 from mixmodal.pipeline.win_rate import measure_win_rate, summarise
+from mixmodal.sampling.rules import TokenSampling
 from mixmodal.tokenization.image import ImageTokenizer
 from mixmodal.tokenization.text import TextTokenizer
 from mixmodal.training.config import TrainerConfig
@@ -217,14 +219,37 @@ def test_an_encoder_judges_by_picture_and_text(
 
 
 def test_shards_are_asked_too(config: PreferConfig, folder: Path, tmp_path: Path) -> None:
-    from mixmodal.data.converters import read_conversations
-
     samples = read_conversations(folder / "talk.jsonl", SkipCounter(), SampleLimits())
     write_shards([replace(one, key=str(number)) for number, one in enumerate(samples)], tmp_path / "shards")
     prefer(config)
     prefer(replace(config, prompts=tmp_path / "shards", out=tmp_path / "other"))
     first, second = (TokenShards(path / "tokens") for path in (config.out, tmp_path / "other"))
     assert all((first[index] == second[index]).all() for index in range(len(first)))
+
+
+def test_a_question_is_spelled_as_prepared_conversations_are(
+    config: PreferConfig, tokenizers: Path, tmp_path: Path
+) -> None:
+    """A picture of a prompt is padded, one of an answer cropped; both are wide here, and dark at the sides."""
+    wide = np.zeros((16, 48, 3), np.uint8)
+    wide[:, 16:32] = (250, 40, 40)
+    Pictures.fromarray(wide).save(tmp_path / "wide.png")
+    asked = {"role": "user", "parts": [{"image": "wide.png"}, {"text": "a red apple"}]}
+    answered = {"role": "assistant", "parts": [{"image": "wide.png"}]}
+    (tmp_path / "wide.jsonl").write_text(json.dumps({"messages": [asked, answered]}))
+    samples = read_conversations(tmp_path / "wide.jsonl", SkipCounter(), SampleLimits())
+    write_shards([replace(one, key="0") for one in samples], tmp_path / "shards")
+    given = {"text_tokenizer": tokenizers / "text.model", "image_tokenizer": tokenizers / "image"}
+    settings = PretokenizeConfig(
+        shards=(tmp_path / "shards",), out=tmp_path / "tokens", sequence_format="chameleon", num_sentinels=2, **given
+    )
+    model = MixedModal.from_pretrained(config.model, "cpu")
+    (question,) = questions(replace(config, prompts=tmp_path / "wide.jsonl"), model)
+    ids, _ = build_pair(model.codec.format, question, (question.reference, question.reference))
+    prepared = pretokenize(settings)[0]
+    assert (ids[: len(prepared)] == prepared).all()
+    cropped, padded = (part.codes for part in model.format.parse(prepared).parts if isinstance(part, Image))
+    assert (cropped != padded).any()
 
 
 def test_a_model_wins_half_against_itself_and_by_its_scores_against_another(config: PreferConfig, folder: Path) -> None:
@@ -262,6 +287,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"output": "text", "judge": "likelihood"}, "take reference"),
     ({"output": "text"}, "guidance_scale acts on pictures"),
     ({"max_new_tokens": 3}, "max_new_tokens acts on texts"),
+    ({"text_sampling": TokenSampling(temperature=0.5)}, "text_sampling can not act on the output image; leave it out"),
+    (
+        {"output": "text", "guidance_scale": None, "image_sampling": TokenSampling(top_k=5)},
+        "image_sampling can not act on the output text",
+    ),
 ]
 
 

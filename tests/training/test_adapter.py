@@ -210,6 +210,30 @@ def test_a_run_goes_on_exactly(config: Callable[..., FinetuneConfig], adapter: d
     assert all(torch.equal(tensor, exported[name]) for name, tensor in weights(run).items())
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (
+            {"base": "other"},
+            r"init_from is a model of weights_sha256 \w+, but the checkpoint's adapter was trained with",
+        ),
+        ({"alpha": 8}, "adapter.alpha is 8.0, but the checkpoint's adapter was trained with 32.0"),
+        ({"rows": []}, r"adapter.rows is \[\], but the checkpoint's adapter was trained with \[\[4, 68\]\]"),
+    ],
+)
+def test_a_run_does_not_go_on_with_another_adapter(
+    config: Callable[..., FinetuneConfig], root: Path, changed: dict[str, Any], said: str
+) -> None:
+    finetune(config(1, rank=2, targets=["*.qkv"]))
+    if "base" in changed and not (root / "other").exists():
+        shutil.copytree(root / "run/export", root / "other/export")
+        tensors = load_file(root / "other/export/model.safetensors")
+        tensors["norm.weight"][0] += 1
+        save_file(tensors, root / "other/export/model.safetensors")
+    with pytest.raises(ValueError, match=said):
+        finetune(config(2, rank=2, targets=["*.qkv"], **changed))
+
+
 def test_what_is_trained_is_told_and_written(
     config: Callable[..., FinetuneConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:

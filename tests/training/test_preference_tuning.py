@@ -19,8 +19,10 @@ from test_launcher import pretrain_on_ranks
 from mixmodal.data.source import SourceConfig
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.interop.export import load_transformer
+from mixmodal.models.transformer import Transformer
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
-from mixmodal.training import preference
+from mixmodal.training import adapter, preference
+from mixmodal.training.adapter import AdapterConfig
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.finetune import FinetuneConfig, FinetuneDataConfig, finetune
 from mixmodal.training.optimizer import OptimizerConfig
@@ -212,6 +214,36 @@ def test_a_reference_of_another_model_or_other_shards_is_computed_anew(
     shared.write_bytes(shared.read_bytes()[:-1] + b"\1")
     finetune(replace(tuned, data=data, trainer=replace(tuned.trainer, run_dir=tmp_path / "d")))
     assert "its sha256 is another" in caplog.text
+
+
+def test_a_reference_of_whole_weights_is_none_of_rounded_ones(
+    config: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def quantize(model: Transformer, precision: str) -> None:
+        for name, parameter in model.blocks.named_parameters():
+            if "norm" not in name:
+                parameter.data = (8 * parameter.data).round() / 8
+
+    monkeypatch.setattr(adapter, "quantize", quantize)
+    shared = tmp_path / "reference.safetensors"
+    for name, quantized in (("a", None), ("b", "nf4")):
+        tuned = config(reference=shared, run_dir=tmp_path / name)
+        finetune(replace(tuned, adapter=AdapterConfig(rank=2, targets=["*.qkv"], quantize=quantized)))
+        assert records(tuned)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_what_is_no_reference_is_not_written_over(config: Build, root: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes((root / "run/export/model.safetensors").read_bytes())
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"notes")
+    for path in (weights, broken):
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match=f"preference.reference_file {path} holds something else"):
+            finetune(config(reference=path))
+        assert path.read_bytes() == before
+    with pytest.raises(ValueError, match=r"reference_file is config.json; its name must end in .safetensors"):
+        PreferenceTuningConfig(reference_file=Path("config.json"))
 
 
 def test_a_run_does_not_go_on_with_another_reference(config: Build, tmp_path: Path) -> None:
