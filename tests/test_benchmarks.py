@@ -141,6 +141,32 @@ def test_the_contact_sheet_shows_generated_pictures_of_both_splits(load: Load, t
     assert out.stat().st_size < 150_000
 
 
+def test_the_sheet_of_edits_shows_what_was_given_beside_what_was_drawn(load: Load, tmp_path: Path) -> None:
+    from mixmodal.tokenization.autoencoder import AutoencoderConfig
+    from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
+    from mixmodal.tokenization.quantizer_base import QuantizerConfig
+
+    autoencoder = AutoencoderConfig(patch_size=8, channels=8, channel_multipliers=(1,), mid_blocks=(), norm_groups=2)
+    quantizer = QuantizerConfig(kind="fsq", levels=(4, 4))
+    ImageTokenizer(ImageTokenizerConfig(image_size=16, autoencoder=autoencoder, quantizer=quantizer)).save(
+        tmp_path / "export" / "image_tokenizer"
+    )
+    (tmp_path / "finetune" / "records").mkdir(parents=True)
+    items = []
+    for number in range(12):
+        name = f"{number}.png"
+        Image.new("RGB", (16, 16), (number, 2 * number, 200)).save(tmp_path / name)
+        Image.new("RGB", (16, 16), "white").save(tmp_path / "finetune" / "records" / name)
+        record = {"image1": name, "edit": "Draw it in outline style."}
+        items.append({"task": "style", "heldout": number > 3, "record": record, "text": "a thing", "image": name})
+    write_json(tmp_path / "finetune" / "answers" / "results.json", {"after": items})
+    load("picture").render_edits(tmp_path, tmp_path / "edits.png")
+    with Image.open(tmp_path / "edits.png") as sheet:
+        colours = {colour for _, colour in sheet.convert("RGB").getcolors(1 << 20) or []}
+    assert {(number, 2 * number, 200) for number in range(4, 8)} <= colours
+    assert not {(number, 2 * number, 200) for number in (*range(4), *range(8, 12))} & colours
+
+
 @pytest.fixture
 def compare(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
