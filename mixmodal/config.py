@@ -166,9 +166,21 @@ def suggestion(key: str, known: Mapping[str, Any], lead: str = "") -> str:
     return f"; did you mean {lead}{near[0]}?" if near else ""
 
 
+OPTIONAL = re.compile(
+    r"Does not validate against any of the Union subtypes Subtypes: .*? Errors: - (.*) - Expected a NoneType "
+    r"Given value type: .*? Given value: (.*)$"
+)
+"""How jsonargparse words what is wrong with a value that may be null."""
+
+
 def _readable(message: str) -> str:
-    message = re.sub(r"<class '([\w.]+)'>", r"\1", re.sub(r'Parser key "([^"]+)":\s*', r"\1: ", message))
-    message = re.sub(r"Expected an? (.*)\. Got value: ", r"expected \1, got ", one_line(message))
+    message = one_line(re.sub(r'Parser key "([^"]+)":\s*', r"\1: ", message))
+    message = re.sub(r"<class '([\w.]+)'>", r"\1", message)
+    while found := OPTIONAL.search(message):
+        is_section = re.match(r"(Namespace|NestedArg)\(", found[2])  # of which the key at fault is named
+        message = message[: found.start()] + found[1] + ("" if is_section else f". Got value: {found[2]}")
+    message = re.sub(r"Problem with given class_path '[\w.]+': ", "", message)
+    message = re.sub(r"Expected an? (.*)\. Got value: ", r"expected \1, got ", message)
     return message.replace("typing.Literal", "one of ")
 
 

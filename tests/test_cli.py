@@ -28,6 +28,10 @@ class InnerConfig:
     num_layers: int = 2
     kind: Literal["a", "b"] = "a"
 
+    def __post_init__(self) -> None:
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers is {self.num_layers}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OuterConfig:
@@ -39,6 +43,7 @@ class OuterConfig:
         extra: further keys, any.
         maybe: an optional part.
         lr: peak learning rate.
+        limit: most of them.
     """
 
     out: Path
@@ -46,6 +51,7 @@ class OuterConfig:
     extra: dict[str, int] = field(default_factory=dict)
     maybe: InnerConfig | None = None
     lr: float = 1e-3
+    limit: int | None = None
 
     @classmethod
     def read_arguments(cls, argv: Sequence[str]) -> list[str]:
@@ -151,6 +157,9 @@ def test_deepspeed_is_the_trainers_file(tmp_path: Path) -> None:
         (["--out", "x", "--num_layers=3"], "no option --num_layers; did you mean --model.num_layers?"),
         (["--out", "x", "--lr", "fast"], "lr: expected float, got fast"),
         (["--out", "x", "--model.kind", "c"], "model.kind: expected one of ['a', 'b'], got c"),
+        (["--out", "x", "--maybe.kind", "c"], "error: maybe: kind: expected one of ['a', 'b'], got c"),
+        (["--out", "x", "--maybe.num_layers", "0"], "error: num_layers is 0"),
+        (["--out", "x", "--limit", "few"], "error: limit: expected int, got few"),
         ([], "required: out"),
         (["--bad"], "--bad needs a value"),
         (["--config", "absent.yaml"], "absent.yaml: No such file"),

@@ -86,6 +86,10 @@ def _parse_message(row: Any, place: str) -> tuple[Message, list[dict[str, Any]]]
     parts = row["parts"] if "parts" in row else [{"text": row["content"]}]
     if not isinstance(parts, list):
         raise SampleError("broken metadata", f"{place}: parts is not a list")
+    if "content" in row and not isinstance(row["content"], str):
+        raise SampleError(
+            "broken metadata", f"{place}: content is {str(row['content'])[:40]!r}; give one text, or parts"
+        )
     is_answer = role == "assistant"
     empty = ("empty answer", "the answer") if is_answer else ("empty text", "the message")
     if not parts:
@@ -110,7 +114,7 @@ def _modality(part: Any, place: str) -> Modality:
     if isinstance(part, dict) and not found and "loss" in part:
         raise SampleError("loss on nothing", f"{place} has a loss flag and neither a text nor an image")
     if len(found) != 1:
-        raise SampleError("broken metadata", f"{place}: {str(part)[:80]!r} is neither a text nor an image")
+        raise SampleError("broken metadata", f"{place}: {str(part)[:80]!r} must be either a text or an image")
     return found[0]
 
 

@@ -38,6 +38,9 @@ def parse_pair(row: Mapping[str, Any], source: str) -> tuple[tuple[Message, ...]
         raise SampleError("missing field", f"{source}: a pair needs {', '.join(KEYS)}; {missing[0]} is not there")
     if row[CHOSEN] == row[REJECTED]:
         raise SampleError("equal answers", f"{source}: chosen and rejected are the same")
+    for key in ANSWERS:
+        if not isinstance(row[key], (str, list)):
+            raise SampleError("broken metadata", f"{source}: {key} is {str(row[key])[:40]!r}; give one text, or parts")
     prompt = row["messages"]
     if not isinstance(prompt, list) or not prompt:
         raise SampleError("empty document", f"{source}: messages is no list, or empty")

@@ -138,19 +138,24 @@ class Judged(NamedTuple):
 def prefer(config: PreferConfig) -> dict[str, Any]:
     """Draws, judges and writes; the report, which it prints too.
 
-    A folder that an earlier call of the same settings has finished is left as it is.
+    A folder that an earlier call of the same settings and weights has finished is left as it is.
 
     Raises:
-        ValueError: for a folder with something else, what can not be asked, or where no pair is found.
+        ValueError: for a folder with something else or of other weights, what can not be asked, or where no pair is
+            found.
         TooManySkipped: above the allowed share of bad samples.
     """
     path = config.out / REPORT
-    if path.is_file() and read_json(path).get("settings") == config.describe():
+    folder = find_export(config.model)
+    if path.is_file() and (made := read_json(path)).get("settings") == config.describe():
+        if made.get("model_sha256") != model_digest(folder):
+            raise ValueError(
+                f"out: {path} was made with other weights than {config.model} has now; choose another folder"
+            )
         print(f"{path}: made before, with the same settings")
-        return read_json(path)
+        return made
     check_new_folder(config.out, "out")
     device = resolve_device(config.device)
-    folder = find_export(config.model)
     model = MixedModal.from_pretrained(folder, device, DTYPES[config.dtype], config.batch_size)
     judge = build_judge(config.judge, model, config.encoder)
     counter = SkipCounter(config.limits.max_skipped_share)

@@ -84,6 +84,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("equal answers", {"rejected": [{"image": "d.png"}]}, "the same texts and pictures"),
     ("empty answer", {"chosen": []}, "with chosen as the answer: message 2: the answer has no parts"),
     ("empty answer", {"rejected": " "}, "with rejected as the answer: message 2, part 1: the text is empty"),
+    ("broken metadata", {"chosen": 3}, "chosen is '3'; give one text, or parts"),
     ("no picture", {"chosen": [{"image": "gone.png"}]}, "gone.png: the file can not be read"),
     ("unknown role", {"messages": [{"role": "judge", "content": "a"}]}, "of the role 'judge'"),
     ("wrong turn", {"messages": [*PROMPT, {"role": "assistant", "content": "b"}]}, "message 3 is of the assistant"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -184,10 +185,21 @@ def test_a_question_without_room_for_an_answer_is_skipped_and_named(
 
 def test_a_finished_folder_stays_and_another_is_refused(config: PreferConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     report = prefer(config)
-    monkeypatch.setattr(module, "find_export", None)
+    monkeypatch.setattr(module, "MixedModal", None)
     assert prefer(replace(config, batch_size=1)) == report
     with pytest.raises(ValueError, match=r"out: .* is there and not empty"):
         prefer(replace(config, seed=1))
+
+
+def test_a_folder_of_other_weights_is_not_taken_for_that_of_these(
+    config: PreferConfig, folder: Path, tmp_path: Path
+) -> None:
+    config = replace(config, model=str(tmp_path / "model"))
+    shutil.copytree(folder / "model", config.model)
+    prefer(config)
+    shutil.copy(folder / "other/model.safetensors", config.model)
+    with pytest.raises(ValueError, match=r"out: .*report.json was made with other weights than .*model has now"):
+        prefer(config)
 
 
 def test_answers_do_not_depend_on_the_batch(config: PreferConfig, tmp_path: Path) -> None:
