@@ -184,7 +184,7 @@ def _comparisons(pictures: Iterable[Shown], config: DemoTasksConfig) -> Iterator
             other = others[int(rng.integers(len(others)))]
             place = int(rng.integers(2))
             first, second = (picture, other) if place == 0 else (other, picture)
-            names = f"{first.concept} and {second.concept}"
+            names = f"{first.concept} first, {second.concept} second"
             fields = {"image1": first.file, "image2": second.file, "name": picture.concept, "names": names}
             answer = {"answer": ORDINALS[place], "target": picture.key}
             yield Task({"key": f"which-{picture.key}-{number}", "task": "which", **fields, **answer}, picture.heldout)
