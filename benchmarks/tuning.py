@@ -4,9 +4,9 @@
 
 Needs a quickstart and its second command (`mixmodal quickstart --stage finetune`). `tasks` records the figures of that
 run. `adapters` tunes the same model on the same rows with LoRA, and asks it the same. `preference` draws eight pictures
-for each caption of the training pairs, makes pairs of the best and the worst by a judge (the distance to the true
-picture), tunes the tuned model on these by DPO, and lets the same judge compare both models on captions of held-out
-pairs, whose pictures no model was trained on. What is trained goes to RUN/finetune and is taken from there if it is
+for each caption of the training pairs, makes pairs of the best and the worst by a judge (how well the model reads the
+caption from the picture; or the distance to the true picture), tunes the tuned model on these by DPO, and lets both
+judges compare both models on captions of held-out pairs, whose pictures no model was trained on. What is trained goes to RUN/finetune and is taken from there if it is
 whole.
 """
 
@@ -22,11 +22,11 @@ from record import append, record
 
 from mixmodal.config import load_config
 from mixmodal.data.corpora import CorpusConfig, PrepareConfig, prepare
-from mixmodal.data.pipeline import Source
 from mixmodal.data.skipping import SampleLimits, SkipCounter
+from mixmodal.data.source import SourceConfig
 from mixmodal.data.tasks import TaskTemplates
 from mixmodal.pipeline import MixedModal
-from mixmodal.pipeline.judging import build_judge, read_questions
+from mixmodal.pipeline.judging import JudgeName, build_judge, read_questions
 from mixmodal.pipeline.prefer import PreferConfig, prefer
 from mixmodal.pipeline.win_rate import measure_win_rate
 from mixmodal.quickstart.answers import AnswersConfig, Asker, Judge, summarise
@@ -44,6 +44,8 @@ from mixmodal.training.preference import PreferenceTuningConfig
 EDITS = ("style", "skin_tone", "gender")
 NUM_ANSWERS, SEEDS = 8, 2
 """Pictures drawn for a caption, of which a pair is made, and pairs for each."""
+JUDGES: tuple[JudgeName, ...] = ("likelihood", "reference")
+DPO_STEPS, DPO_LR = 400, 3e-4
 
 
 def percent(hits: int, trials: int) -> float:
@@ -147,54 +149,62 @@ def record_adapters(run: Path) -> None:
 
 
 def record_preference(run: Path) -> None:
-    """DPO on best-of-N by the distance to the true picture, judged on held-out captions."""
+    """DPO on best-of-N by two judges, each judged by both on the captions of held-out pairs."""
     base, root = run / TUNED / "export", run / "finetune" / "preference"
-    sources: dict[str, Source] = {}
-    for seed in range(SEEDS):
-        folder = root / f"pairs{seed}"
-        settings = {"num": NUM_ANSWERS, "guidance_scale": 1.0, "seed": seed, "judge": "reference"}
-        prefer(PreferConfig(model=str(base), prompts=run / "finetune/data/drawings/shards", out=folder, **settings))
-        sources[f"pairs{seed}"] = Source(tokens=folder / "tokens")
-    config = FinetuneConfig(
-        init_from=base,
-        data=FinetuneDataConfig(sources=sources, seq_len=128),
-        preference=PreferenceTuningConfig(beta=0.1),
-        optimizer=OptimizerConfig(lr=3e-4, betas=(0.9, 0.98), weight_decay=0.0, warmup_steps=20),
-        trainer=TrainerConfig(run_dir=root / "tuned", max_steps=400, micro_batch_size=8, log_every=20),
-        z_loss_weight=0.0,
-    )
-    if not (config.trainer.run_dir / "export" / "config.json").is_file():
-        finetune(config)
     corpus = CorpusConfig(
         kind="tasks", path=run / RECORDS / "heldout_drawings.jsonl", templates=config_path(run, "templates")
     )
     if not (root / "heldout" / "report.json").is_file():
-        prepare(PrepareConfig(corpora=[corpus], out=root / "heldout", image_size=32))
-    model, reference = (MixedModal.from_pretrained(folder) for folder in (config.trainer.run_dir / "export", base))
+        prepare(PrepareConfig(corpora=(corpus,), out=root / "heldout", image_size=32))
+    reference = MixedModal.from_pretrained(base)
     counter = SkipCounter(0.0)
-    questions = list(read_questions(root / "heldout" / "shards", model.codec, "image", counter, SampleLimits()))
-    judge = build_judge("reference", reference)
-    options: Any = {"guidance_scale": 1.0}
-    won = measure_win_rate(model, reference, questions, judge, "image", num=8, seed=1000, options=options)
-    last = [line for line in read_metrics(config.trainer.run_dir / "metrics.jsonl") if "kl_estimate" in line][-1]
-    settings = {"questions": len(questions), "answers": 8, "steps": config.trainer.max_steps, "beta": 0.1}
-    figures = {
-        "win rate, %": 100 * won.share,
-        "from, %": 100 * won.low,
-        "to, %": 100 * won.high,
-        "distance of pixels, 0 to 255": -won.mean,
-        "of the tuned model": -won.mean_base,
-        "accuracy on the pairs, %": 100 * last["accuracy"],
-        "divergence, nats a token": last["kl_estimate"],
-    }
-    for name, value in figures.items():
-        record("tuning_preference", f"DPO: {name}", [value], "", "cpu", settings)
+    questions = list(read_questions(root / "heldout" / "shards", reference.codec, "image", counter, SampleLimits()))
+    judges = {judge: build_judge(judge, reference) for judge in JUDGES}
+    for judge in JUDGES:
+        folder = tune_on_pairs(run, base, root / judge, judge)
+        model = MixedModal.from_pretrained(folder / "export")
+        last = [line for line in read_metrics(folder / "metrics.jsonl") if "kl_estimate" in line][-1]
+        figures = {
+            "accuracy on its pairs, %": 100 * last["accuracy"],
+            "divergence, nats a token": last["kl_estimate"],
+        }
+        for other, found in judges.items():
+            options: Any = {"guidance_scale": 1.0}
+            won = measure_win_rate(
+                model, reference, questions, found, "image", num=NUM_ANSWERS, seed=1000, options=options
+            )
+            figures[f"wins by {other}, %"] = 100 * won.share
+            figures |= {f"from ({other})": 100 * won.low, f"to ({other})": 100 * won.high}
+        settings = {"questions": len(questions), "answers": NUM_ANSWERS, "steps": DPO_STEPS, "beta": 0.1, "lr": DPO_LR}
+        for name, value in figures.items():
+            record("tuning_preference", f"pairs by {judge}: {name}", [value], "", "cpu", settings)
+
+
+def tune_on_pairs(run: Path, base: Path, root: Path, judge: JudgeName) -> Path:
+    """The run folder of DPO on pairs that this judge makes of the captions of training pairs."""
+    sources: dict[str, SourceConfig] = {}
+    for seed in range(SEEDS):
+        folder = root / f"pairs{seed}"
+        settings = {"num": NUM_ANSWERS, "guidance_scale": 1.0, "seed": seed, "judge": judge}
+        prefer(PreferConfig(model=str(base), prompts=run / "finetune/data/drawings/shards", out=folder, **settings))
+        sources[f"pairs{seed}"] = SourceConfig(tokens=folder / "tokens")
+    config = FinetuneConfig(
+        init_from=base,
+        data=FinetuneDataConfig(sources=sources, seq_len=128),
+        preference=PreferenceTuningConfig(beta=0.1),
+        optimizer=OptimizerConfig(lr=DPO_LR, betas=(0.9, 0.98), weight_decay=0.0, warmup_steps=20),
+        trainer=TrainerConfig(run_dir=root / "tuned", max_steps=DPO_STEPS, micro_batch_size=8, log_every=20),
+        z_loss_weight=0.0,
+    )
+    if not (config.trainer.run_dir / "export" / "config.json").is_file():
+        finetune(config)
+    return config.trainer.run_dir
 
 
 PARTS = {"tasks": record_tasks, "adapters": record_adapters, "preference": record_preference}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="folder of a quickstart")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     arguments = parser.parse_args()
