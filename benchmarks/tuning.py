@@ -6,8 +6,8 @@ Needs a quickstart and its second command (`mixmodal quickstart --stage finetune
 run. `adapters` tunes the same model on the same rows with LoRA, and asks it the same. `preference` draws eight pictures
 for each caption of the training pairs, makes pairs of the best and the worst by a judge (how well the model reads the
 caption from the picture; or the distance to the true picture), tunes the tuned model on these by DPO, and lets both
-judges compare both models on captions of held-out pairs, whose pictures no model was trained on. What is trained goes to RUN/finetune and is taken from there if it is
-whole.
+judges compare both models on captions of held-out pairs, whose pictures no model was trained on. What is trained goes
+to RUN/finetune and is taken from there if it is whole.
 """
 
 from __future__ import annotations
