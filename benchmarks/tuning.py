@@ -45,7 +45,7 @@ EDITS = ("style", "skin_tone", "gender")
 NUM_ANSWERS, SEEDS = 8, 2
 """Pictures drawn for a caption, of which a pair is made, and pairs for each."""
 JUDGES: tuple[JudgeName, ...] = ("likelihood", "reference")
-DPO_STEPS, DPO_LR = 400, 3e-4
+DPO_STEPS, DPO_LR = 200, 2e-4
 
 
 def percent(hits: int, trials: int) -> float:
@@ -175,7 +175,14 @@ def record_preference(run: Path) -> None:
             )
             figures[f"wins by {other}, %"] = 100 * won.share
             figures |= {f"from ({other})": 100 * won.low, f"to ({other})": 100 * won.high}
-        settings = {"questions": len(questions), "answers": NUM_ANSWERS, "steps": DPO_STEPS, "beta": 0.1, "lr": DPO_LR}
+        settings = {
+            "questions": len(questions),
+            "answers": NUM_ANSWERS,
+            "steps": DPO_STEPS,
+            "beta": 0.3,
+            "sft_weight": 0.3,
+            "lr": DPO_LR,
+        }
         for name, value in figures.items():
             record("tuning_preference", f"pairs by {judge}: {name}", [value], "", "cpu", settings)
 
@@ -191,7 +198,7 @@ def tune_on_pairs(run: Path, base: Path, root: Path, judge: JudgeName) -> Path:
     config = FinetuneConfig(
         init_from=base,
         data=FinetuneDataConfig(sources=sources, seq_len=128),
-        preference=PreferenceTuningConfig(beta=0.1),
+        preference=PreferenceTuningConfig(beta=0.3, sft_weight=0.3),
         optimizer=OptimizerConfig(lr=DPO_LR, betas=(0.9, 0.98), weight_decay=0.0, warmup_steps=20),
         trainer=TrainerConfig(run_dir=root / "tuned", max_steps=DPO_STEPS, micro_batch_size=8, log_every=20),
         z_loss_weight=0.0,

@@ -178,7 +178,7 @@ class Judge:
                 item |= verdict
             else:
                 wanted = record["answer"] if "answer" in record else record["caption"]
-                item["right"] = answer.text.rpartition(": ")[2] == wanted  # behind what it has named first
+                item["right"] = answer.text == wanted
             items.append(item)
         return items
 

@@ -47,7 +47,7 @@ class DemoTasksConfig:
 
     kinds: dict[str, str] = field(default_factory=dict)
     languages: tuple[str, ...] = ("de", "es")
-    comparisons: int = 2
+    comparisons: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -184,7 +184,6 @@ def _comparisons(pictures: Iterable[Shown], config: DemoTasksConfig) -> Iterator
             other = others[int(rng.integers(len(others)))]
             place = int(rng.integers(2))
             first, second = (picture, other) if place == 0 else (other, picture)
-            names = f"{first.concept} first, {second.concept} second"
-            fields = {"image1": first.file, "image2": second.file, "name": picture.concept, "names": names}
+            fields = {"image1": first.file, "image2": second.file, "name": picture.concept}
             answer = {"answer": ORDINALS[place], "target": picture.key}
             yield Task({"key": f"which-{picture.key}-{number}", "task": "which", **fields, **answer}, picture.heldout)

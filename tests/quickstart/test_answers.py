@@ -83,7 +83,7 @@ def test_a_picture_is_judged_by_the_nearest_one_and_none_is_wrong(
 
 def test_words_are_right_when_they_are_the_very_words(tmp_path: Path, model: MixedModal, demo: Demo) -> None:
     records = [QUESTION, QUESTION, QUESTION, {**QUESTION, "answer": "dark"}]
-    answers = [Answered(text, None) for text in ("light", "red first, blue second; red: light", "Light", "light")]
+    answers = [Answered(text, None) for text in ("light", "light", "Light", "light")]
     items = Judge(model, demo).items(records, answers, True, tmp_path, "answers")
     assert [item["right"] for item in items] == [True, True, False, False]
     found = summarise(items)["category"]

@@ -83,8 +83,6 @@ def test_answers_are_true(config: DemoTasksConfig) -> None:
             asked = record["image1" if record["answer"] == "first" else "image2"]
             other = record["image2" if record["answer"] == "first" else "image1"]
             assert pictures[asked].concept == record["name"]
-            shown_names = [pictures[record[name]].concept for name in ("image1", "image2")]
-            assert record["names"] == "{} first, {} second".format(*shown_names)
             assert pictures[other].family != pictures[asked].family
             assert pictures[other].style == pictures[asked].style
     answers = [record["answer"] for record in records if record["task"] == "which"]
@@ -124,7 +122,6 @@ def test_records_are_written_by_split_and_group_and_fit_the_templates(tmp_path: 
             wanted = [{"text": record["caption"]}] if "edits" in name else []
             file = record.get("image2") or record["image"] if "texts" not in name else None
             said = record.get("answer", record.get("caption"))
-            said = f"{record['names']}; {record['name']}: {said}" if "names" in record else said
             assert answer[-1] == ({"image": file} if file else {"text": said})
             assert answer[:-1] == wanted
             for part in answer:
