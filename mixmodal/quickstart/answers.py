@@ -33,6 +33,7 @@ class AnswersConfig:
         per_task: records of each task and split, drawn by the seed where there are more.
         image: how codes are drawn.
         text: how text is drawn.
+        guidance_scale: of codes towards what is asked; 1 is none.
         max_new_tokens: after which an answer is cut.
         batch_size: answers drawn at a time.
         seed: of the records and the answers.
@@ -41,6 +42,7 @@ class AnswersConfig:
     per_task: int = 100
     image: TokenSampling = field(default_factory=lambda: TokenSampling(temperature=0.0))
     text: TokenSampling = field(default_factory=lambda: TokenSampling(temperature=0.0))
+    guidance_scale: float = 1.0
     max_new_tokens: int = 56
     batch_size: int = 32
     seed: int = 0
@@ -113,6 +115,7 @@ class Asker:
                     [asked[place].prompt for place in chosen],
                     drawn,
                     seed=config.seed,
+                    guidance_scale=1.0 if drawn == "text" else config.guidance_scale,
                     temperature={"image": config.image.temperature, "text": config.text.temperature},
                     top_k={"image": config.image.top_k, "text": config.text.top_k},
                     top_p={"image": config.image.top_p, "text": config.text.top_p},
