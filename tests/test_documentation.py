@@ -20,8 +20,11 @@ from mixmodal.cli import COMMANDS
 from mixmodal.config import UsageError, build_parser, parse
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-PROGRAMS = ("mixmodal", "python", "deepspeed", "torchrun", "make", "pip")
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+PROGRAMS = ("mixmodal", "python", "deepspeed", "torchrun", "make", "pip", "docker")
 STAND_INS = {
     "pretrain": "configs/train/tiny.yaml",
     "finetune": "configs/train/finetune_chameleon.yaml",
@@ -33,6 +36,9 @@ STAND_INS = {
 LAUNCHER_VALUES = ("--num_gpus", "--hostfile", "--node_rank", "--master_addr", "--master_port", "--nproc_per_node")
 """Options of launchers that stand before the script and take a value; DeepSpeed and torchrun read them."""
 EXCEPTIONS = {
+    "docker build -t mixmodal .": "no docker here: the page says that nobody has run it",
+    "docker run --gpus all --ipc host -v '$PWD:/work' mixmodal deepspeed --num_gpus 8 "
+    "/opt/mixmodal/train/pretrain.py --config FILE": "likewise",
     "mixmodal COMMAND --help": "COMMAND is any of them",
     "mixmodal inspect --modality_balance '{text: 0.5, image: 0.5}'": "tells of one option; data is wanted, too",
 }
@@ -239,3 +245,16 @@ def test_the_page_of_configs_lists_every_file() -> None:
     for folder, names in re.findall(r"^\| `(configs/\w+/)` \| (.*?) \|", page, re.MULTILINE):
         listed |= {folder + name for name in re.findall(r"`([\w.-]+)`", names)}
     assert listed == files
+
+
+def test_the_readme_names_tests_that_are_there() -> None:
+    page = (ROOT / "README.md").read_text()
+    table = page.partition("## Beside other projects")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ") and "`" in line]
+    assert len(rows) >= 8
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)`", row)
+        folder = Path(named[0]).parent
+        paths = [ROOT / (name if "/" in name else folder / name) for name in named]
+        assert paths
+        assert not [path for path in paths if not path.is_file()], row
