@@ -6,7 +6,7 @@ OUT ?= runs/quickstart
 PIP = $(BIN)/python -m pip --disable-pip-version-check
 export PYTHONUTF8 = 1
 
-.PHONY: quickstart finetune test check fmt slow gpu bench clean
+.PHONY: quickstart finetune test check docs fmt slow gpu bench clean
 
 quickstart: $(VENV)/.demo  ## the whole chain on the demo pictures: OUT/report.html
 	$(BIN)/mixmodal quickstart --out $(OUT)
@@ -38,6 +38,9 @@ check: $(VENV)/.dev  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 
+docs: $(VENV)/.docs  ## the documentation site, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 PATH="$(BIN):$$PATH" $(BIN)/mkdocs build --strict
+
 fmt: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -58,7 +61,7 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info
 
 # The stamps make a second run skip the installation until the requirements change.
-$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.demo $(VENV)/.dev $(VENV)/.docs: $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing mixmodal[$*] into $(VENV): a few minutes the first time"
 	$(PIP) install -c constraints.txt -e ".[$*]"
 	@touch $@

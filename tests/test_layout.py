@@ -19,6 +19,11 @@ from mixmodal.config import load_config, parse
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mixmodal"
+TOP_LEVEL = {
+    *("pyproject.toml", "mixmodal", "tokenizers", "train", "sample", "tests", "configs"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "SECURITY.md", "CITATION.cff"),
+    *("Makefile", "constraints.txt", "mkdocs.yml", "Dockerfile", "benchmarks", "docs"),
+}
 SCRIPT_FOLDERS = ("tokenizers", "train", "sample")
 FLOORS = {
     "environment": 0,
@@ -92,6 +97,13 @@ def room(name: str) -> str | None:
     """The room of a full module name; None for the package itself, which offers names of several."""
     parts = name.split(".")
     return parts[1] if len(parts) > 1 and parts[1] in FLOORS else None
+
+
+def test_the_top_level_holds_what_it_should() -> None:
+    """Others may lie about on a machine where the tree is worked in: of those, files that git would take are seen."""
+    missing = {name for name in TOP_LEVEL if not (ROOT / name).exists()}
+    stray = {path.name for path in ROOT.iterdir() if path.suffix in (".md", ".py", ".toml", ".yml", ".yaml", ".cfg")}
+    assert (missing, stray - TOP_LEVEL) == (set(), set())
 
 
 def test_every_room_has_a_floor() -> None:
