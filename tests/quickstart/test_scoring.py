@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from mixmodal.evaluation.concepts import named_concept, nearest_pictures, rate
 from mixmodal.quickstart.scoring import (
     Label,
     confusion_by_category,
     draw_candidates,
-    named_concept,
-    nearest_pictures,
-    rate,
     top_confusions,
 )
 
