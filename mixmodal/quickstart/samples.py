@@ -12,9 +12,10 @@ import torch
 from PIL.Image import Image
 from rich.progress import track
 
+from mixmodal.evaluation.captioning import named_concept
 from mixmodal.pipeline import MixedModal
 from mixmodal.quickstart.demo import Demo, choose, save_picture
-from mixmodal.quickstart.scoring import DISTANCE, Label, named_concept, nearest_pictures, split_rate
+from mixmodal.quickstart.scoring import DISTANCE, Label, nearest_pictures, split_rate
 from mixmodal.sampling.rules import TokenSampling
 from mixmodal.tokenization.preprocessing import to_pictures, to_tensor
 

@@ -1,4 +1,4 @@
-"""Rates that say what a sample shows: the nearest demo picture, the concept that a caption names, the caption chosen.
+"""Rates that say what a sample shows: the nearest demo picture, the caption chosen.
 
 The distance between pictures is the root mean square difference of their RGB values in [0, 1], at the size of the image
 tokenizer. It is taken to every demo picture, of both styles and both splits, never to the wanted ones only.
@@ -6,7 +6,6 @@ tokenizer. It is taken to every demo picture, of both styles and both splits, ne
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -70,20 +69,6 @@ def nearest_pictures(pictures: Tensor, others: Tensor) -> Nearest:
     left, right = (batch.flatten(1).float().clamp(-1, 1) / 2 for batch in (pictures, others))
     distances, indices = torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
     return Nearest(indices, distances / values**0.5)
-
-
-def named_concept(caption: str, concepts: Iterable[str]) -> str | None:
-    """The concept that a caption names: the longest that stands in it as whole words; None where there is none.
-
-    The longest, so that `pineapple` and `red apple` do not count as `apple`.
-    """
-    text = caption.casefold()
-    found = [name for name in concepts if name.casefold() in text and _stands_alone(name.casefold(), text)]
-    return max(found, key=len, default=None)
-
-
-def _stands_alone(name: str, text: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
 
 
 def draw_candidates(labels: Sequence[Label], index: int, num_others: int, rng: np.random.Generator) -> list[int]:
