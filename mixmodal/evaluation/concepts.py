@@ -1,4 +1,4 @@
-"""What a sample shows: the nearest known picture, and the concept that a caption names.
+"""What a sample shows: the nearest known picture, and what is left of a caption without its concept.
 
 The distance between pictures is the root mean square difference of their RGB values in [0, 1], at the size of the image
 tokenizer. It is taken to every known picture, of all concepts and styles, never to the wanted ones only.
@@ -6,13 +6,13 @@ tokenizer. It is taken to every known picture, of all concepts and styles, never
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mixmodal.evaluation.captioning import named_concept
 from mixmodal.tokenization.codec import Codec
 
 DISTANCE = "root mean square difference of RGB values in [0, 1]"
@@ -54,20 +54,6 @@ def nearest_pictures(pictures: Tensor, others: Tensor) -> Nearest:
     left, right = (batch.flatten(1).float().clamp(-1, 1) / 2 for batch in (pictures, others))
     distances, indices = torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
     return Nearest(indices, distances / values**0.5)
-
-
-def named_concept(caption: str, concepts: Iterable[str]) -> str | None:
-    """The concept that a caption names: the longest that stands in it as whole words; None where there is none.
-
-    The longest, so that `pineapple` and `red apple` do not count as `apple`.
-    """
-    text = caption.casefold()
-    found = [name for name in concepts if name.casefold() in text and _stands_alone(name.casefold(), text)]
-    return max(found, key=len, default=None)
-
-
-def _stands_alone(name: str, text: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
 
 
 def rest_of(caption: str, concepts: Sequence[str]) -> str:

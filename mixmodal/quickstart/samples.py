@@ -12,7 +12,8 @@ import torch
 from PIL.Image import Image
 from rich.progress import track
 
-from mixmodal.evaluation.concepts import DISTANCE, named_concept, nearest_pictures, redraw, rest_of
+from mixmodal.evaluation.captioning import named_concept
+from mixmodal.evaluation.concepts import DISTANCE, nearest_pictures, redraw, rest_of
 from mixmodal.pipeline import MixedModal
 from mixmodal.quickstart.demo import Demo, choose, save_picture
 from mixmodal.quickstart.scoring import Label, split_rate
