@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
@@ -105,10 +105,12 @@ def bleu(captions: Sequence[str], references: Sequence[Sequence[str]]) -> tuple[
     metric = BLEUScore(n_gram=MAX_NGRAM).set_dtype(torch.float64)
     # of the first of the nearest lengths: the shorter one has to come first
     metric.update(captions, [sorted(texts, key=lambda text: len(text.split())) for texts in references])
-    precisions = (metric.numerator + TINY) / (metric.denominator + SMALL)
+    states = ("numerator", "denominator", "preds_len", "target_len")
+    right, number, length, wanted = (cast("torch.Tensor", metric.metric_state[name]) for name in states)
+    precisions = (right + TINY) / (number + SMALL)
     powers = torch.arange(1, MAX_NGRAM + 1, dtype=torch.float64)
     means = (precisions.log().cumsum(0) / powers).exp()
-    ratio = (float(metric.preds_len) + TINY) / (float(metric.target_len) + SMALL)
+    ratio = (float(length) + TINY) / (float(wanted) + SMALL)
     return tuple((means * math.exp(min(0.0, 1 - 1 / ratio))).tolist())
 
 

@@ -76,12 +76,8 @@ def test_document_frequencies_of_a_larger_corpus_give_one_picture_a_score() -> N
     caption, reference = ["a dog"], [["a dog"]]
     assert cider_d(caption, reference).mean == 0  # each n-gram stands in the references of all pictures
     known = document_frequencies([["a dog"], ["a cat", "a dog"], ["a tree"]])
-    assert known == DocumentFrequencies(
-        Counter(
-            {("a",): 3, ("dog",): 2, ("a", "dog"): 2, ("cat",): 1, ("a", "cat"): 1, ("tree",): 1, ("a", "tree"): 1}
-        ),
-        3,
-    )
+    alone = dict.fromkeys([("cat",), ("a", "cat"), ("tree",), ("a", "tree")], 1)
+    assert known == DocumentFrequencies(Counter({("a",): 3, ("dog",): 2, ("a", "dog"): 2, **alone}), 3)
     assert cider_d(caption, reference, known).mean == pytest.approx(5)  # n = 1 and 2 of 4
 
 
@@ -100,11 +96,15 @@ def test_a_caption_of_another_length_loses_by_a_gaussian() -> None:
         ("Red Apple", "red apple"),
         ("flag: Åland Islands!", "flag: Åland Islands"),
         ("keycap: *", "keycap: *"),
+        ("an apple tree", "apple tree"),
         ("", None),
     ],
 )
 def test_a_caption_names_the_longest_concept_in_whole_words(caption: str, concept: str | None) -> None:
-    assert named_concept(caption, ["apple", "red apple", "flag: Åland Islands", "keycap: *"]) == concept
+    assert (
+        named_concept(caption, ["apple", "tree", "apple tree", "red apple", "flag: Åland Islands", "keycap: *"])
+        == concept
+    )
 
 
 def test_the_exact_concept_rate_counts_captions_that_name_no_other() -> None:
