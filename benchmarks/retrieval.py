@@ -33,12 +33,12 @@ from mixmodal.data.indexing import MemoryConfig, build_memory
 from mixmodal.data.pretokenize import PretokenizeConfig, pretokenize
 from mixmodal.data.retrieving import RetrieveConfig, retrieve
 from mixmodal.data.shards import INDEX_NAME, Sample, read_samples, remove_unfinished, write_shards
+from mixmodal.evaluation.concepts import nearest_pictures, redraw
 from mixmodal.evaluation.retrieval import Worth
 from mixmodal.pipeline import MixedModal
 from mixmodal.pipeline.evaluate_retrieval import RetrievalEvaluationConfig, evaluate_retrieval
 from mixmodal.quickstart.demo import Demo, load_demo
-from mixmodal.quickstart.samples import judge, redraw
-from mixmodal.quickstart.scoring import nearest_pictures
+from mixmodal.quickstart.samples import judge
 from mixmodal.retrieval.encoder import load_encoder
 from mixmodal.retrieval.memory import Memory, open_memory
 from mixmodal.retrieval.retriever import Retrieved
@@ -189,7 +189,7 @@ def draw_held_out(options: argparse.Namespace, arm: str, seed: int, demo: Demo) 
     model.attach_memory(options.runs / "memory", selection=SELECTION)
     held_out = demo.indices(heldout=True)
     captions = [demo.labels[place].caption for place in held_out]
-    redrawn = redraw(model, demo.images)
+    redrawn = redraw(model.codec, demo.images)
     results: dict[int, dict[str, Any]] = {}
     for count in (0, max(COUNTS)):
         found = model.retrieve(captions, count) if count else [[] for _ in captions]

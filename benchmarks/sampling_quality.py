@@ -20,11 +20,11 @@ from curves import draw_curves
 from record import record
 from torch import Tensor
 
+from mixmodal.evaluation.concepts import nearest_pictures, redraw
 from mixmodal.evaluation.sheet import draw_captioned
 from mixmodal.pipeline import MixedModal
 from mixmodal.quickstart.demo import Demo, choose, load_demo
-from mixmodal.quickstart.samples import judge, redraw
-from mixmodal.quickstart.scoring import nearest_pictures
+from mixmodal.quickstart.samples import judge
 from mixmodal.tokenization.preprocessing import to_pictures, to_tensor
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -109,7 +109,7 @@ if __name__ == "__main__":
     size = loaded.codec.image_tokenizer.config
     data = given.quickstart / "data"
     pictures = load_demo(data / "train", data / "heldout", size.image_size, size.preprocess)
-    references = redraw(loaded, pictures.images)
+    references = redraw(loaded.codec, pictures.images)
     if "guidance" in given.what:
         measure_guidance(loaded, pictures, references)
     if "infilling" in given.what:

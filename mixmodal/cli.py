@@ -84,6 +84,9 @@ COMMANDS: dict[str, Subcommand] = {
     "match": Subcommand(
         "mixmodal.pipeline.match", "MatchConfig", "match", "pictures with captions of the same words in another order"
     ),
+    "evaluate": Subcommand(
+        "mixmodal.pipeline.evaluate", "EvaluateConfig", "evaluate", "metrics of pictures, captions, answers, texts"
+    ),
     "evaluate-retrieval": Subcommand(
         "mixmodal.pipeline.evaluate_retrieval",
         "RetrievalEvaluationConfig",

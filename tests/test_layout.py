@@ -63,6 +63,7 @@ CONFIG_TYPES = {
     "train/finetune_cm3leon": "finetune",
     "train/finetune_lora": "finetune",
     "train/dpo_chameleon": "finetune",
+    "sample/evaluate": "evaluate",
     "sample/prefer": "prefer",
     "tokenizers/train_text": "train-text-tokenizer",
     "tokenizers/train_image": "train-image-tokenizer",

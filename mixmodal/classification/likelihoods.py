@@ -5,7 +5,7 @@ Shapes: P prefixes, K continuations of each, N sequences, B batch, T tokens, D m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -54,6 +54,10 @@ class LogLikelihood:
     count: int
 
 
+Measure = Callable[[Tensor, Tensor], Tensor]
+"""Something of each token, `(S,)`: of hidden states `(S, D)` and the tokens behind them `(S,)`."""
+
+
 class SequenceScorer:
     """Log-likelihoods of marked tokens, in batches.
 
@@ -87,15 +91,27 @@ class SequenceScorer:
         Raises:
             ValueError: for a sequence longer than the model's context.
         """
-        totals, counts = (
-            np.zeros(len(sequences)),
-            np.array([int(one.scored.sum()) for one in sequences], dtype=np.int64),
-        )
+        counts = np.array([int(one.scored.sum()) for one in sequences], dtype=np.int64)
+        return LogLikelihoods(self._sums(sequences, self._measure(restrict, any_end)), counts)
+
+    def count_misses(self, sequences: Sequence[ScoredSequence]) -> np.ndarray:
+        """How many scored tokens are not the likeliest of the legal ones, int64 `(N,)`; 0 is what greedy drawing gives.
+
+        Raises:
+            ValueError: for a sequence longer than the model's context.
+        """
+        return self._sums(sequences, self._misses).astype(np.int64)
+
+    def _sums(self, sequences: Sequence[ScoredSequence], measure: Measure) -> np.ndarray:
+        totals = np.zeros(len(sequences))
         order = sorted(range(len(sequences)), key=lambda row: len(sequences[row].ids))  # little padding
         for start in range(0, len(order), self.batch_size):
             rows = order[start : start + self.batch_size]
-            totals[rows] = self._score_batch([sequences[row] for row in rows], None, restrict, any_end)
-        return LogLikelihoods(totals, counts)
+            totals[rows] = self._sum_batch([sequences[row] for row in rows], None, measure)
+        return totals
+
+    def _measure(self, restrict: bool, any_end: bool) -> Measure:
+        return lambda hidden, targets: self._log_probabilities(hidden, targets, restrict, any_end)
 
     def score_continuations(
         self, prefixes: Sequence[np.ndarray], continuations: Sequence[Sequence[ScoredSequence]]
@@ -138,15 +154,14 @@ class SequenceScorer:
         for start in range(0, len(flat), self.batch_size):
             rows = torch.arange(start, min(start + self.batch_size, len(flat)), device=device)
             branch = cache.select(rows // num_classes)
-            totals.reshape(-1)[start : start + len(rows)] = self._score_batch(
-                flat[start : start + len(rows)], branch, restrict=True, any_end=False
+            totals.reshape(-1)[start : start + len(rows)] = self._sum_batch(
+                flat[start : start + len(rows)], branch, self._measure(restrict=True, any_end=False)
             )
         return totals
 
     @torch.inference_mode()
-    def _score_batch(
-        self, sequences: Sequence[ScoredSequence], cache: KVCache | None, restrict: bool, any_end: bool
-    ) -> np.ndarray:
+    def _sum_batch(self, sequences: Sequence[ScoredSequence], cache: KVCache | None, measure: Measure) -> np.ndarray:
+        """What is measured of scored tokens, summed over each sequence."""
         device, width = self.model.embedding.weight.device, max(len(one.ids) for one in sequences)
         used = 0 if cache is None else cache.used
         if used + width > self.model.config.max_seq_len:
@@ -162,10 +177,7 @@ class SequenceScorer:
         rows, places = scored.nonzero(as_tuple=True)  # (S,)
         targets = tokens[rows, places].to(device)
         hidden = self.model.hidden(tokens.to(device), cache=cache)[rows.to(device), places.to(device) - 1]  # (S, D)
-        found = [
-            self._log_probabilities(hidden[chunk], targets[chunk], restrict, any_end)
-            for chunk in self._chunks(len(rows))
-        ]
+        found = [measure(hidden[chunk], targets[chunk]) for chunk in self._chunks(len(rows))]
         sums = torch.zeros(len(sequences), dtype=torch.float64)
         return sums.index_add(0, rows, torch.cat([*found, hidden.new_zeros(0)]).double().cpu()).numpy()
 
@@ -177,6 +189,19 @@ class SequenceScorer:
         if not restrict:
             return self.model.logits(hidden).log_softmax(dim=1).gather(1, targets[:, None])[:, 0]
         found = hidden.new_zeros(len(targets), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for chosen, logits, columns in self._legal(hidden, targets, any_end):
+            found[chosen] = logits.log_softmax(dim=1).gather(1, columns[:, None])[:, 0]
+        return found
+
+    def _misses(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """1 for each of `targets` `(S,)` that is not the likeliest behind `hidden` `(S, D)`, else 0."""
+        found = hidden.new_zeros(len(targets), dtype=torch.float32)
+        for chosen, logits, columns in self._legal(hidden, targets, any_end=False):
+            found[chosen] = (logits.argmax(dim=1) != columns).float()
+        return found
+
+    def _legal(self, hidden: Tensor, targets: Tensor, any_end: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """For the targets of each modality: which they are, logits of what they compete with, and their columns."""
         for modality in self.vocabulary.modalities:
             span = self.vocabulary.ids(modality)
             chosen = self.vocabulary.contains(modality, targets)
@@ -189,8 +214,7 @@ class SequenceScorer:
             if modality == "text":
                 logits = torch.cat((logits, self._end_logits(hidden[chosen], any_end)), dim=1)
                 columns = torch.where(targets[chosen] == self.vocabulary.eos, len(span), columns)
-            found[chosen] = logits.log_softmax(dim=1).gather(1, columns[:, None])[:, 0]
-        return found
+            yield chosen, logits, columns
 
     def _end_logits(self, hidden: Tensor, any_end: bool) -> Tensor:
         """The logit `(S, 1)` of the end of a text."""

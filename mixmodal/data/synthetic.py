@@ -5,7 +5,7 @@ For tests, the tiny config and evaluation: what a picture shows can be counted, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import NamedTuple
@@ -80,12 +80,33 @@ def draw(scene: Scene, size: int, rng: np.random.Generator) -> Picture:
 
     Two things stand on opposite sides of the middle, so that the relation stays true.
     """
-    canvas = Pictures.new("RGB", (size * SUPERSAMPLING, size * SUPERSAMPLING), BACKGROUND)
     things = [scene.first] if scene.second is None else [scene.first, scene.second]
-    room = 0.3 if len(things) == 1 else 0.2  # largest radius, as a share of the side
-    for thing, (x, y) in zip(things, _centers(scene.relation)):
+    room = 0.3 if len(things) == 1 else 0.2
+    return draw_things(things, _centers(scene.relation), room, 0.04, size, rng)
+
+
+def draw_things(
+    things: Sequence[Thing],
+    centers: Sequence[tuple[float, float]],
+    room: float,
+    jitter: float,
+    size: int,
+    rng: np.random.Generator,
+) -> Picture:
+    """Things at their places, a little moved and scaled by `rng`, as a picture of `size` x `size` pixels.
+
+    Args:
+        things: later ones are drawn over earlier ones.
+        centers: x and y of each, as shares of the side; y grows downwards.
+        room: largest radius, as a share of the side; the smallest is three quarters of it.
+        jitter: how far a center moves at most in x and in y, as a share of the side.
+        size: side of the picture in pixels.
+        rng: of radius and place.
+    """
+    canvas = Pictures.new("RGB", (size * SUPERSAMPLING, size * SUPERSAMPLING), BACKGROUND)
+    for thing, (x, y) in zip(things, centers, strict=True):
         radius = room * rng.uniform(0.75, 1.0)
-        shift = rng.uniform(-0.04, 0.04, size=2)
+        shift = rng.uniform(-jitter, jitter, size=2)
         center = (np.array([x, y]) + shift) * canvas.width
         _draw_thing(ImageDraw.Draw(canvas), thing, center, radius * canvas.width)
     return canvas.resize((size, size), Pictures.Resampling.LANCZOS)

@@ -101,12 +101,17 @@ class FrechetDistance:
 
     def warning(self) -> str | None:
         """What to know about the value, if anything."""
-        if self.num_pictures > self.num_features:
-            return None
-        return (
-            f"{self.name}: {self.num_pictures} pictures do not determine a covariance of {self.num_features} features; "
-            f"the value is biased upwards and compares only with values of the same pictures"
-        )
+        return warn_of_few(self.name, self.num_pictures, self.num_features)
+
+
+def warn_of_few(name: str, num_pictures: int, num_features: int) -> str | None:
+    """What to know about a Frechet distance of so few pictures; None where they are enough."""
+    if num_pictures > num_features:
+        return None
+    return (
+        f"{name}: {num_pictures} pictures do not determine a covariance of {num_features} features; "
+        f"the value is biased upwards and compares only with values of the same pictures"
+    )
 
 
 class PooledEfficientNet(nn.Module):

@@ -36,12 +36,21 @@ class Scoring:
         Raises:
             ValueError: for an empty continuation, or more tokens than the model's context takes.
         """
-        known, wanted = self.codec.to_documents([parts_of(context), parts_of(continuation)])
-        if not wanted.parts:
-            raise ValueError("log_likelihood: the continuation is empty; give it at least one part")
-        sequence = ScoredSequence(*self.format.spell_continuation(known, wanted))
-        found = self._scorer.score([sequence.behind(self.format.prefix(spell_documents(self.codec, before)))])
-        return LogLikelihood(float(found.totals[0]), int(found.counts[0]))
+        return self.log_likelihoods([(context, continuation)], before)[0]
+
+    def log_likelihoods(
+        self, pairs: Sequence[tuple[Sequence[Content], Sequence[Content]]], before: Sequence[Before] = ()
+    ) -> list[LogLikelihood]:
+        """`log_likelihood` of many pairs of a context and a continuation, `batch_size` in one forward."""
+        prefix = self.format.prefix(spell_documents(self.codec, before))
+        sequences: list[ScoredSequence] = []
+        for context, continuation in pairs:
+            known, wanted = self.codec.to_documents([parts_of(context), parts_of(continuation)])
+            if not wanted.parts:
+                raise ValueError("log_likelihood: the continuation is empty; give it at least one part")
+            sequences.append(ScoredSequence(*self.format.spell_continuation(known, wanted)).behind(prefix))
+        found = self._scorer.score(sequences)
+        return [LogLikelihood(float(total), int(count)) for total, count in zip(found.totals, found.counts)]
 
     def build_classifier(
         self,

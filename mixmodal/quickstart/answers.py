@@ -16,11 +16,11 @@ from torch import Tensor
 
 from mixmodal.data.tasks import TaskTemplates
 from mixmodal.document import EndOfTurn
+from mixmodal.evaluation.concepts import Rate, nearest_pictures, rate, redraw
 from mixmodal.pipeline import MixedModal
 from mixmodal.quickstart.demo import Demo, choose, save_picture
 from mixmodal.quickstart.demo_tasks import GROUPS, Record
-from mixmodal.quickstart.samples import judge, redraw
-from mixmodal.quickstart.scoring import Rate, nearest_pictures, rate
+from mixmodal.quickstart.samples import judge
 from mixmodal.sampling.rules import TokenSampling
 from mixmodal.tokenization.preprocessing import to_tensor
 
@@ -155,7 +155,7 @@ class Judge:
 
     def __init__(self, model: MixedModal, demo: Demo) -> None:
         self._demo = demo
-        self._images: Tensor = redraw(model, demo.images)
+        self._images: Tensor = redraw(model.codec, demo.images)
         self._places = {label.key: place for place, label in enumerate(demo.labels)}
 
     def items(

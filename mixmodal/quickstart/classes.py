@@ -12,9 +12,10 @@ from rich.progress import track
 
 from mixmodal.classification.autoregressive import METHODS
 from mixmodal.document import Document
+from mixmodal.evaluation.concepts import rate
 from mixmodal.pipeline import MixedModal
 from mixmodal.quickstart.demo import Demo, choose, save_picture
-from mixmodal.quickstart.scoring import Label, confusion_by_category, draw_candidates, rate, top_confusions
+from mixmodal.quickstart.scoring import Label, confusion_by_category, draw_candidates, top_confusions
 from mixmodal.tokenization.preprocessing import to_pictures
 
 EXAMPLES = 24

@@ -11,9 +11,10 @@ from PIL import Image
 
 from mixmodal.data.shards import read_samples
 from mixmodal.data.skipping import SampleLimits
+from mixmodal.evaluation.concepts import Rate, rate
 from mixmodal.evaluation.recall import chance_at
 from mixmodal.quickstart.demo import Demo, choose, save_picture
-from mixmodal.quickstart.scoring import Label, Rate, rate
+from mixmodal.quickstart.scoring import Label
 from mixmodal.retrieval.encoder import DocumentParts
 from mixmodal.retrieval.retriever import Retrieved, Retriever, load_retriever
 from mixmodal.retrieval.selection import SelectionConfig

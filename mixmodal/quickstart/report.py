@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mixmodal.quickstart.charts import Curve, heat_table, line_chart
-from mixmodal.quickstart.page import (
+from mixmodal.evaluation.concepts import Rate
+from mixmodal.evaluation.page import (
     Answer,
     code,
     figure,
@@ -30,7 +30,8 @@ from mixmodal.quickstart.page import (
     tiles,
     verdict,
 )
-from mixmodal.quickstart.scoring import Rate, split_rate
+from mixmodal.quickstart.charts import Curve, heat_table, line_chart
+from mixmodal.quickstart.scoring import split_rate
 
 ART = (
     ("Twemoji", "Twitter, Inc. and other contributors", "CC-BY 4.0", "https://creativecommons.org/licenses/by/4.0/"),

@@ -12,9 +12,11 @@ import torch
 from PIL.Image import Image
 from rich.progress import track
 
+from mixmodal.evaluation.captioning import named_concept
+from mixmodal.evaluation.concepts import DISTANCE, nearest_pictures, redraw, rest_of
 from mixmodal.pipeline import MixedModal
 from mixmodal.quickstart.demo import Demo, choose, save_picture
-from mixmodal.quickstart.scoring import DISTANCE, Label, named_concept, nearest_pictures, split_rate
+from mixmodal.quickstart.scoring import Label, split_rate
 from mixmodal.sampling.rules import TokenSampling
 from mixmodal.tokenization.preprocessing import to_pictures, to_tensor
 
@@ -102,7 +104,7 @@ def judge_pictures(
 ) -> list[dict[str, Any]]:
     """Generated pictures with the demo picture nearest to each, and whether that is of the right concept and style."""
     images = torch.stack([to_tensor(picture) for picture in pictures])
-    references = {"original": demo.images, "redrawn": redraw(model, demo.images)}
+    references = {"original": demo.images, "redrawn": redraw(model.codec, demo.images)}
     nearest = {name: nearest_pictures(images, others) for name, others in references.items()}
     items = []
     for number, (index, picture) in enumerate(zip(chosen, pictures, strict=True)):
@@ -132,13 +134,6 @@ def judge(wanted: Label, found: Label) -> dict[str, bool]:
     return {**verdict, "both_right": all(verdict.values())}
 
 
-def redraw(model: MixedModal, images: torch.Tensor) -> torch.Tensor:
-    """Images through the image tokenizer and back, `(N, 3, H, W)`."""
-    tokenizer = model.codec.image_tokenizer
-    parts = [tokenizer.decode(tokenizer.encode(part.to(model.codec.device))).cpu() for part in images.split(256)]
-    return torch.cat(parts)
-
-
 def write_captions(
     run: Path, model: MixedModal, demo: Demo, chosen: Sequence[int], config: SamplesConfig
 ) -> list[dict[str, Any]]:
@@ -163,13 +158,6 @@ def write_captions(
             }
         )
     return items
-
-
-def rest_of(caption: str, concepts: Sequence[str]) -> str:
-    """The caption without the concept that it names, so that the word for a style is not sought in a name."""
-    concept = named_concept(caption, concepts)
-    start = caption.casefold().find(concept.casefold()) if concept else -1
-    return caption if concept is None or start < 0 else caption[:start] + caption[start + len(concept) :]
 
 
 def write_mixed(run: Path, model: MixedModal, prompt: str, config: SamplesConfig) -> dict[str, Any]:

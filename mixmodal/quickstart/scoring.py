@@ -1,21 +1,14 @@
-"""Rates that say what a sample shows: the nearest demo picture, the concept that a caption names, the caption chosen.
-
-The distance between pictures is the root mean square difference of their RGB values in [0, 1], at the size of the image
-tokenizer. It is taken to every demo picture, of both styles and both splits, never to the wanted ones only.
-"""
+"""Rates of the demo: by split, captions to choose from, and what is taken for what."""
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
-DISTANCE = "root mean square difference of RGB values in [0, 1]"
+from mixmodal.evaluation.concepts import Rate, rate
 
 
 class Label(NamedTuple):
@@ -29,61 +22,9 @@ class Label(NamedTuple):
     heldout: bool
 
 
-class Rate(NamedTuple):
-    """A share with the numbers behind it."""
-
-    hits: int
-    trials: int
-
-    @property
-    def share(self) -> float:
-        """Between 0 and 1; nan without a trial."""
-        return self.hits / self.trials if self.trials else float("nan")
-
-
-def rate(outcomes: Iterable[bool]) -> Rate:
-    outcomes = list(outcomes)
-    return Rate(sum(outcomes), len(outcomes))
-
-
 def split_rate(items: Sequence[Mapping[str, Any]], key: str, heldout: bool) -> Rate:
     """How many items of one split have `key` true."""
     return rate(bool(item[key]) for item in items if item["label"]["heldout"] == heldout)
-
-
-class Nearest(NamedTuple):
-    """For each of N pictures the nearest of M others: int64 `(N,)` indices and float32 `(N,)` distances."""
-
-    indices: Tensor
-    distances: Tensor
-
-
-def nearest_pictures(pictures: Tensor, others: Tensor) -> Nearest:
-    """The nearest of `others` `(M, 3, H, W)` to each of `pictures` `(N, 3, H, W)`, both in [-1, 1].
-
-    Raises:
-        ValueError: for pictures of unequal size, or none to compare with.
-    """
-    if pictures.shape[1:] != others.shape[1:] or not len(others):
-        raise ValueError(f"nearest picture: {tuple(pictures.shape)} can not be compared with {tuple(others.shape)}")
-    values = pictures[0].numel() if len(pictures) else 1
-    left, right = (batch.flatten(1).float().clamp(-1, 1) / 2 for batch in (pictures, others))
-    distances, indices = torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
-    return Nearest(indices, distances / values**0.5)
-
-
-def named_concept(caption: str, concepts: Iterable[str]) -> str | None:
-    """The concept that a caption names: the longest that stands in it as whole words; None where there is none.
-
-    The longest, so that `pineapple` and `red apple` do not count as `apple`.
-    """
-    text = caption.casefold()
-    found = [name for name in concepts if name.casefold() in text and _stands_alone(name.casefold(), text)]
-    return max(found, key=len, default=None)
-
-
-def _stands_alone(name: str, text: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text) is not None
 
 
 def draw_candidates(labels: Sequence[Label], index: int, num_others: int, rng: np.random.Generator) -> list[int]:

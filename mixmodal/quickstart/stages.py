@@ -182,10 +182,10 @@ class PretrainingChain(Chain):
                 say(f"      {name:<45} {value:,.3f}")
 
     def _summary(self, markers: list[dict[str, Any]]) -> dict[str, Any]:
+        from mixmodal.evaluation.concepts import Rate
         from mixmodal.quickstart.finding import summarise_finding
         from mixmodal.quickstart.report import median_of, read_json, read_metrics
         from mixmodal.quickstart.samples import summarise_samples
-        from mixmodal.quickstart.scoring import Rate
 
         samples = read_json(self.run / "samples" / "results.json")
         classes = read_json(self.run / "classification" / "results.json")

@@ -7,9 +7,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from mixmodal.quickstart.charts import line_chart
-from mixmodal.quickstart.demo_tasks import GROUPS, HELDOUT
-from mixmodal.quickstart.page import (
+from mixmodal.evaluation.concepts import Rate
+from mixmodal.evaluation.page import (
     figure_of,
     figures,
     page,
@@ -21,10 +20,11 @@ from mixmodal.quickstart.page import (
     tiles,
     verdict,
 )
-from mixmodal.quickstart.page import table as html_table
+from mixmodal.evaluation.page import table as html_table
+from mixmodal.quickstart.charts import line_chart
+from mixmodal.quickstart.demo_tasks import GROUPS, HELDOUT
 from mixmodal.quickstart.recipe import RECORDS, TUNED
 from mixmodal.quickstart.report import curve, made_by, read_metrics
-from mixmodal.quickstart.scoring import Rate
 
 SHOWN = 12
 TITLES = {

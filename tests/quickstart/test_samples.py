@@ -11,13 +11,13 @@ import pytest
 from PIL import Image
 
 from mixmodal.data.shards import PictureFile, Sample, write_shards
+from mixmodal.evaluation.concepts import rest_of
 from mixmodal.pipeline import MixedModal
 from mixmodal.quickstart.classes import ClassesConfig, best_class, classify_heldout, summarise
 from mixmodal.quickstart.demo import Demo, choose, load_demo
 from mixmodal.quickstart.samples import (
     SamplesConfig,
     judge_pictures,
-    rest_of,
     sample_demo,
     summarise_samples,
 )

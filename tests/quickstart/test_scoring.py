@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 
+from mixmodal.evaluation.concepts import nearest_pictures, rate
 from mixmodal.quickstart.scoring import (
     Label,
     confusion_by_category,
     draw_candidates,
-    named_concept,
-    nearest_pictures,
-    rate,
     top_confusions,
 )
 
@@ -44,22 +42,6 @@ def test_values_beyond_the_range_count_as_the_picture_shows_them() -> None:
 def test_unequal_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="can not be compared"):
         nearest_pictures(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 8, 8))
-
-
-@pytest.mark.parametrize(
-    ("caption", "concept"),
-    [
-        ("red apple, flat style", "red apple"),
-        ("pineapple, flat style", None),
-        ("an apple in outline style", "apple"),
-        ("Red Apple", "red apple"),
-        ("flag: Åland Islands!", "flag: Åland Islands"),
-        ("keycap: *", "keycap: *"),
-        ("", None),
-    ],
-)
-def test_a_caption_names_the_longest_concept_in_whole_words(caption: str, concept: str | None) -> None:
-    assert named_concept(caption, ["apple", "red apple", "flag: Åland Islands", "keycap: *"]) == concept
 
 
 def test_candidates_are_other_concepts_in_the_same_style() -> None:

@@ -1,4 +1,4 @@
-"""Pieces of the report page: everything inline, every text escaped, so that one file shows all of it offline."""
+"""Pieces of report pages: everything inline, every text escaped, so that one file shows all of it offline."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from string import Template
 from typing import NamedTuple
 
-from mixmodal.quickstart.scoring import Rate
+from mixmodal.evaluation.concepts import Rate
 
 YES, NO = "&#10003;", "&#10007;"
 
 
 def page(title: str, body: Iterable[str]) -> str:
     """The whole HTML document around the sections of `body`."""
-    template = resources.files("mixmodal.quickstart").joinpath("page.html").read_text(encoding="utf-8")
+    template = resources.files("mixmodal.evaluation").joinpath("page.html").read_text(encoding="utf-8")
     return Template(template).substitute(title=escape(title), body="\n".join(body))
 
 
