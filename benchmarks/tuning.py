@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from record import append, record
 
-from mixmodal.config import load_config
+from mixmodal.config import load_config, save_config
 from mixmodal.data.corpora import CorpusConfig, PrepareConfig, prepare
 from mixmodal.data.skipping import SampleLimits, SkipCounter
 from mixmodal.data.source import SourceConfig
@@ -44,6 +47,8 @@ from mixmodal.training.preference import PreferenceTuningConfig
 EDITS = ("style", "skin_tone", "gender")
 NUM_ANSWERS, SEEDS = 8, 2
 """Pictures drawn for a caption, of which a pair is made, and pairs for each."""
+MEMORY_STEPS = 60
+"""After which memory is at its peak."""
 JUDGES: tuple[JudgeName, ...] = ("likelihood", "reference")
 DPO_STEPS, DPO_LR = 200, 2e-4
 
@@ -129,7 +134,7 @@ def record_adapters(run: Path) -> None:
         folder = config.trainer.run_dir
         if not (folder / "export" / "config.json").is_file():
             finetune(config)
-        resources = json.loads((folder / "resources.json").read_text())
+        resources = measure_resources(config)
         seconds = next(
             line["wall_time_s"] for line in read_metrics(folder / "metrics.jsonl")[::-1] if "wall_time_s" in line
         )
@@ -146,6 +151,16 @@ def record_adapters(run: Path) -> None:
         }
         for name, value in figures.items():
             record("tuning_adapters", f"{arm}: {name}", [value], "", "cpu", settings)
+
+
+def measure_resources(config: FinetuneConfig) -> dict[str, Any]:
+    """`resources.json` of a few steps of the same training in a process of its own, which holds nothing else."""
+    with tempfile.TemporaryDirectory() as name:
+        trainer = replace(config.trainer, run_dir=Path(name) / "run", max_steps=MEMORY_STEPS)
+        save_config(replace(config, trainer=trainer), Path(name) / "few.yaml")
+        command = [sys.executable, "-m", "mixmodal.cli", "finetune", "--config", f"{name}/few.yaml"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        return json.loads((trainer.run_dir / "resources.json").read_text())
 
 
 def record_preference(run: Path) -> None:
