@@ -2,7 +2,10 @@
 #   docker build -t mixmodal .
 #   docker run --gpus all --ipc host -v "$PWD:/work" mixmodal mixmodal --help
 # Only what pip and DeepSpeed need to compile is taken from the image: the CUDA libraries come with torch.
-FROM nvidia/cuda:12.8.1-devel-ubuntu24.04
+# CUDA must have the major version of torch's, which `python -c "import torch; print(torch.version.cuda)"` tells; DeepSpeed compares
+# them when it compiles what offloading needs.
+ARG CUDA=12.8.1
+FROM nvidia/cuda:${CUDA}-devel-ubuntu24.04
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends build-essential git ninja-build pdsh openssh-client \
       python3 python3-dev python3-venv \
