@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mixmodal.data.skipping import SampleLimits
+from mixmodal.pipeline.evaluating.hallucination import Hallucination, HallucinationOptions
 from mixmodal.pipeline.evaluating.image_to_text import ImageToText, ImageToTextOptions
 from mixmodal.pipeline.evaluating.questions import Questions, QuestionsOptions
 from mixmodal.pipeline.evaluating.task import Task
@@ -18,6 +19,7 @@ TASKS: dict[str, type[Task[Any]]] = {
     "image_to_text": ImageToText,
     "questions": Questions,
     "text": TextBits,
+    "hallucination": Hallucination,
 }
 
 
@@ -30,12 +32,14 @@ class TasksConfig:
         image_to_text: captions of pictures.
         questions: answers to questions about pictures.
         text: bits for each byte of texts.
+        hallucination: questions for objects that are in a picture, and that are not.
     """
 
     text_to_image: TextToImageOptions | None = None
     image_to_text: ImageToTextOptions | None = None
     questions: QuestionsOptions | None = None
     text: TextOptions | None = None
+    hallucination: HallucinationOptions | None = None
 
     def build(self) -> dict[str, Task[Any]]:
         """The tasks by name, in the order above."""
