@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from mixmodal.data.skipping import SampleLimits
 from mixmodal.pipeline.evaluating.hallucination import Hallucination, HallucinationOptions
 from mixmodal.pipeline.evaluating.image_to_text import ImageToText, ImageToTextOptions
 from mixmodal.pipeline.evaluating.questions import Questions, QuestionsOptions
-from mixmodal.pipeline.evaluating.task import Task
+from mixmodal.pipeline.evaluating.task import Task, TaskOptions
 from mixmodal.pipeline.evaluating.text import TextBits, TextOptions
 from mixmodal.pipeline.evaluating.text_to_image import TextToImage, TextToImageOptions
 
@@ -43,7 +43,13 @@ class TasksConfig:
 
     def build(self) -> dict[str, Task[Any]]:
         """The tasks by name, in the order above."""
-        given = {one.name: getattr(self, one.name) for one in fields(self)}
+        given: dict[str, TaskOptions | None] = {
+            "text_to_image": self.text_to_image,
+            "image_to_text": self.image_to_text,
+            "questions": self.questions,
+            "text": self.text,
+            "hallucination": self.hallucination,
+        }
         return {name: TASKS[name](options) for name, options in given.items() if options is not None}
 
 
