@@ -161,7 +161,7 @@ def cider_d(
     frequencies: DocumentFrequencies | None = None,
     sigma: float = SIGMA,
 ) -> EachScore:
-    """CIDEr-D of each caption (arXiv 1411.5726, section 7): 0 to 10.
+    """CIDEr-D of each caption (arXiv 1411.5726, "Gameability and evaluation server"): 0 to 10.
 
     The similarity of the TF-IDF vectors of n-grams, clipped to the reference's counts, times a Gaussian of the
     difference in length, as the mean over n = 1 .. 4 and over the references. n-grams that stand in the references of
