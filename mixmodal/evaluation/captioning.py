@@ -66,7 +66,8 @@ def tokenize_caption(text: str) -> str:
     abbreviations with full stops) is left out: of 1,903 names of emoji, 1,893 come out alike.
     """
     spaced = CLITIC.sub(r" \1", text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
-    return " ".join(BRACKETS.get(token, token) for token in TOKEN.findall(spaced))
+    tokens: list[str] = TOKEN.findall(spaced)
+    return " ".join(BRACKETS.get(token, token) for token in tokens)
 
 
 def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:
