@@ -66,7 +66,8 @@ def tokenize_caption(text: str) -> str:
     abbreviations with full stops) is left out: of 1,903 names of emoji, 1,893 come out alike.
     """
     spaced = CLITIC.sub(r" \1", text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
-    return " ".join(BRACKETS.get(token, token) for token in TOKEN.findall(spaced))
+    tokens: list[str] = TOKEN.findall(spaced)
+    return " ".join(BRACKETS.get(token, token) for token in tokens)
 
 
 def caption_scores(captions: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:
@@ -161,7 +162,7 @@ def cider_d(
     frequencies: DocumentFrequencies | None = None,
     sigma: float = SIGMA,
 ) -> EachScore:
-    """CIDEr-D of each caption (arXiv 1411.5726, section 7): 0 to 10.
+    """CIDEr-D of each caption (arXiv 1411.5726, "Gameability and evaluation server"): 0 to 10.
 
     The similarity of the TF-IDF vectors of n-grams, clipped to the reference's counts, times a Gaussian of the
     difference in length, as the mean over n = 1 .. 4 and over the references. n-grams that stand in the references of

@@ -77,7 +77,7 @@ def pope_questions(
     seed: int = 0,
     template: str = "Is there {article} {name} in the image?",
 ) -> list[Probe]:
-    """Questions about objects in and not in each picture, as many of one kind as of the other (arXiv 2305.10355, 4.1).
+    """Questions about objects in and not in each picture, as many of each (arXiv 2305.10355, section 5).
 
     Objects not in a picture are drawn at random (`random`), or are those that stand in most pictures (`popular`), or
     those that stand most often in pictures with the objects of this one (`adversarial`): the counts of pictures shared
@@ -135,7 +135,7 @@ def _ranking(
 
 
 def pope_scores(probes: Sequence[Probe], answers: Sequence[str]) -> PopeScores:
-    """Scores of answers to the questions (arXiv 2305.10355, 4.2).
+    """Scores of answers to the questions (arXiv 2305.10355, section 5).
 
     An answer is what its first word of yes and no says, in any case; without one it counts as wrong, and as no yes.
 

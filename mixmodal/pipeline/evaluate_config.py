@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from mixmodal.data.skipping import SampleLimits
+from mixmodal.pipeline.evaluating.hallucination import Hallucination, HallucinationOptions
 from mixmodal.pipeline.evaluating.image_to_text import ImageToText, ImageToTextOptions
 from mixmodal.pipeline.evaluating.questions import Questions, QuestionsOptions
-from mixmodal.pipeline.evaluating.task import Task
+from mixmodal.pipeline.evaluating.task import Task, TaskOptions
 from mixmodal.pipeline.evaluating.text import TextBits, TextOptions
 from mixmodal.pipeline.evaluating.text_to_image import TextToImage, TextToImageOptions
 
@@ -18,6 +19,7 @@ TASKS: dict[str, type[Task[Any]]] = {
     "image_to_text": ImageToText,
     "questions": Questions,
     "text": TextBits,
+    "hallucination": Hallucination,
 }
 
 
@@ -30,16 +32,24 @@ class TasksConfig:
         image_to_text: captions of pictures.
         questions: answers to questions about pictures.
         text: bits for each byte of texts.
+        hallucination: questions for objects that are in a picture, and that are not.
     """
 
     text_to_image: TextToImageOptions | None = None
     image_to_text: ImageToTextOptions | None = None
     questions: QuestionsOptions | None = None
     text: TextOptions | None = None
+    hallucination: HallucinationOptions | None = None
 
     def build(self) -> dict[str, Task[Any]]:
         """The tasks by name, in the order above."""
-        given = {one.name: getattr(self, one.name) for one in fields(self)}
+        given: dict[str, TaskOptions | None] = {
+            "text_to_image": self.text_to_image,
+            "image_to_text": self.image_to_text,
+            "questions": self.questions,
+            "text": self.text,
+            "hallucination": self.hallucination,
+        }
         return {name: TASKS[name](options) for name, options in given.items() if options is not None}
 
 

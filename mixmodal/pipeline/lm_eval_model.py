@@ -51,7 +51,7 @@ class MixedModalLM(LM):
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
         """Of requests with `args` `(context, continuation)`: nats, and whether greedy drawing gives the same."""
-        return [tuple(one) for one in self.harness.score([request.args for request in requests])]
+        return [(one.total, one.is_greedy) for one in self.harness.score([request.args for request in requests])]
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         """Of requests with `args` `(text,)`: nats."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +19,7 @@ from mixmodal.data.mixture import counters
 from mixmodal.data.packing import Batch
 from mixmodal.data.pipeline import DataConfig, PackedDocuments, open_retrievals, open_sources
 from mixmodal.data.token_shards import TokenShards
+from mixmodal.evaluation.compression import in_bits
 from mixmodal.files import write_whole
 from mixmodal.interop.export import CONFIG, WEIGHTS, save_export
 from mixmodal.models.packed_rows import AttentionKind
@@ -336,7 +336,7 @@ class PretrainTask(Task):
         if self._text_bytes is not None:
             counted = target_weights(batch.segment_ids, batch.loss_weights) != 0
             num_bytes = (self._text_bytes.to(counted.device)[batch.tokens] * counted).sum()
-            units["bits_per_text_byte"] = Sums(found["loss_text"].total / math.log(2), num_bytes)
+            units["bits_per_text_byte"] = Sums(in_bits(found["loss_text"].total), num_bytes)
         return units
 
     def draw(self, model: nn.Module, step: int, last: bool) -> dict[str, Picture]:

@@ -12,6 +12,7 @@ from mixmodal.data.converters import read_conversations
 from mixmodal.data.shards import PictureFile, Sample, read_samples
 from mixmodal.data.skipping import SampleLimits, SkipCounter
 from mixmodal.document import EndOfTurn, Part
+from mixmodal.evaluation.answering import exact_accuracy, vqa_accuracy
 from mixmodal.pipeline.evaluating.image_to_text import GREEDY
 from mixmodal.pipeline.evaluating.task import (
     SHOWN,
@@ -35,7 +36,10 @@ BLIND = "blind"
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionsOptions(TaskOptions):
-    """Asks questions about pictures. The last message of a sample is the answer, `answers` in its metadata several.
+    """Asks questions about pictures.
+
+    The last message of a sample is the answer; `answers` in its metadata are those of several people, and `kind` is
+    what questions are counted by, too.
 
     Args:
         data: folders of shards of conversations, or JSONL files of them (kind `conversations` of `mixmodal prepare`).
@@ -98,12 +102,18 @@ class Questions(Task[QuestionsOptions]):
             if len(said) == 2:
                 del known[key]
                 head = {"sample": item.sample.key, "question": question_of(item.sample)}
+                sort = item.sample.metadata.get("kind")
+                head |= {"kind": sort} if isinstance(sort, str) else {}
                 yield item, {**head, "answers": answers_of(item.sample), **said}
         yield from broken
 
     def sum_up(self, setup: Setup, entries: Sequence[Mapping[str, Any]]) -> Findings:
         scores = {kind: [accuracy(entry[kind], entry["answers"]) for entry in entries] for kind in ("answer", BLIND)}
         metrics = {"vqa_accuracy": mean(scores["answer"]), "vqa_accuracy_blind": mean(scores[BLIND])}
+        for sort in sorted({entry["kind"] for entry in entries if "kind" in entry}):
+            places = [place for place, entry in enumerate(entries) if entry.get("kind") == sort]
+            metrics[f"vqa_accuracy_{sort}"] = mean(scores["answer"][place] for place in places)
+            metrics[f"vqa_accuracy_{sort}_blind"] = mean(scores[BLIND][place] for place in places)
         shown = [
             {
                 "image": f"{entry['key']}.png",
@@ -155,5 +165,5 @@ def answers_of(sample: Sample) -> list[str]:
 
 
 def accuracy(answer: str, answers: Sequence[str]) -> float:
-    """1 for the answer of people."""
-    return float(answer.casefold() in {one.casefold() for one in answers})
+    """VQA accuracy among the answers of several people; of a single answer whether it is the same in normal form."""
+    return vqa_accuracy(answer, answers) if len(answers) > 1 else exact_accuracy(answer, answers[0])
