@@ -53,6 +53,10 @@ def test_random_negatives_are_drawn_by_the_seed_from_all_that_the_picture_lacks(
     counts = Counter(name for names in drawn for name in names)
     assert set(counts) == {"dog", "table", "fork", "wave", "frisbee", "cup"}
     assert min(counts.values()) >= 8  # 20 of each in the mean, standard deviation 3.7
+    alike = [
+        probe.name for probe in pope_questions([["a"]] * 40 + [["b", "c", "d"]], "random", 1) if probe.answer == "no"
+    ]
+    assert set(alike[:40]) == {"b", "c", "d"}  # each picture has a draw of its own
 
 
 @pytest.mark.parametrize("negatives", NEGATIVES)
