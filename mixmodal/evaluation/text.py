@@ -1,8 +1,7 @@
-"""Likelihoods of texts of any length, and bits for each byte of them."""
+"""Likelihoods of texts of any length."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,8 +55,3 @@ def score_texts(scorer: SequenceScorer, texts: Sequence[str]) -> LogLikelihoods:
     np.add.at(totals, owners, found.totals)
     np.add.at(counts, owners, found.counts)
     return LogLikelihoods(totals, counts)
-
-
-def bits_per_byte(nats: float, num_bytes: int) -> float:
-    """Bits that a byte of text costs, from its log-likelihood in nats."""
-    return -nats / math.log(2) / num_bytes

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mixmodal.classification.likelihoods import ScoredSequence
-from mixmodal.evaluation.text import bits_per_byte, rolling_windows, score_texts
+from mixmodal.evaluation.compression import bits_per_byte
+from mixmodal.evaluation.text import rolling_windows, score_texts
 from mixmodal.pipeline import MixedModal
 from mixmodal.pipeline.harness import TextHarness, cut_at
 
@@ -36,7 +37,7 @@ def test_a_text_costs_what_its_pieces_cost_one_by_one(model: MixedModal) -> None
     first, rest = harness.score([("", "a red"), ("a red", " circle")])
     assert first.total + rest.total == pytest.approx(whole, rel=1e-5)  # 4e-7 seen
     found = score_texts(harness._scorer, [text])
-    assert bits_per_byte(found.totals[0], len(text)) == pytest.approx(-whole / np.log(2) / 12)
+    assert bits_per_byte(-found.totals[0], len(text)) == pytest.approx(-whole / np.log(2) / 12)
 
 
 def test_what_is_drawn_greedily_misses_nothing_and_another_piece_does(model: MixedModal) -> None:

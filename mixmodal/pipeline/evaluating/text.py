@@ -10,7 +10,8 @@ from typing import Any
 from mixmodal.classification.likelihoods import SequenceScorer
 from mixmodal.data.shards import Sample, read_samples
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
-from mixmodal.evaluation.text import bits_per_byte, score_texts
+from mixmodal.evaluation.compression import bits_per_byte
+from mixmodal.evaluation.text import score_texts
 from mixmodal.pipeline.evaluating.task import Findings, Item, Setup, Task, TaskOptions, batches
 
 
@@ -61,5 +62,5 @@ class TextBits(Task[TextOptions]):
         num_bytes, pieces = (sum(entry[name] for entry in entries) for name in ("bytes", "pieces"))
         metrics: dict[str, float | None] = {"bytes": num_bytes, "pieces": pieces}
         if num_bytes:
-            metrics |= {"bits_per_byte": bits_per_byte(nats, num_bytes), "nats_per_piece": -nats / pieces}
+            metrics |= {"bits_per_byte": bits_per_byte(-nats, num_bytes), "nats_per_piece": -nats / pieces}
         return Findings(metrics=metrics)
