@@ -40,7 +40,8 @@ EXCEPTIONS = {
     "docker run --gpus all --ipc host -v '$PWD:/work' mixmodal deepspeed --num_gpus 8 "
     "/opt/mixmodal/train/pretrain.py --config FILE": "likewise",
     "mixmodal COMMAND --help": "COMMAND is any of them",
-    "mixmodal inspect --modality_balance '{text: 0.5, image: 0.5}'": "tells of one option; data is wanted, too",
+    "python -m mixmodal.pipeline.lm_eval_model --model mixmodal --model_args pretrained=runs/NAME/export "
+    "--tasks piqa": "lm_eval's own options",
 }
 """Commands that are not held to a parser, and why."""
 
