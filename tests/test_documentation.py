@@ -31,6 +31,7 @@ STAND_INS = {
     "train-image-tokenizer": "configs/tokenizers/demo_32px_16.yaml",
     "prepare": "configs/data/folder.yaml",
     "plan": "configs/train/tiny.yaml",
+    "evaluate": "configs/sample/evaluate.yaml",
 }
 """What is read where a page says `--config FILE`, a file of the reader's own."""
 LAUNCHER_VALUES = ("--num_gpus", "--hostfile", "--node_rank", "--master_addr", "--master_port", "--nproc_per_node")

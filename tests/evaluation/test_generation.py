@@ -31,7 +31,7 @@ def test_frechet_distance_is_the_formula_and_that_of_torchmetrics(sets: tuple[Te
     roots = np.sqrt(np.linalg.eigvals(one @ two).real).sum()
     formula = ((real.mean(0) - drawn.mean(0)) ** 2).sum() + np.trace(one) + np.trace(two) - 2 * roots
     found = frechet_distance(*sets)
-    assert found == pytest.approx(formula, rel=1e-9)  # 2e-15 seen
+    assert found == pytest.approx(formula, rel=1e-9)
     metric = FrechetInceptionDistance(feature=Given()).set_dtype(torch.float64)
     metric.update(sets[0].double(), real=True)
     metric.update(sets[1].double(), real=False)
@@ -48,7 +48,7 @@ def test_kernel_distance_is_that_of_torchmetrics_and_of_the_sums(sets: tuple[Ten
         metric = KernelInceptionDistance(feature=Given(), subsets=2, subset_size=50)
     metric.update(real, real=True)
     metric.update(drawn, real=False)
-    assert found.mean == pytest.approx(float(metric.compute()[0]), rel=1e-5)  # 3e-7 seen: torchmetrics sums in float32
+    assert found.mean == pytest.approx(float(metric.compute()[0]), rel=1e-5)  # torchmetrics sums in float32
     x, y = real.double().numpy(), drawn.double().numpy()
     kernels = [(a @ b.T / 6 + 1) ** 3 for a, b in ((x, x), (y, y), (x, y))]
     within = sum((k.sum() - np.trace(k)) / (50 * 49) for k in kernels[:2])

@@ -57,7 +57,7 @@ def close(found: Any, wanted: Any) -> bool:
     if isinstance(wanted, dict):
         return found.keys() == wanted.keys() and all(close(found[key], wanted[key]) for key in wanted)
     if isinstance(wanted, float):
-        return found == pytest.approx(wanted, rel=1e-5)  # 6e-7 seen
+        return found == pytest.approx(wanted, rel=1e-5)
     return found == wanted
 
 

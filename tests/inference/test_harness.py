@@ -35,7 +35,7 @@ def test_a_text_costs_what_its_pieces_cost_one_by_one(model: MixedModal) -> None
     harness, text = TextHarness(model), "a red circle"
     (whole,) = harness.score_whole([text])
     first, rest = harness.score([("", "a red"), ("a red", " circle")])
-    assert first.total + rest.total == pytest.approx(whole, rel=1e-5)  # 4e-7 seen
+    assert first.total + rest.total == pytest.approx(whole, rel=1e-5)
     found = score_texts(harness._scorer, [text])
     assert bits_per_byte(-found.totals[0], len(text)) == pytest.approx(-whole / np.log(2) / 12)
 
