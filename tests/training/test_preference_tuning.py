@@ -93,7 +93,7 @@ def test_the_reference_is_what_each_answer_has_by_itself(config: Build, root: Pa
                 found = logps.gather(-1, ids[start + 1 : stop, None]).squeeze(-1)
                 expected = found[torch.from_numpy(loss[start + 1 : stop])].sum()
                 own = batch.reference[row, 2 * number + answer]
-                assert own.item() == pytest.approx(expected.item(), abs=1e-4)  # seen: 1e-5, of 30 nats
+                assert own.item() == pytest.approx(expected.item(), abs=1e-4)
                 checked += 1
     assert checked == 2 * sum(map(len, batch.rows.keys)) > 8
 
@@ -114,7 +114,7 @@ def test_each_source_has_its_own_reference(config: Build, root: Path, tmp_path: 
     for key, values in found.items():
         name, _, own = key.partition(":")
         if own in apart[name]:
-            assert values == pytest.approx(apart[name][own], abs=1e-4)  # seen: 1e-5
+            assert values == pytest.approx(apart[name][own], abs=1e-4)
     both = [key.partition(":")[2] for key in found if key.startswith("two:")]
     assert any(own in apart["one"] and apart["one"][own] != found[f"two:{own}"] for own in both)
 
@@ -133,7 +133,7 @@ def test_the_first_loss_is_the_logarithm_of_two(config: Build, root: Path) -> No
     finetune(replace(tuned, optimizer=OptimizerConfig(lr=1e-12)))
     first, last = records(tuned)
     for prefix, line in (("", first), ("eval_", last)):
-        assert line[f"{prefix}loss"] == pytest.approx(math.log(2), abs=1e-6)  # seen: 1e-7
+        assert line[f"{prefix}loss"] == pytest.approx(math.log(2), abs=1e-6)
         assert abs(line[f"{prefix}kl_estimate"]) < 1e-6
 
 
@@ -269,8 +269,8 @@ def test_two_ranks_share_the_pairs_of_one(config: Build) -> None:
         found.append((total.item(), gradients, sum(float(task.batch_weight(batch)) for batch in batches)))
     (one, gradients, pairs), (two, others, same) = found
     assert pairs == same > 4
-    assert two == pytest.approx(one, rel=1e-6)  # seen: 1e-7
-    assert max((a - b).abs().max().item() for a, b in zip(gradients, others)) < 1e-6  # seen: 3e-8
+    assert two == pytest.approx(one, rel=1e-6)
+    assert max((a - b).abs().max().item() for a, b in zip(gradients, others)) < 1e-6
 
 
 @pytest.mark.slow
