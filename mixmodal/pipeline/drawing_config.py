@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 
 from mixmodal.pipeline.mixed_modal import MixedModal
-from mixmodal.pipeline.options import DEFAULT_SAMPLING, SamplingOptions, build_guidance
+from mixmodal.pipeline.options import DEFAULT_SAMPLING, SamplingOptions, build_guidance, sampling_options
 from mixmodal.pipeline.reading import ReadingConfig, local_device
 from mixmodal.sampling.guidance import Unconditional
 from mixmodal.sampling.rules import TokenSampling
@@ -82,10 +82,8 @@ class DrawingConfig(ReadingConfig):
 
     def options(self) -> SamplingOptions:
         """How tokens are drawn, for `MixedModal.generate`."""
-        names = [one.name for one in fields(TokenSampling)]
         chosen = self.samplings
-        by_modality = {name: {modality: getattr(one, name) for modality, one in chosen.items()} for name in names}
-        return cast(SamplingOptions, {**by_modality, **self.guidance_options()})
+        return {**sampling_options(chosen), **self.guidance_options()}
 
     def load(self) -> MixedModal:
         """The model, on this process's device where a launcher has started several, with its memory."""

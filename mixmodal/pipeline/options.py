@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, TypeVar
+from dataclasses import fields
+from typing import Any, TypedDict, TypeVar, cast
 
 from mixmodal.sampling.guidance import NO_GUIDANCE, Guidance, Unconditional
 from mixmodal.sampling.rules import TokenSampling
@@ -48,6 +49,13 @@ class SamplingOptions(TypedDict, total=False):
     contrast_k: int
     contrast_alpha: float
     size: tuple[int, int] | None
+
+
+def sampling_options(samplings: Mapping[str, TokenSampling]) -> SamplingOptions:
+    """How the tokens of these modalities are drawn, all of it."""
+    names = [one.name for one in fields(TokenSampling)]
+    found = {name: {modality: getattr(one, name) for modality, one in samplings.items()} for name in names}
+    return cast(SamplingOptions, found)
 
 
 GUIDANCE = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL.Image import Image as Picture
@@ -32,7 +32,7 @@ from mixmodal.pipeline.judging import (
     read_questions,
 )
 from mixmodal.pipeline.mixed_modal import MixedModal
-from mixmodal.pipeline.options import DEFAULT_SAMPLING, SamplingOptions
+from mixmodal.pipeline.options import DEFAULT_SAMPLING, SamplingOptions, sampling_options
 from mixmodal.pipeline.reading import resolve_device
 from mixmodal.records import read_json, write_json
 from mixmodal.sampling.rules import TokenSampling
@@ -114,11 +114,7 @@ class PreferConfig:
     def options(self) -> SamplingOptions:
         """How tokens are drawn."""
         chosen = {"image": self.image_sampling, "text": self.text_sampling}
-        names = [one.name for one in fields(TokenSampling)]
-        options: dict[str, Any] = {
-            name: {modality: getattr(one, name) for modality, one in chosen.items()} for name in names
-        }
-        return cast(SamplingOptions, {**options, "guidance_scale": self.guidance_scale})
+        return {**sampling_options(chosen), "guidance_scale": self.guidance_scale}
 
     def describe(self) -> dict[str, Any]:
         """What the pairs follow from, as plain data."""

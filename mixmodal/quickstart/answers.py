@@ -18,6 +18,7 @@ from mixmodal.data.tasks import TaskTemplates
 from mixmodal.document import EndOfTurn
 from mixmodal.evaluation.concepts import Rate, nearest_pictures, rate, redraw
 from mixmodal.pipeline import MixedModal
+from mixmodal.pipeline.options import sampling_options
 from mixmodal.quickstart.demo import Demo, choose, save_picture
 from mixmodal.quickstart.demo_tasks import GROUPS, Record
 from mixmodal.quickstart.samples import judge
@@ -109,16 +110,15 @@ class Asker:
         for output in sorted({one.output for one in asked}):
             places = [place for place, one in enumerate(asked) if one.output == output]
             drawn = "image" if output == "mixed" and only_pictures else output
+            options = sampling_options({"image": config.image, "text": config.text})
+            options["guidance_scale"] = 1.0 if drawn == "text" else config.guidance_scale
             for start in track(range(0, len(places), config.batch_size), f"{name}: {output}"):
                 chosen = places[start : start + config.batch_size]
                 samples = model.generate_batch(
                     [asked[place].prompt for place in chosen],
                     drawn,
                     seed=config.seed,
-                    guidance_scale=1.0 if drawn == "text" else config.guidance_scale,
-                    temperature={"image": config.image.temperature, "text": config.text.temperature},
-                    top_k={"image": config.image.top_k, "text": config.text.top_k},
-                    top_p={"image": config.image.top_p, "text": config.text.top_p},
+                    **options,
                     max_new_tokens=None if drawn == "image" else config.max_new_tokens,
                 )
                 found.update((place, _answered(one[0])) for place, one in zip(chosen, samples, strict=True))

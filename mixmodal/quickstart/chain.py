@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +55,7 @@ def say(message: str) -> None:
     print(message, flush=True)
 
 
-class Chain:
+class Chain(ABC):
     """The stages of one run and what they share.
 
     Args:
@@ -69,8 +70,9 @@ class Chain:
         self.setup_seconds = 0.0
         self.runner = StageRunner(self.run, self._stages())
 
+    @abstractmethod
     def _stages(self) -> list[Stage]:
-        raise NotImplementedError
+        """In their order."""
 
     def _stage(
         self,

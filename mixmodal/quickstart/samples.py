@@ -15,6 +15,7 @@ from rich.progress import track
 from mixmodal.evaluation.captioning import named_concept
 from mixmodal.evaluation.concepts import DISTANCE, nearest_pictures, redraw, rest_of
 from mixmodal.pipeline import MixedModal
+from mixmodal.pipeline.options import sampling_options
 from mixmodal.quickstart.demo import Demo, choose, save_picture
 from mixmodal.quickstart.scoring import Label, split_rate
 from mixmodal.sampling.rules import TokenSampling
@@ -82,17 +83,16 @@ def generate(
 ) -> list[Any]:
     """One sample for each prompt, in batches with a progress bar."""
     starts = range(0, len(prompts), config.batch_size)
+    options = sampling_options({"image": config.image, "text": config.text})
+    options["guidance_scale"] = config.guidance_scale if output == "image" else 1.0
     samples: list[Any] = []
     for start in track(starts, name):
         found = model.generate_batch(
             prompts[start : start + config.batch_size],
             output,
             seed=config.seed,
-            guidance_scale=config.guidance_scale if output == "image" else 1.0,
             best_of=config.best_of if output == "image" else 1,
-            temperature={"image": config.image.temperature, "text": config.text.temperature},
-            top_k={"image": config.image.top_k, "text": config.text.top_k},
-            top_p={"image": config.image.top_p, "text": config.text.top_p},
+            **options,
             max_new_tokens=config.max_caption_tokens if output == "text" else None,
         )
         samples += [one[0] for one in found]

@@ -13,6 +13,7 @@ from mixmodal.document import EndOfTurn
 from mixmodal.pipeline import MixedModal
 from mixmodal.quickstart.answers import Answered, AnswersConfig, Asker, Judge, name_of, summarise
 from mixmodal.quickstart.demo import Demo
+from mixmodal.sampling.rules import TokenSampling
 from mixmodal.tokenization.preprocessing import to_pictures
 
 TASKS: dict[str, list[Any]] = {
@@ -48,6 +49,21 @@ def test_answers_stand_in_the_order_of_the_records_whatever_the_batch(asker: Ask
     for left, right in zip(first, second, strict=True):
         assert (left.picture is None) == (right.picture is None)
         assert left.picture is None or left.picture.tobytes() == right.picture.tobytes()
+
+
+def test_all_that_is_said_of_sampling_acts(asker: Asker, model: MixedModal, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+
+    def generate_batch(prompts: list[Any], output: str, **options: Any) -> list[list[str]]:
+        given.update(options)
+        return [["light"] for _ in prompts]
+
+    monkeypatch.setattr(model, "generate_batch", generate_batch)
+    image, text = TokenSampling(min_p=0.1, top_k=3), TokenSampling(repetition_penalty=1.5)
+    asker.ask(model, [DRAWING], AnswersConfig(image=image, text=text, guidance_scale=1.5, seed=7), "asked")
+    for name in vars(image):
+        assert given[name] == {"image": getattr(image, name), "text": getattr(text, name)}
+    assert (given["guidance_scale"], given["seed"]) == (1.5, 7)
 
 
 def test_records_are_chosen_by_task_and_language(asker: Asker) -> None:

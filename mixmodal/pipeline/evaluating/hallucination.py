@@ -18,9 +18,9 @@ from mixmodal.pipeline.evaluating.task import (
     Task,
     TaskOptions,
     open_first,
-    sampling_options,
     skipped,
 )
+from mixmodal.pipeline.options import sampling_options
 from mixmodal.pipeline.queue import Ask, Failed
 from mixmodal.sampling.rules import TokenSampling
 from mixmodal.tokenization.codec import Content
@@ -76,7 +76,7 @@ class Hallucination(Task[HallucinationOptions]):
                     yield Ask(f"{item.key} {number}", prompt, seed=setup.seed_of(item))
 
         options: Any = {"max_new_tokens": self.options.max_new_tokens}
-        options |= sampling_options("text", self.options.sampling)
+        options |= sampling_options({"text": self.options.sampling})
         for one in model.generate_each(asks(), "text", **options):
             key, number = one.key.split()
             if key not in known:  # another question of the picture has failed

@@ -20,10 +20,10 @@ from mixmodal.pipeline.evaluating.task import (
     TaskOptions,
     open_first,
     rate_labels,
-    sampling_options,
     skipped,
 )
 from mixmodal.pipeline.evaluating.text_to_image import save
+from mixmodal.pipeline.options import sampling_options
 from mixmodal.pipeline.queue import Ask, Failed
 from mixmodal.sampling.rules import TokenSampling
 from mixmodal.tokenization.codec import Content
@@ -75,7 +75,7 @@ class ImageToText(Task[ImageToTextOptions]):
                 yield Ask(item.key, [picture, *behind], seed=setup.seed_of(item))
 
         options: Any = {"max_new_tokens": self.options.max_new_tokens}
-        options |= sampling_options("text", self.options.sampling)
+        options |= sampling_options({"text": self.options.sampling})
         for one in setup.load().generate_each(asks(), "text", **options):
             item = known.pop(one.key)
             if isinstance(one, Failed):

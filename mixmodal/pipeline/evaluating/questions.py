@@ -23,10 +23,10 @@ from mixmodal.pipeline.evaluating.task import (
     TaskOptions,
     mean,
     open_first,
-    sampling_options,
     skipped,
 )
 from mixmodal.pipeline.evaluating.text_to_image import save
+from mixmodal.pipeline.options import sampling_options
 from mixmodal.pipeline.queue import Ask, Failed
 from mixmodal.sampling.rules import TokenSampling
 from mixmodal.tokenization.codec import Content
@@ -88,7 +88,7 @@ class Questions(Task[QuestionsOptions]):
 
         broken: list[tuple[Item, dict[str, Any]]] = []
         options: Any = {"max_new_tokens": self.options.max_new_tokens}
-        options |= sampling_options("text", self.options.sampling)
+        options |= sampling_options({"text": self.options.sampling})
         for one in setup.load().generate_each(asks(), "text", **options):
             key, kind = one.key.split()
             if key not in known:  # the other of the two has failed

@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
@@ -17,8 +17,6 @@ from PIL.Image import Image as Picture
 from mixmodal.data.shards import PictureFile, Sample, read_samples
 from mixmodal.data.skipping import SampleLimits, SkipCounter
 from mixmodal.pipeline.mixed_modal import MixedModal
-from mixmodal.pipeline.options import SamplingOptions
-from mixmodal.sampling.rules import TokenSampling
 from mixmodal.tokenization.preprocessing import PictureError
 
 SHOWN = 24
@@ -189,12 +187,6 @@ def _digest(sample: Sample) -> bytes:
     parts = [part if isinstance(part, str) else hashlib.sha256(part.data).hexdigest() for part in sample.parts]
     known = {"parts": parts, "metadata": dict(sample.metadata), "roles": [one.role for one in sample.messages]}
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).digest()
-
-
-def sampling_options(modality: str, sampling: TokenSampling) -> SamplingOptions:
-    """How tokens of one modality are drawn, for `MixedModal.generate_each`."""
-    found: Any = {one.name: {modality: getattr(sampling, one.name)} for one in fields(TokenSampling)}
-    return found
 
 
 def open_first(item: Item, limits: SampleLimits) -> Picture:

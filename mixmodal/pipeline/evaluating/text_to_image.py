@@ -32,10 +32,9 @@ from mixmodal.pipeline.evaluating.task import (
     batches,
     mean,
     rate_labels,
-    sampling_options,
     skipped,
 )
-from mixmodal.pipeline.options import DEFAULT_SAMPLING
+from mixmodal.pipeline.options import DEFAULT_SAMPLING, sampling_options
 from mixmodal.pipeline.queue import Ask, Drawn, Failed
 from mixmodal.retrieval.encoder import load_encoder
 from mixmodal.sampling.rules import TokenSampling
@@ -120,7 +119,7 @@ class TextToImage(Task[TextToImageOptions]):
                 known[item.key] = item
                 yield Ask(item.key, item.sample.texts[0], seed=setup.seed_of(item))
 
-        steering = {"guidance_scale": options.guidance_scale, **sampling_options("image", options.sampling)}
+        steering = {"guidance_scale": options.guidance_scale, **sampling_options({"image": options.sampling})}
         drawn = setup.load().generate_each(asks(), "image", best_of=options.best_of, **steering)  # type: ignore[arg-type]
         for batch in batches(drawn, setup.batch_size):
             whole = [one for one in batch if isinstance(one, Drawn)]
