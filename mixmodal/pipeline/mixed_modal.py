@@ -106,7 +106,9 @@ class MixedModal(Infilling, Scoring, HubModel):
         folder = find_export(source, hub)
         export = load_export(folder, device, dtype)
         model = cls(export.model, export.codec, batch_size, folder=folder)
-        model.adapter = apply_adapter(export.model, folder, Path(adapter)) if adapter else None
+        if adapter:
+            model.adapter = apply_adapter(export.model, folder, Path(adapter))
+            model.codec.conversations |= model.adapter.conversations
         return model
 
     def accelerate(self, *, cuda_graphs: bool = False, compile: bool = False) -> None:
