@@ -1,7 +1,8 @@
 """Claims with a bar, judged by the newest recorded lines.
 
 `claims/*.yaml` say what is claimed and where its figure stands; whether a bar is met is computed from the lines and
-written nowhere. A row has checks (figures of recorded lines, each with its bound), or tests that hold it, or both.
+written nowhere. A row has checks (figures of recorded lines, each with its bound), tests that hold it, pages that tell
+of it, or several of these.
 Figures of training and of held-out pictures never share a row.
 """
 
@@ -160,7 +161,7 @@ def judge(row: Row, lines: Lines, bounded: bool = False) -> Judged:
     texts = [finding.text for finding in found if finding is not None]
     mets = [finding.met for finding in found if finding is not None and finding.met is not None]
     if not row.checks:
-        verdict = "tested"
+        verdict = "tested" if row.tests else "told"
     elif not texts:
         verdict = row.verdict_without_figures
     elif row.any:
@@ -223,10 +224,10 @@ def _row(group: str, inherited: Mapping[str, Any], given: dict[str, Any]) -> Row
         raise ValueError(f"{place}: unknown keys {', '.join(sorted(unknown))}")
     tests, pages = (tuple(given.pop(name, ())) for name in ("tests", "pages"))
     row = Row(group=group, checks=checks, tests=tests, pages=pages, **given)
-    if not checks and not row.tests:
-        raise ValueError(f"{place}: neither checks nor tests")
+    if not (checks or tests or pages):
+        raise ValueError(f"{place}: neither checks nor tests nor pages")
     if not checks and not row.bar:
-        raise ValueError(f"{place}: a row that tests hold needs a bar")
+        raise ValueError(f"{place}: a row without checks needs a bar")
     return row
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -166,8 +167,9 @@ def test_a_pattern_takes_the_worst_of_all_and_must_find_as_many_as_are_named(bar
     assert found(lines=6, below=4.5) == ("", "not run")
 
 
-def test_tests_alone_are_no_measurement(bars: ModuleType, tmp_path: Path) -> None:
+def test_tests_or_pages_alone_are_no_measurement(bars: ModuleType, tmp_path: Path) -> None:
     assert judged(bars, tmp_path, {"bar": "always", "tests": ["tests/a.py::test_b"]}) == ("", "tested")
+    assert judged(bars, tmp_path, {"bar": "always", "pages": ["log.md"]}) == ("", "told")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +178,7 @@ def test_tests_alone_are_no_measurement(bars: ModuleType, tmp_path: Path) -> Non
         ({"checks": [{"subject": "ours", "belwo": 2}]}, "it is fast: unknown keys belwo"),
         ({"checks": [{"subject": "ours", "below": 2, "above": 1}]}, "at most one of"),
         ({"checks": [{"subject": "ours"}], "met": True}, "unknown keys met"),
-        ({"bar": "always"}, "neither checks nor tests"),
+        ({"bar": "always"}, "neither checks nor tests nor pages"),
         ({"tests": ["tests/a.py::test_b"]}, "needs a bar"),
     ],
 )
@@ -199,3 +201,15 @@ def test_the_readme_shows_bounded_figures_of_some_claims(load: Load, bars: Modul
     table = render.headlines(render.read_lines())
     assert 6 <= len(table) - 2 <= 10
     assert not [row for row in table if "not run" in row or "bfloat16" in row]
+
+
+def test_what_was_tried_by_hand_is_counted_and_must_say_all(load: Load, bars: ModuleType, tmp_path: Path) -> None:
+    package, trials = load("measure_package"), tmp_path / "mutations.jsonl"
+    line = {"file": "mixmodal/cli.py", "change": "no commands", "caught": True, "by": "tests/test_cli.py"}
+    trials.write_text("\n".join(map(json.dumps, (line, {**line, "caught": False}, line))))
+    assert package.caught(trials)[0] == 2
+    (tmp_path / "coverage.json").write_text('{"totals": {"percent_covered": 87.5}}')
+    assert package.covered(tmp_path / "coverage.json") == 87.5
+    trials.write_text(json.dumps({"file": "mixmodal/cli.py", "caught": True}))
+    with pytest.raises(SystemExit, match="the keys file, change, caught, by"):
+        package.caught(trials)
