@@ -1,13 +1,15 @@
 """What the package costs before it does anything, and what its tests hold: start-up, import, size, coverage.
 
     python benchmarks/measure_package.py [--coverage coverage.json] [--mutations mutations.jsonl]
+        [--duplicates duplicates.jsonl]
 
 `coverage.json` is of the fast tests, which are run by hand as they take minutes (`pip install pytest-cov`):
 
     python -m pytest --cov=mixmodal --cov-report=json
 
 `mutations.jsonl` says of each place that was broken by hand whether the tests noticed, a JSON object a line with the
-keys `file`, `change`, `caught` (true or false) and `by` (the test that did).
+keys `file`, `change`, `caught` (true or false) and `by` (the test that did). `duplicates.jsonl` says of each run of six
+lines or more that stands twice where (`places`) and why (`reason`, empty where there is none).
 """
 
 from __future__ import annotations
@@ -56,12 +58,16 @@ def covered(report: Path) -> float:
     return float(json.loads(report.read_text())["totals"]["percent_covered"])
 
 
-def caught(trials: Path) -> tuple[int, list[dict[str, object]]]:
-    """How many were noticed, and all of them."""
-    found = [json.loads(line) for line in trials.read_text().splitlines() if line.strip()]
-    if wrong := [one for one in found if {*one} != {"file", "change", "caught", "by"}]:
-        raise SystemExit(f"{trials}: a line has the keys file, change, caught, by: {wrong[0]}")
-    return sum(one["caught"] is True for one in found), found
+def read_findings(path: Path, keys: tuple[str, ...]) -> list[dict[str, object]]:
+    """What was found by hand, a JSON object a line.
+
+    Raises:
+        SystemExit: a line has other keys.
+    """
+    found = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    if wrong := [one for one in found if {*one} != {*keys}]:
+        raise SystemExit(f"{path}: a line has the keys {', '.join(keys)}: {wrong[0]}")
+    return found
 
 
 if __name__ == "__main__":
@@ -69,6 +75,7 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--coverage", type=Path, help="JSON report of coverage.py")
     parser.add_argument("--mutations", type=Path, help="JSON lines of places that were broken by hand")
+    parser.add_argument("--duplicates", type=Path, help="JSON lines of runs that stand twice")
     arguments = parser.parse_args()
     record(BENCHMARK, "mixmodal --help", seconds(HELP, arguments.repeats), "s", "cpu", {})
     record(BENCHMARK, "import mixmodal", seconds("import mixmodal", arguments.repeats), "s", "cpu", {})
@@ -77,5 +84,11 @@ if __name__ == "__main__":
     if arguments.coverage is not None:
         record(BENCHMARK, "lines that the fast tests run", [covered(arguments.coverage)], "%", "cpu", {})
     if arguments.mutations is not None:
-        number, trials = caught(arguments.mutations)
+        trials = read_findings(arguments.mutations, ("file", "change", "caught", "by"))
+        number = sum(one["caught"] is True for one in trials)
         record(BENCHMARK, "broken places that tests noticed", [number], f"of {len(trials)}", "cpu", {"places": trials})
+    if arguments.duplicates is not None:
+        runs = read_findings(arguments.duplicates, ("places", "reason"))
+        number = sum(not one["reason"] for one in runs)
+        subject = "runs of lines that stand twice without a reason"
+        record(BENCHMARK, subject, [number], f"of {len(runs)}", "cpu", {"runs": runs})

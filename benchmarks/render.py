@@ -37,8 +37,9 @@ VERDICTS = {
     "told": "no script measures it; the page says what was found",
     "met in part": "some figures are not there yet; those that are reach the bar",
     "not run": "no figure is recorded yet",
-    "not run (GPU)": "the figure needs a GPU; `make gpu` records it",
+    "not run (GPU)": "no figure is recorded yet, and it needs a GPU",
 }
+ELSEWHERE = re.compile(r"(?<![\w.])/(?:[\w.+-]+/)*([\w.+-]+)")
 NAMES = {"cpu": "CPU", "cuda": "GPU"}
 DEVICES = [*NAMES]
 TITLES = {
@@ -54,7 +55,7 @@ TITLES = {
     "import": "Importing a checkpoint of 7B: seconds and peak of memory",
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",
-    "stability": "Stability at a high learning rate: a value for each seed (docs/stability.md)",
+    "stability": "Stability at a high learning rate: a value for each seed",
 }
 ORDER = [*TITLES]
 PIVOTED = (
@@ -147,6 +148,9 @@ def bar_tables(lines: list[dict[str, Any]]) -> list[str]:
     said = ", ".join(f"{counts[name]} {name}" for name in VERDICTS if counts[name])
     page = ["## What is claimed", "", f"{sum(counts.values())} claims: {said}.", ""]
     page += [f"- **{name}**: {meaning}" for name, meaning in VERDICTS.items() if counts[name]]
+    missed = [found.row for rows in judged.values() for found in rows if found.verdict == "not met"]
+    page += ["", "Not met:", ""] * bool(missed)
+    page += [f"- {row.claim} ([{row.group}](#{anchor(row.group)}))" for row in missed]
     places = find_places()
     for title, (about, _) in groups.items():
         page += ["", f"### {title}", ""] + [about, ""] * bool(about)
@@ -256,7 +260,12 @@ def devices_of(benchmark: str) -> list[str]:
 
 def origin(line: dict[str, Any]) -> str:
     """What measured a line: command, device, day, commit and versions."""
-    return f"`{line['command']}`; {circumstances(line)}"
+    return f"`{command(line)}`; {circumstances(line)}"
+
+
+def command(line: dict[str, Any]) -> str:
+    """Of folders elsewhere on the machine only the last name is told."""
+    return ELSEWHERE.sub(r".../\1", line["command"])
 
 
 def circumstances(line: dict[str, Any]) -> str:
@@ -268,7 +277,7 @@ def merged(lines: Iterable[dict[str, Any]]) -> list[str]:
     """What measured lines, with all commands that did so in the same circumstances together."""
     commands: dict[str, dict[str, None]] = {}
     for line in lines:
-        commands.setdefault(circumstances(line), {})[f"`{line['command']}`"] = None
+        commands.setdefault(circumstances(line), {})[f"`{command(line)}`"] = None
     return [f"{', '.join(found)}; {where}" for where, found in commands.items()]
 
 

@@ -203,13 +203,17 @@ def test_the_readme_shows_bounded_figures_of_some_claims(load: Load, bars: Modul
     assert not [row for row in table if "not run" in row or "bfloat16" in row]
 
 
-def test_what_was_tried_by_hand_is_counted_and_must_say_all(load: Load, bars: ModuleType, tmp_path: Path) -> None:
+def test_what_was_found_by_hand_must_say_all(load: Load, bars: ModuleType, tmp_path: Path) -> None:
     package, trials = load("measure_package"), tmp_path / "mutations.jsonl"
-    line = {"file": "mixmodal/cli.py", "change": "no commands", "caught": True, "by": "tests/test_cli.py"}
-    trials.write_text("\n".join(map(json.dumps, (line, {**line, "caught": False}, line))))
-    assert package.caught(trials)[0] == 2
+    lines = [{"places": ["a.py:1", "b.py:7"], "reason": reason} for reason in ("", "no room in common")]
+    trials.write_text("\n\n".join(map(json.dumps, lines)))
+    assert package.read_findings(trials, ("places", "reason")) == lines
+    with pytest.raises(SystemExit, match=r"mutations\.jsonl: a line has the keys file, caught"):
+        package.read_findings(trials, ("file", "caught"))
     (tmp_path / "coverage.json").write_text('{"totals": {"percent_covered": 87.5}}')
     assert package.covered(tmp_path / "coverage.json") == 87.5
-    trials.write_text(json.dumps({"file": "mixmodal/cli.py", "caught": True}))
-    with pytest.raises(SystemExit, match="the keys file, change, caught, by"):
-        package.caught(trials)
+
+
+def test_folders_elsewhere_on_the_machine_are_not_told(load: Load, bars: ModuleType) -> None:
+    told = load("render").command({"command": "python benchmarks/a.py --run runs/a/b --out /home/me/x/out [/b/c.d,e/f]"})
+    assert told == "python benchmarks/a.py --run runs/a/b --out .../out [.../c.d,e/f]"
