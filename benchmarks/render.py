@@ -51,7 +51,10 @@ TITLES = {
     "saving": "What a checkpoint costs",
     "data": "Packed rows of a mixture: what they cost and how full they are",
     "decode": "Drawing pictures with guidance: codes a second, against transformers' Chameleon",
-    "package": "The package: start-up, size, and what its tests hold",
+    "own_pictures": "A folder of 500 pictures, by the three commands of the tutorial",
+    "evaluation": "The quickstart's model under `mixmodal evaluate`",
+    "house": "The package: how it starts, what it weighs, how much of it the tests run",
+    "mutations": "Places that were broken: how many the tests noticed",
     "import": "Importing a checkpoint of 7B: seconds and peak of memory",
     "image_tokenizer": "Image tokenizers: ours and others with the same weights",
     "tokenizer_comparison": "Image tokenizers at 64 pixels, 64 codes, 500 steps of 16: held-out demo pictures",
@@ -60,6 +63,7 @@ TITLES = {
 ORDER = [*TITLES]
 PIVOTED = (
     "quickstart",
+    "evaluation",
     "modality_balance",
     "tuning_tasks",
     "tuning_adapters",
@@ -83,7 +87,9 @@ PIVOTED = (
 )
 """Benchmarks whose subjects are `ARM: FIGURE`: a row for each arm, a column for each figure, all repeats in a cell."""
 DOTTED = ("quickstart",)
-"""Those whose subjects are `PART.FIGURE`, as in a JSON file: a table for each kind of part."""
+"""Those whose subjects are `ARM.FIGURE`, as in a JSON file."""
+APART = ("quickstart", "evaluation")
+"""Those of which arms with other figures stand in a table of their own."""
 
 ON_CPU = (
     "modality_balance",
@@ -100,7 +106,9 @@ ON_CPU = (
     "infilling",
     "memory",
     "own_pictures",
-    "package",
+    "evaluation",
+    "house",
+    "mutations",
     "retrieval_encoder",
     "retrieval_image",
     "retrieval_text",
@@ -231,7 +239,7 @@ def pivot(benchmark: str, lines: list[dict[str, Any]]) -> list[str]:
             }
         else:
             cells = {tuple(subject.split(": ", 1)): line for subject, line in found.items()}
-        for arms, figures in shapes(cells, apart=benchmark in DOTTED):
+        for arms, figures in shapes(cells, apart=benchmark in APART):
             rows += ["", f"| {NAMES[kind]} | {' | '.join(figures)} |", "|" + "---|" * (1 + len(figures))]
             for arm in arms:
                 values = [cells[arm, figure]["repeats"] if (arm, figure) in cells else [] for figure in figures]

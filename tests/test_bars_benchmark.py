@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -203,17 +202,25 @@ def test_the_readme_shows_bounded_figures_of_some_claims(load: Load, bars: Modul
     assert not [row for row in table if "not run" in row or "bfloat16" in row]
 
 
-def test_what_was_found_by_hand_must_say_all(load: Load, bars: ModuleType, tmp_path: Path) -> None:
-    package, trials = load("measure_package"), tmp_path / "mutations.jsonl"
-    lines = [{"places": ["a.py:1", "b.py:7"], "reason": reason} for reason in ("", "no room in common")]
-    trials.write_text("\n\n".join(map(json.dumps, lines)))
-    assert package.read_findings(trials, ("places", "reason")) == lines
-    with pytest.raises(SystemExit, match=r"mutations\.jsonl: a line has the keys file, caught"):
-        package.read_findings(trials, ("file", "caught"))
-    (tmp_path / "coverage.json").write_text('{"totals": {"percent_covered": 87.5}}')
-    assert package.covered(tmp_path / "coverage.json") == 87.5
+def test_arms_with_other_figures_stand_in_tables_of_their_own(load: Load, bars: ModuleType) -> None:
+    line = {"benchmark": "evaluation", "device_kind": "cpu", "device": "CPU", "date": "2026", "commit": "abc"}
+    line |= {"versions": {}, "command": "mixmodal evaluate"}
+    found = {
+        "questions: blind": 0.25,
+        "questions: exact": 0.5,
+        "text: bits": 2.0,
+        "again: blind": 0.75,
+        "again: exact": 1.0,
+    }
+    rows = load("render").pivot(
+        "evaluation", [{**line, "subject": name, "repeats": [value]} for name, value in found.items()]
+    )
+    assert rows[:3] == ["| CPU | blind | exact |", "|---|---|---|", "| questions | 0.25 | 0.5 |"]
+    assert rows[3:8] == ["| again | 0.75 | 1 |", "", "| CPU | bits |", "|---|---|", "| text | 2 |"]
 
 
 def test_folders_elsewhere_on_the_machine_are_not_told(load: Load, bars: ModuleType) -> None:
-    told = load("render").command({"command": "python benchmarks/a.py --run runs/a/b --out /home/me/x/out [/b/c.d,e/f]"})
+    told = load("render").command(
+        {"command": "python benchmarks/a.py --run runs/a/b --out /home/me/x/out [/b/c.d,e/f]"}
+    )
     assert told == "python benchmarks/a.py --run runs/a/b --out .../out [.../c.d,e/f]"
