@@ -157,7 +157,9 @@ def judge(row: Row, lines: Lines, bounded: bool = False) -> Judged:
     Args:
         bounded: leaves out figures that are only reported.
     """
-    found = [find(check, lines) for check in row.checks if check.comparison or not bounded]
+    checks = [check for check in row.checks if check.comparison or not bounded]
+    found = [find(check, lines) for check in checks]
+    needed = [one for one, check in zip(found, checks, strict=True) if check.comparison] or found
     texts = [finding.text for finding in found if finding is not None]
     mets = [finding.met for finding in found if finding is not None and finding.met is not None]
     if not row.checks:
@@ -165,11 +167,11 @@ def judge(row: Row, lines: Lines, bounded: bool = False) -> Judged:
     elif not texts:
         verdict = row.verdict_without_figures
     elif row.any:
-        verdict = "met" if any(mets) else "not run" if None in found else "not met"
+        verdict = "met" if any(mets) else "not run" if None in needed else "not met"
     elif not all(mets):
         verdict = "not met"
-    elif None in found:
-        verdict = "met in part"
+    elif None in needed:
+        verdict = "met in part" if mets else "not run"
     else:
         verdict = "met" if mets else "shown"
     return Judged(row=row, measured="; ".join(texts), verdict=verdict)

@@ -150,8 +150,8 @@ def fill(page: str, lines: list[dict[str, Any]]) -> str:
 
 def bar_tables(lines: list[dict[str, Any]]) -> list[str]:
     """The claims by group, and how many of them are held."""
-    groups = load_bars()
-    judged = {title: [judge(row, newest(lines)) for row in rows] for title, (_, rows) in groups.items()}
+    groups, known = load_bars(), newest(lines)
+    judged = {title: [judge(row, known) for row in rows] for title, (_, rows) in groups.items()}
     counts = Counter(found.verdict for rows in judged.values() for found in rows)
     said = ", ".join(f"{counts[name]} {name}" for name in VERDICTS if counts[name])
     page = ["## What is claimed", "", f"{sum(counts.values())} claims: {said}.", ""]
@@ -174,9 +174,9 @@ def bar_tables(lines: list[dict[str, Any]]) -> list[str]:
 
 def headlines(lines: list[dict[str, Any]]) -> list[str]:
     """A table of the claims that README.md shows."""
-    rows = ["| what | bar | newest measurement | |", "|" + "---|" * 4]
+    known, rows = newest(lines), ["| what | bar | newest measurement | |", "|" + "---|" * 4]
     for found in (
-        judge(row, newest(lines), bounded=True) for _, group in load_bars().values() for row in group if row.headline
+        judge(row, known, bounded=True) for _, group in load_bars().values() for row in group if row.headline
     ):
         rows.append(f"| {found.row.headline} | {found.row.stated} | {found.measured} | {bold(found.verdict)} |")
     return rows

@@ -148,6 +148,8 @@ def test_a_missing_line_leaves_a_claim_undecided_unless_another_one_fails(bars: 
     assert verdict({**good, "device": "cuda"}) == "not run (GPU)"
     assert verdict(good, gone) == "met in part"
     assert verdict(bad, gone) == "not met"
+    assert verdict(good, {"subject": "gone"}) == "met"
+    assert verdict(gone, {"subject": "good"}) == verdict({"subject": "good"}, {"subject": "gone"}) == "not run"
     assert verdict(bad, good) == "not met"
     assert verdict(bad, good, any=True) == "met"
     assert verdict(bad, gone, any=True) == "not run"
