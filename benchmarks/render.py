@@ -20,13 +20,7 @@ from record import newest, read_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"
-WRITTEN_PAGES = (
-    ROOT / "README.md",
-    *(
-        ROOT / "docs" / f"{name}.md"
-        for name in ("checkpoints", "classifiers", "finetune", "retrieval", "sampling", "tutorial")
-    ),
-)
+WRITTEN_PAGES = (ROOT / "README.md", *sorted({*(ROOT / "docs").glob("*.md")} - {PAGE}))
 MARK = re.compile(r"(<!-- figures: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 """In a page that is written by hand, what stands between is rendered."""
 VERDICTS = {
@@ -295,7 +289,8 @@ def notes(origins: list[str]) -> list[str]:
 
 if __name__ == "__main__":
     measured = read_lines()
-    filled = [(page, fill(page.read_text(encoding="utf-8"), measured)) for page in WRITTEN_PAGES]
-    for page, text in ((PAGE, render(measured)), *filled):
-        page.write_text(text, encoding="utf-8")
-        print(f"wrote {page.relative_to(ROOT)}")
+    pages = {page: fill(page.read_text(encoding="utf-8"), measured) for page in WRITTEN_PAGES}
+    for page, text in {PAGE: render(measured), **pages}.items():
+        if text != page.read_text(encoding="utf-8"):
+            page.write_text(text, encoding="utf-8")
+            print(f"wrote {page.relative_to(ROOT)}")
