@@ -305,6 +305,11 @@ class MixedModal(Infilling, Scoring, HubModel):
             return FillingQueue(*common, order, max_new_tokens, retrieve).draw(prompts)
         return SampleQueue(*common, output, best_of, self._rank).draw(prompts)
 
+    def room_left(self, prompt: str | Sequence[Content], output: str = "mixed") -> int:
+        """Tokens of the model's context that are free beside a prompt and its output; below 0 it does not fit."""
+        (spelled,) = spell_prompts(self.codec, [prompt], output)
+        return self.model.config.max_seq_len - len(spelled.ids) - output_room(self.format, output, None)
+
     def stream(
         self,
         prompt: str | Sequence[Content],
