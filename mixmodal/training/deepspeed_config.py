@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mixmodal.config import suggestion
+from mixmodal.files import read_object
 from mixmodal.training.config import HALF, Precision
 
 OWNED_KEYS = {
@@ -60,12 +60,10 @@ def read_zero_file(path: Path | None, precision: Precision) -> dict[str, Any]:
     if path is None:
         return {"zero_optimization": {"stage": 1 if precision in HALF else 0}}
     try:
-        sections = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"trainer.deepspeed: {path} can not be read as JSON: {error}") from error
-    if not isinstance(sections, dict):
-        raise ValueError(f"trainer.deepspeed: {path} must hold one JSON object")
-    sections = {key: value for key, value in sections.items() if value != "auto"}
+        found = read_object(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"trainer.deepspeed: {error}") from error
+    sections = {key: value for key, value in found.items() if value != "auto"}
     problems = [f"{key!r} is set by {OWNED_KEYS[key]}" for key in sections if key in OWNED_KEYS]
     problems += [
         f"{key!r} is no key that acts here{suggestion(key, dict.fromkeys(FREE_KEYS))}"
@@ -100,6 +98,8 @@ def check_zero(zero: Mapping[str, Any], precision: Precision, key: str) -> None:
         raise ValueError(f"{key}.mics_shard_size keeps each weight several times, which no checkpoint can be made of")
     devices = {}
     for name, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        if not isinstance(zero.get(name) or {}, Mapping):
+            raise ValueError(f'{key}.{name} is {zero[name]!r}; it must be a JSON object, such as {{"device": "cpu"}}')
         devices[name] = (zero.get(name) or {}).get("device", "none")
         if devices[name] != "none" and stage not in stages:
             raise ValueError(f"{key}.{name} can not act at stage {stage}, only at {' and '.join(map(str, stages))}")

@@ -13,8 +13,9 @@ import pytest
 from mixmodal.data.inspect import InspectConfig, inspect, stretches_of
 from mixmodal.data.mixture import ShareLimits, StageConfig
 from mixmodal.data.source import SourceConfig
-from mixmodal.data.token_shards import build_manifest, write_manifest, write_token_shard
+from mixmodal.data.token_shards import build_manifest, write_token_shard
 from mixmodal.document import Run, build_format
+from mixmodal.manifests import write_manifest
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
 from mixmodal.tokenization import text as text_module
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
