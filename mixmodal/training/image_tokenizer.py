@@ -25,6 +25,7 @@ from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
 from mixmodal.tokenization.quantizer import remedy
 from mixmodal.tokenization.quantizer_base import Quantized
 from mixmodal.training.optimizer import OptimizerConfig
+from mixmodal.training.precision import autocast
 from mixmodal.training.task import MODEL, Opponent, Task
 from mixmodal.training.trainer import FitResult, Trainer, TrainerConfig
 
@@ -277,8 +278,7 @@ class ImageTokenizerTask(Task):
             self._last_inputs = inputs[0].detach()
 
     def _autocast(self, images: Tensor) -> torch.autocast:
-        enabled = self.config.trainer.precision == "autocast_bfloat16"
-        return torch.autocast(images.device.type, torch.bfloat16, enabled=enabled)
+        return autocast(self.config.trainer.precision, images.device.type)
 
     @property
     def _discriminator_dtype(self) -> torch.dtype:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from PIL.Image import Image as Picture
 from torch import Tensor
 
+from mixmodal.extras import import_extra
 from mixmodal.files import naming, write_whole
 from mixmodal.objectives.loss import Sums
 
@@ -186,11 +187,9 @@ def is_until(line: str, step: int, finished: bool) -> bool:
 
 
 def build_writer(folder: Path, first_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        remedy = "pip install 'mixmodal[train]', or set trainer.tensorboard to false"
-        raise ValueError(f"trainer.tensorboard needs tensorboard: {remedy}") from error
+    import_extra("tensorboard", "train", "trainer.tensorboard, unless it is set to false, needs")
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=first_step + 1)
 
 
