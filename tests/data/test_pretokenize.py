@@ -229,7 +229,10 @@ def test_damaged_token_shards_are_named(build, build_shards):
     entry = good["shards"][0]
     cases = [
         ({**good, "format_version": 99}, r"manifest\.json: format_version is 99"),
-        ({key: good[key] for key in good if key != "counts"}, r"manifest\.json: not the manifest .*the key counts is missing"),
+        (
+            {key: good[key] for key in good if key != "counts"},
+            r"manifest\.json: not the manifest .*the key counts is missing",
+        ),
         ({**good, "vocabulary_digest": "f" * 64}, r"manifest\.json: vocabulary_digest is ffff"),
         ({**good, "shards": [{**entry, "documents": 2}]}, r"shard_00000\.offsets\.npy: 3 documents, not the 2"),
         ({**good, "shards": [{**entry, "tokens": 2}]}, r"shard_00000\.tokens\.npy: \d+ tokens, not the 2 of"),
