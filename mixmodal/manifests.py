@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,19 @@ def read_manifest(folder: Path, what: str, *, version: int, keys: Collection[str
     if missing:
         raise ValueError(f"{path}: not the manifest of {what} (the key {missing[0]} is missing); {remedy}")
     return manifest
+
+
+@contextlib.contextmanager
+def reading(path: Path, what: str, remedy: str) -> Iterator[None]:
+    """Makes what is not where the manifest in `path` should have it, or of another type, name the manifest.
+
+    Args:
+        what, remedy: see `read_manifest`.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not the manifest of {what} ({error!r}); {remedy}") from error
 
 
 def check_file(path: Path, sha256: str | None, remedy: str) -> None:

@@ -81,6 +81,9 @@ class InspectConfig:
     def __post_init__(self) -> None:
         if (self.data is None) == (not self.sources):
             raise ValueError("inspect: give either data, a folder of token shards, or sources, several by name")
+        for name, least in (("num_rows", 1), ("max_codes", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"inspect: {name} is {getattr(self, name)}; it must be at least {least}")
         if self.step < 0 or (self.step and not self.stages):
             raise ValueError(f"inspect: step is {self.step}; it must not be negative, and acts with stages alone")
 

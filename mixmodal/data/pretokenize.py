@@ -39,6 +39,7 @@ from mixmodal.document import (
     build_format,
 )
 from mixmodal.document.lumina import num_reserved
+from mixmodal.environment import check_device
 from mixmodal.files import read_object, write_whole
 from mixmodal.manifests import MANIFEST_NAME, write_manifest
 from mixmodal.tokenization.codec import map_alike
@@ -117,9 +118,9 @@ class TokensConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_variants", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("num_variants", 1), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.num_variants > 1 and not self.augment.changes_pictures:
             raise ValueError(f"num_variants is {self.num_variants}, but augment changes nothing; set one of its shares")
         if self.num_variants == 1 and self.augment.changes_pictures:
@@ -154,6 +155,7 @@ def pretokenize(config: PretokenizeConfig, progress: Progress | None = None) -> 
     """
     from mixmodal.tokenization.image import ImageTokenizer
 
+    check_device(config.device)
     text_tokenizer = load_text_tokenizer(config.text_tokenizer, config.num_text_pieces)
     if config.num_text_pieces not in (None, text_tokenizer.num_pieces):
         raise ValueError(

@@ -21,7 +21,7 @@ import numpy as np
 
 from mixmodal.document import SequenceFormat, TextCodec, build_format
 from mixmodal.files import sha256_of, write_whole
-from mixmodal.manifests import MANIFEST_NAME, check_file, read_manifest
+from mixmodal.manifests import MANIFEST_NAME, check_file, read_manifest, reading
 from mixmodal.ragged import RaggedArray, RaggedShard, Strings, encode_strings, map_npy, offsets_of
 from mixmodal.vocabulary import Vocabulary
 
@@ -35,6 +35,7 @@ PAIRS = "pairs"
 """A key of the manifest that only shards of preferences have."""
 DIGITS = 8
 REMEDY = "pretokenize again"
+WHAT = "token shards"
 
 
 def write_token_shard(
@@ -159,15 +160,16 @@ class TokenShards:
         self.folder = Path(folder)
         self.manifest_path = self.folder / MANIFEST_NAME
         keys = ("vocabulary", "vocabulary_digest", "sequence_format", *TOKENIZERS, "counts", "shards")
-        self.manifest = read_manifest(self.folder, "token shards", version=FORMAT_VERSION, keys=keys, remedy=REMEDY)
-        self.vocabulary = Vocabulary.from_dict(self.manifest["vocabulary"])
+        self.manifest = read_manifest(self.folder, WHAT, version=FORMAT_VERSION, keys=keys, remedy=REMEDY)
         self.num_variants: int = self.manifest.get("num_variants", 1)
-        self.check(vocabulary_digest=self.vocabulary.digest)
         self.has_pairs: bool = self.manifest.get(PAIRS, False)
-        entries = self.manifest["shards"]
-        self._documents = RaggedArray([self._open_documents(entry) for entry in entries])
-        self.keys = Strings(RaggedArray([self._open_keys(entry) for entry in entries]))
-        self._losses = [self._open_loss(entry) for entry in entries]
+        with reading(self.manifest_path, WHAT, REMEDY):
+            self.vocabulary = Vocabulary.from_dict(self.manifest["vocabulary"])
+            self.check(vocabulary_digest=self.vocabulary.digest)
+            entries = self.manifest["shards"]
+            self._documents = RaggedArray([self._open_documents(entry) for entry in entries])
+            self.keys = Strings(RaggedArray([self._open_keys(entry) for entry in entries]))
+            self._losses = [self._open_loss(entry) for entry in entries]
         self.has_loss = any(losses is not None for losses in self._losses)
 
     @classmethod
@@ -232,9 +234,16 @@ class TokenShards:
             yield documents.values, documents.offsets, loss
 
     def build_format(self, text_tokenizer: TextCodec | None = None) -> SequenceFormat:
-        """The sequence format that the documents are spelled in."""
+        """The sequence format that the documents are spelled in.
+
+        Raises:
+            ValueError: naming the manifest, for a format that this version does not have.
+        """
         section = self.manifest["sequence_format"]
-        return build_format(vocabulary=self.vocabulary, text_tokenizer=text_tokenizer, **section)
+        try:
+            return build_format(vocabulary=self.vocabulary, text_tokenizer=text_tokenizer, **section)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.manifest_path}: sequence_format: {error}; {REMEDY}") from error
 
     def check(
         self,

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mixmodal.environment import check_device
 from mixmodal.extras import import_extra
 from mixmodal.files import sha256_of
 from mixmodal.hub import find_folder
@@ -190,10 +191,12 @@ def load_encoder(source: Path | str, device: str | torch.device = "cpu", batch_s
         batch_size: texts or pictures that a tower takes at a time.
 
     Raises:
-        ValueError: naming the folder, where it is missing, broken, or holds something else.
+        ValueError: naming the folder, where it is missing, broken, or holds something else; or a device that is not
+            there.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    check_device(str(device))
     folder = find_encoder(source)
     check_folder(folder)
     transformers = import_extra("transformers", "retrieval", f"encoder {source} needs")

@@ -61,7 +61,9 @@ def read_zero_file(path: Path | None, precision: Precision) -> dict[str, Any]:
         return {"zero_optimization": {"stage": 1 if precision in HALF else 0}}
     try:
         found = read_object(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ValueError(f"trainer.deepspeed: {path}: {error.strerror}") from error
+    except ValueError as error:
         raise ValueError(f"trainer.deepspeed: {error}") from error
     sections = {key: value for key, value in found.items() if value != "auto"}
     problems = [f"{key!r} is set by {OWNED_KEYS[key]}" for key in sections if key in OWNED_KEYS]

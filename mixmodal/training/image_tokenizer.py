@@ -20,9 +20,9 @@ from mixmodal.models.discriminator import PatchDiscriminator, check_discriminato
 from mixmodal.objectives.adversarial import AdversarialConfig, adaptive_weight, discriminator_loss, generator_loss
 from mixmodal.objectives.loss import Sums, TokenLosses
 from mixmodal.objectives.perceptual import PerceptualConfig, PerceptualLoss
-from mixmodal.tokenization.autoencoder import Decoder
+from mixmodal.tokenization.autoencoder import Decoder, check_autoencoder
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
-from mixmodal.tokenization.quantizer import remedy
+from mixmodal.tokenization.quantizer import check_quantizer, remedy
 from mixmodal.tokenization.quantizer_base import Quantized
 from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.precision import autocast
@@ -102,6 +102,8 @@ class ImageTokenizerTrainingConfig:
         for name in ("augment_until", "min_codebook_usage"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in 0 .. 1")
+        check_autoencoder(self.tokenizer.autoencoder, self.tokenizer.image_size, "tokenizer.autoencoder")
+        check_quantizer(self.tokenizer.quantizer, "tokenizer.quantizer")
         if self.max_psnr_drop < 0:
             raise ValueError(f"max_psnr_drop is {self.max_psnr_drop}; it must not be negative")
         if self.adversarial:

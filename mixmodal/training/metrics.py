@@ -167,13 +167,14 @@ class MetricsLog:
 
 
 def drop_later(path: Path, step: int, finished: bool = False) -> None:
-    """Removes what is written again: lines of steps after `step`, and a last line that was cut short.
+    """Removes what is written again, lines of steps after `step`, and what is no line of metrics, as one cut short.
 
     Where the run is finished, that is its last evaluation, too.
     """
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if is_until(line, step, finished)]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if is_until(line, step, finished)]
     write_whole(path, "".join(f"{line}\n" for line in kept).encode())
 
 
@@ -181,6 +182,8 @@ def is_until(line: str, step: int, finished: bool) -> bool:
     try:
         record = json.loads(line)
     except json.JSONDecodeError:
+        return False
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         return False
     is_last_evaluation = finished and record["step"] == step and any(name.startswith("eval_") for name in record)
     return record["step"] <= step and not is_last_evaluation

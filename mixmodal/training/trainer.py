@@ -104,6 +104,8 @@ class Trainer:
                 raise ValueError(f"{name} needs whole weights, which ZeRO stage 3 does not keep: set it to {idle}")
 
     def _check_folder(self) -> None:
+        if self.config.run_dir.is_file():
+            raise ValueError(f"trainer.run_dir {self.config.run_dir} is a file; give a folder, which need not exist")
         there = checkpoint.whole_checkpoints(self.config.run_dir / "checkpoints")
         if there and not self.config.resume:
             raise ValueError(

@@ -193,6 +193,12 @@ def test_long_parts_are_shortened(tmp_path: Path, byte_tokenizer: Path, capsys: 
     assert "[image 0 1 ..4 more]" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("option", [{"num_rows": 0}, {"max_codes": -1}, {"seed": -1}, {"step": 1}])
+def test_options_that_can_not_act_are_named(tmp_path: Path, option: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=rf"inspect: {next(iter(option))} is"):
+        InspectConfig(data=tmp_path, **option)  # type: ignore[arg-type]
+
+
 def test_stretches_end_where_the_kind_or_the_weight_changes() -> None:
     a = VOCABULARY.ids("text").start
     mask = VOCABULARY.sentinel(0)

@@ -237,12 +237,20 @@ def test_damaged_token_shards_are_named(build, build_shards):
         ({**good, "shards": [{**entry, "documents": 2}]}, r"shard_00000\.offsets\.npy: 3 documents, not the 2"),
         ({**good, "shards": [{**entry, "tokens": 2}]}, r"shard_00000\.tokens\.npy: \d+ tokens, not the 2 of"),
         ({**good, "shards": [{**entry, "name": "shard_7"}]}, r"shard_7\.tokens\.npy: missing or broken"),
+        ({**good, "vocabulary": {**good["vocabulary"], "num_sounds": 3}}, r"manifest\.json: .* 'num_sounds"),
+        ({**good, "vocabulary": {**good["vocabulary"], "num_text_pieces": "x"}}, r"manifest\.json: not the manifest"),
+        ({**good, "shards": None}, r"manifest\.json: not the manifest of token shards"),
+        ({**good, "shards": [{"name": "shard_00000"}]}, r"manifest\.json: not the manifest of token shards"),
         ([], r"manifest\.json: not the manifest of token shards"),
     ]
     for manifest, message in cases:
         (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
         with pytest.raises(ValueError, match=message):
             TokenShards.open(folder)
+    for section in (None, {"name": "emu", "grids": {}}, {**good["sequence_format"], "rows": 3}):
+        (folder / MANIFEST_NAME).write_text(json.dumps({**good, "sequence_format": section}))
+        with pytest.raises(ValueError, match=r"manifest\.json: sequence_format: .*; pretokenize again"):
+            TokenShards.open(folder).build_format()
     (folder / MANIFEST_NAME).write_text(json.dumps(good))
     assert TokenShards.open(folder).keys[3] == "0003#0"
     offsets = np.load(folder / "shard_00000.offsets.npy")
@@ -318,6 +326,7 @@ def test_settings_that_can_not_act_are_refused(build, build_shards):
         ({"augment": SHIFTS}, "num_variants is 1"),
         ({"change_alike": True}, "change_alike is set, but num_variants is 1"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
     ):
         with pytest.raises(ValueError, match=message):
             build(shards, **options)
