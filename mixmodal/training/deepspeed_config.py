@@ -8,7 +8,7 @@ from typing import Any
 
 from mixmodal.config import suggestion
 from mixmodal.files import read_object
-from mixmodal.training.config import HALF, Precision
+from mixmodal.training.config import HALF, Precision, TrainerConfig
 
 OWNED_KEYS = {
     "train_batch_size": "trainer.micro_batch_size and trainer.grad_accum_steps",
@@ -80,6 +80,16 @@ def read_zero_file(path: Path | None, precision: Precision) -> dict[str, Any]:
     sections["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
     check_zero(sections["zero_optimization"], precision, f"{path}: zero_optimization")
     return sections
+
+
+def refuse_stage_3(trainer: TrainerConfig, what: str) -> None:
+    """Refuses ZeRO stage 3 for what does not train there.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    if read_zero_file(trainer.deepspeed, trainer.precision)["zero_optimization"].get("stage") == 3:
+        raise ValueError(f"trainer.deepspeed {trainer.deepspeed}: {what} train at ZeRO stages 0, 1 and 2, not at 3")
 
 
 def check_zero(zero: Mapping[str, Any], precision: Precision, key: str) -> None:

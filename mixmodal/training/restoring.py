@@ -83,7 +83,8 @@ def read(run: Run, folder: Path) -> None:
     """Fills the run from a checkpoint, without a collective; networks are still to settle."""
     rank = run.place.rank
     state = checkpoint.read_json(folder / checkpoint.STATE)
-    missing = [name for name in ("step", "seconds", "world_size", *must_match(run)) if name not in state]
+    missing = [name for name in ("step", "seconds", "world_size") if not isinstance(state.get(name), (int, float))]
+    missing += [name for name in must_match(run) if name not in state]
     if missing:
         raise CheckpointError(
             f"checkpoint file {folder / checkpoint.STATE} has no {', '.join(missing)}, so another version wrote it; "
