@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mixmodal.data.token_shards import build_manifest, write_manifest, write_token_shard
+from mixmodal.data.token_shards import build_manifest, write_token_shard
 from mixmodal.document import CM3LeonFormat, Run, SequenceFormat
+from mixmodal.manifests import write_manifest
 from mixmodal.quickstart.recipe import Recipe, load_recipe
 from mixmodal.tokenization.image import ImageTokenizer
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig

@@ -20,8 +20,9 @@ from record import record
 
 from mixmodal.data.pipeline import DataConfig, PackedDocuments, open_sources
 from mixmodal.data.source import SourceConfig
-from mixmodal.data.token_shards import build_manifest, write_manifest, write_token_shard
+from mixmodal.data.token_shards import build_manifest, write_token_shard
 from mixmodal.document import CM3LeonFormat, Run
+from mixmodal.manifests import write_manifest
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 

@@ -19,9 +19,10 @@ import torch
 from record import record
 
 from mixmodal.data.pipeline import DataConfig
-from mixmodal.data.token_shards import TokenShards, build_manifest, write_manifest, write_token_shard
+from mixmodal.data.token_shards import TokenShards, build_manifest, write_token_shard
 from mixmodal.document import Image, Text, Turn, build_format, spell_turns
 from mixmodal.interop.export import load_transformer
+from mixmodal.manifests import write_manifest
 from mixmodal.models.transformer import TransformerConfig
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
 from mixmodal.training.config import TrainerConfig

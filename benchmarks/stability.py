@@ -23,8 +23,9 @@ from record import RESULTS, record
 
 from mixmodal.data.pipeline import DataConfig
 from mixmodal.data.synthetic import synthetic_pairs
-from mixmodal.data.token_shards import build_manifest, write_manifest, write_token_shard
+from mixmodal.data.token_shards import build_manifest, write_token_shard
 from mixmodal.document import CM3LeonFormat, Run
+from mixmodal.manifests import write_manifest
 from mixmodal.models.transformer import TransformerConfig
 from mixmodal.training.checks import NonFiniteError
 from mixmodal.training.config import TrainerConfig

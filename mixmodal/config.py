@@ -125,15 +125,28 @@ def _check_options(argv: Sequence[str], known: Mapping[str, Any]) -> None:
             raise UsageError(f"there is no option --{key}{suggestion(key, known, '--')}")
 
 
-def _check_file(path: Path, known: Mapping[str, Any]) -> None:
+def read_yaml(path: Path, option: str = "") -> Any:
+    """What a YAML file holds.
+
+    Args:
+        option: that gave the file, for messages.
+
+    Raises:
+        UsageError: naming the file, where it can not be read or is no YAML.
+    """
     import yaml
 
+    name = f"{option} {path}".strip()
     try:
-        data = yaml.safe_load(path.read_text())
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--config {path}: {error.strerror or error}") from error
+        raise UsageError(f"{name}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path}: not valid YAML: {one_line(str(error))}") from error
+        raise UsageError(f"{name}: not valid YAML: {one_line(str(error))}") from error
+
+
+def _check_file(path: Path, known: Mapping[str, Any]) -> None:
+    data = read_yaml(path, "--config")
     if data is not None and not isinstance(data, dict):
         raise UsageError(f"--config {path}: it holds a {type(data).__name__}; keys and values are expected")
     for key in _nested_keys(data or {}):

@@ -61,6 +61,25 @@ def device(kind: str | None = None) -> str:
     return f"{processor()}, {num_cores()} cores"
 
 
+def check_device(name: str, key: str = "device") -> None:
+    """Whether torch can compute on a device here.
+
+    Args:
+        name: `cpu`, `cuda`, `cuda:1`, ...
+        key: of the option, for messages.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+        raise ValueError(f"{key} is {name!r}, which torch does not have here; it has {there}") from error
+
+
 def processor() -> str:
     """The processor's name as the system tells it."""
     try:

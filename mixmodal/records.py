@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mixmodal.files import append_line, write_whole
+from mixmodal.files import append_line, read_object, write_whole
 
 LAUNCHER = ("RANK", "WORLD_SIZE")
 
@@ -142,12 +142,9 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: naming it, where it is none.
     """
     try:
-        found = json.loads(path.read_bytes())
+        return read_object(path)
     except ValueError as error:
-        raise ValueError(f"{path}: it can not be read ({error}); remove it, or give another folder as out") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: it is not of this command; remove it, or give another folder as out")
-    return found
+        raise ValueError(f"{error}; remove it, or give another folder as out") from error
 
 
 def check_settings(paths: Iterable[Path], settings: Mapping[str, Any], apart: Iterable[str] = ()) -> None:

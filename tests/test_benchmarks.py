@@ -71,6 +71,13 @@ def test_environment_names_versions_and_device() -> None:
     assert environment.num_cores() >= 1
 
 
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "cpu:x"])
+def test_a_device_that_is_not_there_is_named_with_its_option(name: str) -> None:
+    environment.check_device("cpu")
+    with pytest.raises(ValueError, match=f"tokens.device is '{name}', which torch does not have here; it has cpu"):
+        environment.check_device(name, "tokens.device")
+
+
 def test_free_memory_is_within_the_limit_of_a_container(tmp_path: Path) -> None:
     assert (environment.free_memory_bytes() or 1) > 0
     assert environment.free_memory_bytes(tmp_path) is None

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from mixmodal.config import save_config
-from mixmodal.data.shards import write_atomically
 from mixmodal.files import read_object, replacing, write_whole
 from mixmodal.models.transformer import save_weights
 from mixmodal.quickstart.runner import write_json
@@ -39,7 +38,6 @@ def save_text(path: Path) -> None:
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "write_whole": lambda path: write_whole(path, b"new"),
-    "data": lambda path: write_atomically(path, b"new"),
     "config": lambda path: save_config(Sizes(), path),
     "text_tokenizer": save_text,
     "quickstart": lambda path: write_json(path, {"a": 1}),

@@ -27,12 +27,14 @@ TOP_LEVEL = {
 SCRIPT_FOLDERS = ("tokenizers", "train", "sample")
 FLOORS = {
     "environment": 0,
+    "extras": 0,
     "files": 0,
     "hub": 0,
     "ragged": 0,
     "vocabulary": 0,
     "weights": 0,
     "config": 1,
+    "manifests": 1,
     "document": 1,
     "records": 1,
     "models": 1,

@@ -29,11 +29,11 @@ from mixmodal.data.shards import (
     Sample,
     read_samples,
     remove_unfinished,
-    write_atomically,
     write_shards,
 )
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
 from mixmodal.data.tasks import TaskTemplates
+from mixmodal.files import read_object, write_whole
 from mixmodal.tokenization.preprocessing import PictureError, resize_and_crop, resize_and_pad
 
 REPORT_NAME = "report.json"
@@ -175,7 +175,7 @@ def prepare(config: PrepareConfig) -> dict[str, Any]:
 
 
 def _save(path: Path, report: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(report, indent=1).encode())
+    write_whole(path, json.dumps(report, indent=1).encode())
 
 
 def _settings(config: PrepareConfig) -> dict[str, Any]:
@@ -205,24 +205,23 @@ def _finished(config: PrepareConfig, path: Path) -> dict[str, Any] | None:
     """The report of an earlier call that finished the shards; where that broke off behind them, from their index.
 
     Raises:
-        ValueError: where its settings were others.
+        ValueError: where its settings were others, or a file of it is broken.
     """
     index_path = config.out / "shards" / INDEX_NAME
     if not index_path.is_file():
         return None
-    index = json.loads(index_path.read_bytes())
+    index = read_object(index_path)
     if path.is_file():
-        report = json.loads(path.read_bytes())
-    elif index["shards"] and "job" in index:
+        report = read_object(path)
+    elif index.get("shards") and "job" in index:
         shards = {"files": len(index["shards"]), **index["job"]["shards"]}
         path, report = index_path, {"settings": index["job"]["settings"], "shards": shards, "tokens": None}
     else:
         return None
+    written = report.get("settings", {})
     for key, value in _settings(config).items():
-        if report["settings"].get(key) != value:
-            raise ValueError(
-                f"{path}: {key} is {report['settings'].get(key)}, not {value}; remove {config.out} or choose another"
-            )
+        if written.get(key) != value:
+            raise ValueError(f"{path}: {key} is {written.get(key)}, not {value}; remove {config.out} or choose another")
     return report
 
 

@@ -81,6 +81,9 @@ class InspectConfig:
     def __post_init__(self) -> None:
         if (self.data is None) == (not self.sources):
             raise ValueError("inspect: give either data, a folder of token shards, or sources, several by name")
+        for name, least in (("num_rows", 1), ("max_codes", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"inspect: {name} is {getattr(self, name)}; it must be at least {least}")
         if self.step < 0 or (self.step and not self.stages):
             raise ValueError(f"inspect: step is {self.step}; it must not be negative, and acts with stages alone")
 
@@ -104,24 +107,9 @@ def inspect(config: InspectConfig) -> None:
 
     from mixmodal.data.balance import BalancedMixture
     from mixmodal.data.mixture import counters
-    from mixmodal.data.pipeline import DataConfig, PackedDocuments, open_retrievals, open_sources
+    from mixmodal.data.pipeline import PackedDocuments, open_retrievals, open_sources
 
-    data = DataConfig(
-        tokens=config.data,
-        sources=config.sources,
-        modality_balance=config.modality_balance,
-        share_limits=config.share_limits,
-        stages=config.stages,
-        seq_len=config.seq_len,
-        image_first_share=config.image_first_share,
-        caption_dropout=config.caption_dropout,
-        first_part_weight=config.first_part_weight,
-        loss_on=config.loss_on,
-        lookahead=config.lookahead,
-        candidates=config.candidates,
-        retrieval=config.retrieval,
-    )
-    data = _as_in_step(data, config.step)
+    data = _data_config(config)
     sources = open_sources(data)
     shards = next(iter(sources.values()))
     if config.objective.draws and any(source.has_pairs for source in sources.values()):
@@ -162,6 +150,28 @@ def inspect(config: InspectConfig) -> None:
         console.print(_shares(rows.mixture.weights, rows.sources, counted))
     if text_tokenizer is None:
         console.print("text is shown as piece numbers; --text_tokenizer FILE shows it as text")
+
+
+def _data_config(config: InspectConfig) -> DataConfig:
+    """What training would be told of the data, with the weights of one step alone."""
+    from mixmodal.data.pipeline import DataConfig
+
+    data = DataConfig(
+        tokens=config.data,
+        sources=config.sources,
+        modality_balance=config.modality_balance,
+        share_limits=config.share_limits,
+        stages=config.stages,
+        seq_len=config.seq_len,
+        image_first_share=config.image_first_share,
+        caption_dropout=config.caption_dropout,
+        first_part_weight=config.first_part_weight,
+        loss_on=config.loss_on,
+        lookahead=config.lookahead,
+        candidates=config.candidates,
+        retrieval=config.retrieval,
+    )
+    return _as_in_step(data, config.step)
 
 
 def _as_in_step(data: DataConfig, step: int) -> DataConfig:

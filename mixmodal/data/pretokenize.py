@@ -20,14 +20,12 @@ from torch import Tensor
 from mixmodal.data.augment import AugmentConfig, augment, draw_changes
 from mixmodal.data.conversations import NO_TASK, is_pair
 from mixmodal.data.preferences import answers_equal, spell_conversation
-from mixmodal.data.shards import PictureFile, Sample, find_shards, read_samples, write_atomically
+from mixmodal.data.shards import PictureFile, Sample, find_shards, read_samples
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter
 from mixmodal.data.token_shards import (
-    MANIFEST_NAME,
     TokenShards,
     build_manifest,
     is_token_shard,
-    write_manifest,
     write_token_shard,
 )
 from mixmodal.document import (
@@ -41,6 +39,9 @@ from mixmodal.document import (
     build_format,
 )
 from mixmodal.document.lumina import num_reserved
+from mixmodal.environment import check_device
+from mixmodal.files import read_object, write_whole
+from mixmodal.manifests import MANIFEST_NAME, write_manifest
 from mixmodal.tokenization.codec import map_alike
 from mixmodal.tokenization.preprocessing import PictureError, Preprocess, resize_and_crop, resize_and_pad, to_tensor
 from mixmodal.tokenization.text_files import PieceTokenizer, load_text_tokenizer, size_vocabulary
@@ -117,9 +118,9 @@ class TokensConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_variants", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name, least in (("num_variants", 1), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if self.num_variants > 1 and not self.augment.changes_pictures:
             raise ValueError(f"num_variants is {self.num_variants}, but augment changes nothing; set one of its shares")
         if self.num_variants == 1 and self.augment.changes_pictures:
@@ -154,6 +155,7 @@ def pretokenize(config: PretokenizeConfig, progress: Progress | None = None) -> 
     """
     from mixmodal.tokenization.image import ImageTokenizer
 
+    check_device(config.device)
     text_tokenizer = load_text_tokenizer(config.text_tokenizer, config.num_text_pieces)
     if config.num_text_pieces not in (None, text_tokenizer.num_pieces):
         raise ValueError(
@@ -258,15 +260,16 @@ class Pretokenizer:
         """The record of a shard that an earlier call finished.
 
         Raises:
-            ValueError: where it was written with other settings.
+            ValueError: where it was written with other settings, or is broken.
         """
         if not path.is_file():
             return None
-        record = json.loads(path.read_bytes())
+        record = read_object(path)
+        written = record.get("settings", {})
         for key, value in self.settings.items():
-            if record["settings"].get(key) != value:
+            if written.get(key) != value:
                 raise ValueError(
-                    f"{path}: {key} is {record['settings'].get(key)}, not {value}: the folder holds token shards of "
+                    f"{path}: {key} is {written.get(key)}, not {value}: the folder holds token shards of "
                     f"other settings; remove it or choose another one"
                 )
         is_whole = record["source_sha256"] == source_sha256 and is_token_shard(path.parent, record["entry"])
@@ -297,7 +300,7 @@ class Pretokenizer:
             "samples": counter.to_dict(),
             "pairs": sum(one.pair for one in found),
         }
-        write_atomically(self.config.out / f"{name}.json", json.dumps(record, indent=1).encode())
+        write_whole(self.config.out / f"{name}.json", json.dumps(record, indent=1).encode())
         return record
 
     def _count_task(self, found: Sequence[Spelled]) -> dict[str, int]:

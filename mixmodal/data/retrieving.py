@@ -19,10 +19,11 @@ import numpy as np
 from mixmodal.data.matching import Matched, open_parts, read_matched, report
 from mixmodal.data.skipping import SampleLimits, SkipCounter
 from mixmodal.data.token_shards import TokenShards
+from mixmodal.manifests import MANIFEST_NAME
 from mixmodal.retrieval.candidates import CandidateStore, CandidateWriter, open_candidates
 from mixmodal.retrieval.encoder import DocumentEncoder, DocumentParts, combine, load_encoder
 from mixmodal.retrieval.leaks import LeakGuard
-from mixmodal.retrieval.memory import MANIFEST_NAME, Memory, find_wrong, open_memory, read_manifest
+from mixmodal.retrieval.memory import Memory, find_wrong, open_memory, read_manifest
 from mixmodal.retrieval.selection import Chosen, SelectionConfig, drop_words, select
 
 

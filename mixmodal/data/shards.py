@@ -24,7 +24,7 @@ from PIL import Image
 from mixmodal.data.conversations import Message, check_task
 from mixmodal.data.preferences import KEYS, dump_conversation, parse_conversation
 from mixmodal.data.skipping import SampleError, SampleLimits, SkipCounter, TooManySkipped, may_be_cut
-from mixmodal.files import stays_inside, write_whole
+from mixmodal.files import read_object, stays_inside, write_whole
 from mixmodal.tokenization.preprocessing import open_picture
 
 PICTURE_SUFFIXES = ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff")
@@ -150,7 +150,7 @@ def write_shards(
             break
         index.append({"name": path.name, "samples": written})
     content = {"shards": index, **({"job": dict(describe())} if describe else {})}
-    write_atomically(folder / INDEX_NAME, json.dumps(content, indent=1).encode())
+    write_whole(folder / INDEX_NAME, json.dumps(content, indent=1).encode())
     (folder / UNFINISHED_NAME).unlink()
     return [folder / entry["name"] for entry in index]
 
@@ -175,11 +175,6 @@ def _write_shard(samples: Iterator[Sample], path: Path) -> int:
             os.replace(part, path)
         part.unlink(missing_ok=True)
     return len(keys)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The whole file or none: under another name first."""
-    write_whole(path, data)
 
 
 def mark_unfinished(folder: Path) -> None:
@@ -304,11 +299,18 @@ def _has_end(path: Path) -> bool:
 
 
 def _check_index(path: Path, found: int, counter: SkipCounter) -> None:
-    """Compares with the index of the folder, where there is one that lists the shard."""
+    """Compares with the index of the folder, where there is one that lists the shard.
+
+    Raises:
+        ValueError: naming the index, where it is none.
+    """
     index = path.parent / INDEX_NAME
     if not index.is_file():
         return
-    expected = {entry["name"]: entry["samples"] for entry in json.loads(index.read_bytes())["shards"]}
+    try:
+        expected = {entry["name"]: entry["samples"] for entry in read_object(index)["shards"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{index}: it lists no shards ({error!r}); write them again, or remove it") from error
     for _ in range(found, expected.get(path.name, found)):
         message = f"{path}: {found} samples where {index} lists {expected[path.name]}"
         counter.skip(SampleError("lost sample", message))

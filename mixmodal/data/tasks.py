@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixmodal.config import one_line
+from mixmodal.config import read_yaml
 from mixmodal.data.conversations import ROLES, parse_messages
 from mixmodal.data.skipping import SampleError
 
@@ -118,14 +118,7 @@ class TaskTemplates:
         Raises:
             ValueError: where it can not be read or holds something else; the message names the file.
         """
-        import yaml
-
-        try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"{path}: the templates can not be read ({error.strerror})") from error
-        except (UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ValueError(f"{path}: the templates are no YAML: {one_line(str(error))}") from error
+        found = read_yaml(path)
         names = [entry.name for entry in fields(TasksConfig)]
         if not isinstance(found, dict) or "tasks" not in found:
             raise ValueError(f"{path}: the key tasks is missing, with wordings by the name of the task")

@@ -19,14 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from mixmodal.data.shards import write_atomically
 from mixmodal.document import SequenceFormat, TextCodec, build_format
-from mixmodal.files import sha256_of
+from mixmodal.files import sha256_of, write_whole
+from mixmodal.manifests import MANIFEST_NAME, check_file, read_manifest, reading
 from mixmodal.ragged import RaggedArray, RaggedShard, Strings, encode_strings, map_npy, offsets_of
 from mixmodal.vocabulary import Vocabulary
 
 FORMAT_VERSION = 2
-MANIFEST_NAME = "manifest.json"
+TOKENIZERS = ("text_tokenizer_sha256", "image_tokenizer_sha256")
 NUM_UINT16 = 1 << 16
 FILE_KINDS = ("tokens", "offsets", "keys", "key_offsets")
 LOSS_KIND = "loss"
@@ -35,6 +35,7 @@ PAIRS = "pairs"
 """A key of the manifest that only shards of preferences have."""
 DIGITS = 8
 REMEDY = "pretokenize again"
+WHAT = "token shards"
 
 
 def write_token_shard(
@@ -66,7 +67,7 @@ def write_token_shard(
     sha256: dict[str, str] = {}
     for kind, array in arrays.items():
         data = _npy(array)
-        write_atomically(folder / f"{name}.{kind}.npy", data)
+        write_whole(folder / f"{name}.{kind}.npy", data)
         sha256[kind] = hashlib.sha256(data).hexdigest()
     return {"name": name, "documents": len(documents), "tokens": len(tokens), "sha256": sha256}
 
@@ -130,11 +131,6 @@ def build_manifest(
     }
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Writes the manifest, which comes last: without it a folder is no token shards."""
-    write_atomically(folder / MANIFEST_NAME, json.dumps(manifest, indent=1).encode())
-
-
 def _loss_kinds(entry: Mapping[str, Any]) -> tuple[str, ...]:
     """The kind of the file of losses, where a shard has one."""
     return (LOSS_KIND,) if LOSS_KIND in entry["sha256"] else ()
@@ -163,15 +159,17 @@ class TokenShards:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.manifest_path = self.folder / MANIFEST_NAME
-        self.manifest = self._read_manifest()
-        self.vocabulary = Vocabulary.from_dict(self.manifest["vocabulary"])
+        keys = ("vocabulary", "vocabulary_digest", "sequence_format", *TOKENIZERS, "counts", "shards")
+        self.manifest = read_manifest(self.folder, WHAT, version=FORMAT_VERSION, keys=keys, remedy=REMEDY)
         self.num_variants: int = self.manifest.get("num_variants", 1)
-        self.check(vocabulary_digest=self.vocabulary.digest)
         self.has_pairs: bool = self.manifest.get(PAIRS, False)
-        entries = self.manifest["shards"]
-        self._documents = RaggedArray([self._open_documents(entry) for entry in entries])
-        self.keys = Strings(RaggedArray([self._open_keys(entry) for entry in entries]))
-        self._losses = [self._open_loss(entry) for entry in entries]
+        with reading(self.manifest_path, WHAT, REMEDY):
+            self.vocabulary = Vocabulary.from_dict(self.manifest["vocabulary"])
+            self.check(vocabulary_digest=self.vocabulary.digest)
+            entries = self.manifest["shards"]
+            self._documents = RaggedArray([self._open_documents(entry) for entry in entries])
+            self.keys = Strings(RaggedArray([self._open_keys(entry) for entry in entries]))
+            self._losses = [self._open_loss(entry) for entry in entries]
         self.has_loss = any(losses is not None for losses in self._losses)
 
     @classmethod
@@ -225,13 +223,7 @@ class TokenShards:
         """
         for entry in self.manifest["shards"][part::of]:
             for kind, wanted in entry["sha256"].items():
-                path = self.folder / f"{entry['name']}.{kind}.npy"
-                found = sha256_of(path)
-                if found != wanted:
-                    raise ValueError(
-                        f"{path}: changed since it was written (SHA-256 {found[:12]}..., not {wanted[:12]}... as in "
-                        f"{self.manifest_path}); bring it back or pretokenize again"
-                    )
+                check_file(self.folder / f"{entry['name']}.{kind}.npy", wanted, REMEDY)
 
     def arrays(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray | None]]:
         """Of each shard the ids of all documents `(T,)`, their offsets `(documents + 1,)`, and which tokens carry loss,
@@ -242,9 +234,16 @@ class TokenShards:
             yield documents.values, documents.offsets, loss
 
     def build_format(self, text_tokenizer: TextCodec | None = None) -> SequenceFormat:
-        """The sequence format that the documents are spelled in."""
+        """The sequence format that the documents are spelled in.
+
+        Raises:
+            ValueError: naming the manifest, for a format that this version does not have.
+        """
         section = self.manifest["sequence_format"]
-        return build_format(vocabulary=self.vocabulary, text_tokenizer=text_tokenizer, **section)
+        try:
+            return build_format(vocabulary=self.vocabulary, text_tokenizer=text_tokenizer, **section)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self.manifest_path}: sequence_format: {error}; {REMEDY}") from error
 
     def check(
         self,
@@ -292,7 +291,7 @@ class TokenShards:
         Raises:
             ValueError: naming this manifest and the key that differs.
         """
-        same = {key: other.manifest[key] for key in ("text_tokenizer_sha256", "image_tokenizer_sha256")}
+        same = {key: other.manifest[key] for key in TOKENIZERS}
         self.check(**same, vocabulary_digest=other.vocabulary.digest)
         found, wanted = self.manifest["sequence_format"], other.manifest["sequence_format"]
         if found != wanted:
@@ -300,31 +299,6 @@ class TokenShards:
                 f"{self.manifest_path}: sequence_format is {found}, not {wanted} as in {other.manifest_path}; "
                 "pretokenize one of them again"
             )
-
-    def _read_manifest(self) -> dict[str, Any]:
-        path = self.manifest_path
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file, so {self.folder} holds no (finished) token shards; pretokenize it")
-        try:
-            manifest = json.loads(path.read_bytes())
-            version = manifest["format_version"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}: not a manifest of token shards ({error!r})") from error
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"{path}: format_version is {version}, this version reads {FORMAT_VERSION}; pretokenize again"
-            )
-        needed = {
-            "vocabulary",
-            "vocabulary_digest",
-            "sequence_format",
-            "text_tokenizer_sha256",
-            "image_tokenizer_sha256",
-        }
-        missing = sorted((needed | {"counts", "shards"}) - set(manifest))
-        if missing:
-            raise ValueError(f"{path}: the key {missing[0]} is missing; pretokenize again")
-        return manifest
 
     def _open_documents(self, entry: Mapping[str, Any]) -> RaggedShard:
         shard = self._open(entry, "tokens", "offsets")

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from types import ModuleType
+from mixmodal.extras import import_extra
 
 NoiseSchedule = Literal["linear", "squaredcos_cap_v2"]
 Prediction = Literal["epsilon", "v_prediction"]
@@ -220,16 +219,12 @@ def pad_tokens(texts: Sequence[Sequence[int]], max_text_tokens: int) -> Tensor:
     return tokens
 
 
-def import_diffusers() -> ModuleType:
+def import_diffusers() -> Any:
     """
     Raises:
         ValueError: where diffusers is not installed.
     """
-    try:
-        import diffusers
-    except ImportError as error:
-        raise ValueError(f"denoisers need diffusers: pip install 'mixmodal[diffusion]' ({error})") from error
-    return diffusers
+    return import_extra("diffusers", "diffusion", "denoisers need")
 
 
 def build_unet(config: DenoiserConfig, num_classes: int) -> nn.Module:

@@ -27,6 +27,12 @@ from mixmodal.models.blocked import Blocked, Linear, blocked_layers, can_block
 from mixmodal.models.packed_rows import AttentionKind, Documents, Pattern, find_pattern
 from mixmodal.weights import read_weights, save_tensors
 
+LEAST = {
+    **dict.fromkeys(("vocab_size", "num_kv_heads", "head_dim"), 0),
+    **dict.fromkeys(("dim", "num_layers", "num_heads", "ffn_dim", "max_seq_len"), 1),
+}
+"""Smallest sizes of a `TransformerConfig`; 0 is for what follows from others."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
@@ -77,7 +83,17 @@ class TransformerConfig:
     zero_init_output: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_heads < 1 or (not self.head_dim and self.dim % self.num_heads):
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"model: {name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("norm_eps", "init_std", "position_init_std"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"model: {name} is {getattr(self, name)}; it must not be negative")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"model: dropout is {self.dropout}; it must lie in [0, 1)")
+        if not 0 < self.rope_theta < float("inf"):
+            raise ValueError(f"model: rope_theta is {self.rope_theta}; it must be above 0")
+        if not self.head_dim and self.dim % self.num_heads:
             raise ValueError(f"model: dim {self.dim} does not divide into num_heads {self.num_heads}")
         if self.num_heads % (self.num_kv_heads or self.num_heads):
             raise ValueError(f"model: num_heads {self.num_heads} is no multiple of num_kv_heads {self.num_kv_heads}")
@@ -346,7 +362,8 @@ def load_weights(
         dtype: of the weights; None keeps the stored one.
 
     Raises:
-        ValueError: naming the file, for a damaged file, or a missing, unknown or differently shaped tensor.
+        ValueError: naming the file, for a damaged file, or a missing, unknown or differently shaped tensor, or one of
+            whole numbers.
     """
     found, wanted = read_weights(source), model.state_dict()
     for name in sorted(set(found) ^ set(wanted)):
@@ -357,5 +374,8 @@ def load_weights(
         shape = found.shape(name)
         if shape != tuple(own.shape):
             raise ValueError(f"{found.path(name)}: tensor {name} has shape {shape}, not {tuple(own.shape)}")
-        state[name] = found[name].to(device=device, dtype=dtype)
+        stored = found[name]
+        if stored.is_floating_point() != own.is_floating_point():
+            raise ValueError(f"{found.path(name)}: tensor {name} is of {stored.dtype}, in which weights are not stored")
+        state[name] = stored.to(device=device, dtype=dtype)
     model.load_state_dict(state, assign=True)

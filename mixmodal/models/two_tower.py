@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from types import ModuleType
+from mixmodal.extras import import_extra
 
 EncoderKind = Literal["clip", "siglip"]
 
@@ -177,16 +176,12 @@ class TwoTower(nn.Module):
         return [*self.encoder.text_model.encoder.layers, *self.encoder.vision_model.encoder.layers]
 
 
-def import_transformers() -> ModuleType:
+def import_transformers() -> Any:
     """
     Raises:
         ValueError: where transformers is not installed.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ValueError(f"encoders need transformers: pip install 'mixmodal[retrieval]' ({error})") from error
-    return transformers
+    return import_extra("transformers", "retrieval", "encoders need")
 
 
 def build_encoder(config: TwoTowerConfig, ids: TextIds) -> nn.Module:

@@ -16,10 +16,11 @@ from mixmodal.data.conversations import Message, dump_messages
 from mixmodal.data.preferences import CHOSEN, REJECTED, spell_conversation
 from mixmodal.data.shards import PictureFile
 from mixmodal.data.skipping import SampleLimits, SkipCounter
-from mixmodal.data.token_shards import build_manifest, write_manifest, write_token_shard
+from mixmodal.data.token_shards import build_manifest, write_token_shard
 from mixmodal.document import Document, Image, SequenceFormat
 from mixmodal.files import append_line, check_new_folder, replacing
 from mixmodal.interop.export import IMAGE_TOKENIZER, find_export
+from mixmodal.manifests import write_manifest
 from mixmodal.pipeline.drawing_config import DTYPES
 from mixmodal.pipeline.judging import (
     OTHER_ANSWER,

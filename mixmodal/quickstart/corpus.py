@@ -22,9 +22,9 @@ from mixmodal.data.shards import (
     Sample,
     mark_unfinished,
     remove_unfinished,
-    write_atomically,
     write_shards,
 )
+from mixmodal.files import write_whole
 from mixmodal.quickstart.art import FLAT, LICENCES, OUTLINE, STYLES, Emoji, SkinTone, find_emoji, render_all
 
 Progress = Callable[[int, int], None]
@@ -154,7 +154,7 @@ def build_demo_corpus(config: DemoCorpusConfig, out: Path, progress: Progress | 
         index = json.loads((out / name / INDEX_NAME).read_bytes())
         counts[name] = sum(shard["samples"] for shard in index["shards"])
     content = {"config": _plain(config), "licences": LICENCES, "counts": counts, "pairs": pairs}
-    write_atomically(out / CORPUS_NAME, json.dumps(content, indent=1, ensure_ascii=False).encode())
+    write_whole(out / CORPUS_NAME, json.dumps(content, indent=1, ensure_ascii=False).encode())
     return DemoCorpus(out, pairs, counts)
 
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixmodal.files import replacing, sha256_of, write_whole
+from mixmodal.files import replacing, sha256_of
+from mixmodal.manifests import MANIFEST_NAME, write_manifest
 from mixmodal.ragged import encode_strings
 from mixmodal.retrieval.index import (
     IndexConfig,
@@ -31,7 +32,6 @@ from mixmodal.retrieval.memory import (
     FORMAT_VERSION,
     HAS_IMAGE,
     HAS_TEXT,
-    MANIFEST_NAME,
     TOKEN_KEYS,
     check_encoder,
     check_part,
@@ -41,6 +41,7 @@ from mixmodal.retrieval.memory import (
     part_path,
     read_manifest,
 )
+from mixmodal.retrieval.parts import PartsWriter
 from mixmodal.retrieval.token_rows import TokenRows, Variants
 
 Embed = Callable[[Sequence[Any]], np.ndarray]
@@ -63,7 +64,7 @@ class MemoryDocument(NamedTuple):
     variants: Variants
 
 
-class MemoryWriter:
+class MemoryWriter(PartsWriter):
     """Writes the parts of a memory, and the index when they are there. Goes on with what a folder holds.
 
     Args:
@@ -102,20 +103,8 @@ class MemoryWriter:
         """Rows of tokens that a document has."""
         return self.manifest["tokens"]["num_variants"]
 
-    @property
-    def parts(self) -> list[dict[str, Any]]:
-        """The manifest's entries of the parts that are there, in order."""
-        return self.manifest["parts"]
-
-    def is_whole(self, number: int) -> bool:
-        """Whether a part is there as it was written; a damaged one is not, and can be written again."""
-        if number >= len(self.parts):
-            return False
-        try:
-            check_part(self.folder, self.parts[number])
-        except ValueError:
-            return False
-        return True
+    def _check_part(self, part: Mapping[str, Any]) -> None:
+        check_part(self.folder, part)
 
     def check_documents(self, number: int, keys: Sequence[str], variants: Sequence[Variants]) -> None:
         """Whether a part that is there is of these documents.
@@ -167,8 +156,7 @@ class MemoryWriter:
         sha256 = {kind: sha256_of(part_path(self.folder, name, kind)) for kind in FILE_KINDS}
         if there and self.parts[number]["sha256"] != sha256:
             self.manifest["index"] = None  # it was built from other vectors
-        self.parts[number : number + 1] = [{"name": name, "documents": len(keys), "sha256": sha256}]
-        self._write_manifest()
+        self._put(number, {"name": name, "documents": len(keys), "sha256": sha256})
 
     def finish(self, config: IndexConfig) -> None:
         """Brings the index up to the parts: documents that it covers stay in it, and only new ones are added.
@@ -188,7 +176,7 @@ class MemoryWriter:
         covered = before["parts"] if before and before["build"] == build and self._index_is_whole(before) else 0
         if before and covered == len(self.parts):
             self.manifest["index"] = {**before, "search": search}
-            self._write_manifest()
+            write_manifest(self.folder, self.manifest)
             return
         check_fits(
             index_bytes(build, dim, total),
@@ -214,7 +202,7 @@ class MemoryWriter:
             "build": build,
             "search": search,
         }
-        self._write_manifest()
+        write_manifest(self.folder, self.manifest)
         for old in self.folder.glob("index_*.faiss"):
             if old != path:
                 old.unlink()
@@ -268,9 +256,6 @@ class MemoryWriter:
             )
 
         return sample
-
-    def _write_manifest(self) -> None:
-        write_whole(self.folder / MANIFEST_NAME, json.dumps(self.manifest, indent=1).encode())
 
 
 def write_memory(

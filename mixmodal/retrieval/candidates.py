@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from mixmodal.files import replacing, sha256_of, write_whole
+from mixmodal import manifests
+from mixmodal.files import replacing, sha256_of
+from mixmodal.manifests import MANIFEST_NAME, check_file
 from mixmodal.ragged import map_npy
-from mixmodal.retrieval import manifests
-from mixmodal.retrieval.manifests import MANIFEST_NAME
 from mixmodal.retrieval.memory import Memory
+from mixmodal.retrieval.parts import PartsWriter
 from mixmodal.retrieval.selection import Candidates
 
 FORMAT_VERSION = 1
@@ -113,7 +114,7 @@ def open_candidates(folder: Path | str, *, memory: Memory, tokens_digest: str) -
     return CandidateStore(folder, manifest)
 
 
-class CandidateWriter:
+class CandidateWriter(PartsWriter):
     """Writes candidates part by part. Goes on with what a folder holds.
 
     Args:
@@ -136,17 +137,8 @@ class CandidateWriter:
                     "found with other settings; remove it or choose another one"
                 )
 
-    @property
-    def parts(self) -> list[dict[str, Any]]:
-        """The manifest's entries of the parts that are there, in order."""
-        return self.manifest["parts"]
-
-    def is_whole(self, number: int) -> bool:
-        """Whether a part is there as it was written; a damaged one is not, and can be written again."""
-        if number >= len(self.parts):
-            return False
-        path = _path(self.folder, self.parts[number])
-        return path.is_file() and sha256_of(path) == self.parts[number]["sha256"]
+    def _check_part(self, part: Mapping[str, Any]) -> None:
+        check_part(self.folder, part)
 
     def write_part(self, number: int, numbers: np.ndarray, counts: Mapping[str, Any]) -> None:
         """Writes the next part, or one that is there again.
@@ -164,8 +156,7 @@ class CandidateWriter:
         path = _path(self.folder, entry)
         with replacing(path) as part, part.open("wb") as file:
             np.save(file, np.ascontiguousarray(numbers), allow_pickle=False)
-        self.parts[number : number + 1] = [{**entry, "sha256": sha256_of(path)}]
-        write_whole(self.folder / MANIFEST_NAME, json.dumps(self.manifest, indent=1).encode())
+        self._put(number, {**entry, "sha256": sha256_of(path)})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -183,11 +174,7 @@ def check_part(folder: Path, part: Mapping[str, Any]) -> None:
     Raises:
         ValueError: naming the file.
     """
-    path, manifest = _path(folder, part), folder / MANIFEST_NAME
-    if not path.is_file():
-        raise ValueError(f"{path}: missing, though {manifest} names it; bring it back or {REMEDY}")
-    if sha256_of(path) != part["sha256"]:
-        raise ValueError(f"{path}: changed since it was written, as {manifest} tells; bring it back or {REMEDY}")
+    check_file(_path(folder, part), part["sha256"], REMEDY)
 
 
 def _path(folder: Path, part: Mapping[str, Any]) -> Path:

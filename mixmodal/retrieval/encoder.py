@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mixmodal.environment import check_device
+from mixmodal.extras import import_extra
 from mixmodal.files import sha256_of
 from mixmodal.hub import find_folder
 
@@ -41,7 +43,6 @@ FILES = (
     "spiece.model",
 )
 """What decides a vector, as patterns: what is downloaded of a hub id, and what the identity is of."""
-INSTALL = "pip install 'mixmodal[retrieval]'"
 
 
 class DocumentParts(NamedTuple):
@@ -132,10 +133,6 @@ class DocumentEncoder:
             text, image = next_text, next_image
         return rows
 
-    def embed_document(self, document: DocumentParts) -> np.ndarray:
-        """The vector of one document, float32 `(dim,)`."""
-        return self.embed_documents([document])[0]
-
     def _embed(self, items: Sequence[T], features: Callable[[Sequence[T]], Tensor]) -> np.ndarray:
         rows = np.empty((len(items), self.dim), np.float32)
         with torch.inference_mode():
@@ -194,22 +191,21 @@ def load_encoder(source: Path | str, device: str | torch.device = "cpu", batch_s
         batch_size: texts or pictures that a tower takes at a time.
 
     Raises:
-        ValueError: naming the folder, where it is missing, broken, or holds something else.
+        ValueError: naming the folder, where it is missing, broken, or holds something else; or a device that is not
+            there.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    check_device(str(device))
     folder = find_encoder(source)
     check_folder(folder)
-    try:
-        from transformers import AutoModel, AutoProcessor
-    except ImportError as error:
-        raise ValueError(f"encoder {source}: transformers is not installed; {INSTALL}") from error
+    transformers = import_extra("transformers", "retrieval", f"encoder {source} needs")
     local = {"local_files_only": True, "trust_remote_code": False}
     try:
-        model, info = AutoModel.from_pretrained(
+        model, info = transformers.AutoModel.from_pretrained(
             folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **local
         )
-        processor = AutoProcessor.from_pretrained(folder, **local)
+        processor = transformers.AutoProcessor.from_pretrained(folder, **local)
     except Exception as error:  # transformers, tokenizers and safetensors raise many kinds for damaged files
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"encoder {folder} can not be loaded: {type(error).__name__}: {reason}") from error

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mixmodal.environment import free_memory_bytes
+from mixmodal.extras import import_extra
 from mixmodal.files import replacing
 
 IndexKind = Literal["auto", "flat", "hnsw", "ivf_pq"]
@@ -144,11 +145,7 @@ def import_faiss() -> Any:
     Raises:
         ValueError: naming the extra, where it is not installed.
     """
-    try:
-        import faiss
-    except ImportError as error:
-        raise ValueError("retrieval needs faiss: pip install 'mixmodal[retrieval]'") from error
-    return faiss
+    return import_extra("faiss", "retrieval", "retrieval needs")
 
 
 @contextmanager

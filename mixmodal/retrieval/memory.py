@@ -21,11 +21,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixmodal.files import sha256_of
+from mixmodal import manifests
+from mixmodal.manifests import MANIFEST_NAME, check_file
 from mixmodal.ragged import RaggedArray, RaggedShard, Strings, map_npy
-from mixmodal.retrieval import manifests
 from mixmodal.retrieval.index import check_fits, read_index, search_index
-from mixmodal.retrieval.manifests import MANIFEST_NAME
 
 FORMAT_VERSION = 2
 KEYS = ("encoder", "encoder_identity", "dim", "tokens", "parts", "index")
@@ -277,7 +276,7 @@ def open_memory(
         raise ValueError(f"{path}: the index covers {covered} of {total} documents, so the job broke off; {REMEDY}")
     for part in manifest["parts"]:
         check_part(folder, part, verify)
-    check_file(folder / entry["file"], entry["sha256"] if verify else None)
+    check_file(folder / entry["file"], entry["sha256"] if verify else None, REMEDY)
     if not mapped:
         size = (folder / entry["file"]).stat().st_size
         check_fits(size, f"{folder / entry['file']}", "open it with mapped=True")
@@ -338,17 +337,7 @@ def check_part(folder: Path, part: Mapping[str, Any], verify: bool = True, kinds
         ValueError: naming the file.
     """
     for kind in kinds:
-        check_file(part_path(folder, part["name"], kind), part["sha256"][kind] if verify else None)
-
-
-def check_file(path: Path, sha256: str | None) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path}: missing, though {path.parent / MANIFEST_NAME} names it; bring it back or {REMEDY}")
-    if sha256 is not None and (found := sha256_of(path)) != sha256:
-        raise ValueError(
-            f"{path}: changed since it was written (SHA-256 {found[:12]}..., not {sha256[:12]}... as in "
-            f"{path.parent / MANIFEST_NAME}); bring it back or {REMEDY}"
-        )
+        check_file(part_path(folder, part["name"], kind), part["sha256"][kind] if verify else None, REMEDY)
 
 
 def part_path(folder: Path, name: str, kind: str) -> Path:

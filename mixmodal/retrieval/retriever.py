@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from mixmodal.manifests import MANIFEST_NAME
 from mixmodal.retrieval.encoder import DocumentEncoder, DocumentParts, find_encoder, load_encoder
-from mixmodal.retrieval.memory import MANIFEST_NAME, Memory, check_encoder, open_memory
+from mixmodal.retrieval.memory import Memory, check_encoder, open_memory
 from mixmodal.retrieval.selection import SelectionConfig, choose, select
 
 logger = logging.getLogger(__name__)

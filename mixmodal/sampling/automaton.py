@@ -5,7 +5,6 @@ Nothing here knows a modality by name, so that a further coded one is an entry o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
 from typing import NamedTuple
 
@@ -17,8 +16,6 @@ DONE = "done"
 
 Kind = str | int
 """Of a token: the range of its id, or the id where it is a control token."""
-Edges = Mapping[tuple[str, Kind], str]
-"""Where a kind of token leads from a node."""
 
 
 class Inside(NamedTuple):

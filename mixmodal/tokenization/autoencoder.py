@@ -84,6 +84,11 @@ def check_autoencoder(config: AutoencoderConfig, image_size: int, key: str = "au
             f"image_size {image_size} is no multiple of {config.downsampling}, the pixels of a code "
             f"({key}.patch_size {config.patch_size}, {num_stages} stages of {key}.channel_multipliers)"
         )
+    for name in ("channels", "head_dim", "norm_groups"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{key}.{name} is {getattr(config, name)}; it must be at least 1")
+    if config.norm_eps <= 0:
+        raise ValueError(f"{key}.norm_eps is {config.norm_eps}; it must be above 0")
     for name in ("num_res_blocks", "num_decoder_res_blocks"):
         value = depths(getattr(config, name), num_stages)
         if len(value) != num_stages or min(value) < 0:

@@ -212,7 +212,8 @@ class ImageTokenizer(nn.Module):
         """The tokenizer in a folder that `save` wrote, on the CPU and in evaluation mode.
 
         Raises:
-            ValueError: naming the file, for a folder that is not one, or weights of another architecture.
+            ValueError: naming the file, for a folder that is not one, or weights of another architecture or that are no
+                numbers.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -234,6 +235,9 @@ class ImageTokenizer(nn.Module):
                 f"{len(differing)} tensors differ, the first is {name}, {found.get(name, 'missing')} in the file and "
                 f"{wanted.get(name, 'not there')} in the config. Take both files from one training run"
             )
+        for name, tensor in state.items():
+            if tensor.is_floating_point() and not tensor.isfinite().all():
+                raise ValueError(f"image tokenizer: {weights}: tensor {name} holds NaN or infinity; train it again")
         tokenizer.load_state_dict(state)
         return tokenizer.eval()
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+from mixmodal.extras import import_extra
 from mixmodal.files import write_whole
 from mixmodal.tokenization.control_tokens import find_control_tokens, read_tokenizer_file, without_control_tokens
 from mixmodal.tokenization.text import SPACE_MARK, check_surrogates
@@ -40,24 +41,21 @@ class JsonTextTokenizer:
         vocab_size: rows of the model's embedding; see `read_control_tokens`.
 
     Raises:
-        ValueError: naming file and token, for a file of another kind or with control tokens in no order.
-        ImportError: where the library `tokenizers` is not installed.
+        ValueError: naming file and token, for a file of another kind or with control tokens in no order; or where the
+            library `tokenizers` is not installed.
     """
 
     suffix: ClassVar[str] = ".json"
 
     def __init__(self, path: Path | str, vocab_size: int | None = None) -> None:
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as error:
-            raise ImportError(f"{path}: a text tokenizer in JSON needs `pip install 'mixmodal[finetune]'`") from error
+        library = import_extra("tokenizers", "finetune", f"{path}: a text tokenizer in JSON needs")
         path = Path(path)
         content = read_tokenizer_file(path)
         self._path, self._file = path, path.read_bytes()
         self.control = find_control_tokens(content, path, vocab_size)
         text = without_control_tokens(content, self.control)
         try:
-            self._tokenizer = Tokenizer.from_str(text)
+            self._tokenizer = library.Tokenizer.from_str(text)
         except Exception as error:  # what the library raises
             raise ValueError(f"{path}: the `tokenizers` library can not read it: {error}") from error
         self._pieces: dict[int, str] = {index: name for name, index in json.loads(text)["model"]["vocab"].items()}

@@ -44,8 +44,8 @@ def load_text_tokenizer(path: Path | str, num_pieces: int | None = None) -> Piec
             fill up the embedding) or more (added tokens without a row). A sentencepiece model has its own number.
 
     Raises:
-        ValueError: naming the file, where it is absent or can not be read.
-        ImportError: for a JSON file where the library `tokenizers` is not installed.
+        ValueError: naming the file, where it is absent or can not be read; for a JSON file also where the library
+            `tokenizers` is not installed.
     """
     if Path(path).suffix == ".json":
         from mixmodal.tokenization.control_tokens import read_control_tokens

@@ -12,9 +12,11 @@ import torch
 from torch import nn
 
 from mixmodal.data.packing import Batch
+from mixmodal.extras import import_extra
 from mixmodal.interop.adapter_files import save_adapter
 from mixmodal.interop.adapters import PREFIX, Adapter, AdapterSettings, Kind, merge, weights_sha256
 from mixmodal.models.transformer import TOKEN_MATRICES, Transformer
+from mixmodal.training.config import Precision
 from mixmodal.training.deepspeed_config import read_zero_file
 from mixmodal.training.pretrain import PretrainConfig, PretrainTask
 from mixmodal.training.quantized import quantize
@@ -185,7 +187,7 @@ def stored_name(name: str) -> str:
     return PREFIX + (found.removesuffix(".weight") if "magnitude" in found else found)
 
 
-def inject(model: Transformer, config: AdapterConfig, precision: str = "float32") -> None:
+def inject(model: Transformer, config: AdapterConfig, precision: Precision = "float32") -> None:
     """Puts peft's layers around linear layers of the blocks; the network computes what it did before.
 
     Its own parameters keep their values, unless they are quantized, and get `.base_layer` into their names.
@@ -196,10 +198,7 @@ def inject(model: Transformer, config: AdapterConfig, precision: str = "float32"
     Raises:
         ValueError: without peft, for a target that names nothing, or weights that DoRA can not take.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ValueError(f"adapter needs peft: pip install 'mixmodal[finetune]' ({error})") from error
+    peft = import_extra("peft", "finetune", "adapter needs")
     linear = {
         f"blocks.{name}": module for name, module in model.blocks.named_modules() if isinstance(module, nn.Linear)
     }
@@ -213,11 +212,11 @@ def inject(model: Transformer, config: AdapterConfig, precision: str = "float32"
             )
     if config.quantize:
         quantize(model, precision)
-    lora = LoraConfig(
+    lora = peft.LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType] - it is a number
+        lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         use_dora=config.kind == "dora",
         target_modules=targets,
     )
-    inject_adapter_in_model(lora, model)
+    peft.inject_adapter_in_model(lora, model)

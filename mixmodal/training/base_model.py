@@ -126,7 +126,7 @@ class BaseModel:
         They are what `own` says, and then what the card of this model says. The former names it in any case.
         """
         path = self.folder / CARD
-        card = path.read_text(encoding="utf-8") if path.is_file() else ""
+        card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
         found = {}
         for key in INHERITED:
             theirs = read_section(card, CARD_SECTIONS[key])

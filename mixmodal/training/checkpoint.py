@@ -134,20 +134,25 @@ def step_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
+def is_step_name(name: str) -> bool:
+    """Whether a name is that of a finished checkpoint."""
+    return name.startswith(PREFIX) and name.removeprefix(PREFIX).isdecimal()
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Those that were finished, oldest first."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdecimal())
+    return sorted(path for path in folder.glob(f"{PREFIX}*") if is_step_name(path.name))
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint in force, or None where none is named; `choose_checkpoint` looks whether it is whole."""
     pointer = folder / LATEST
-    name = pointer.read_text(encoding="utf-8").strip() if pointer.exists() else ""
-    return folder / name if name else None
+    name = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.exists() else ""
+    return folder / name if is_step_name(name) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

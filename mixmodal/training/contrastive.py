@@ -30,10 +30,11 @@ from mixmodal.models.two_tower import MAX_SCALE, TwoTower, TwoTowerConfig, impor
 from mixmodal.objectives.contrastive import clamp_above, gather_pairs, infonce_loss, sigmoid_loss
 from mixmodal.objectives.loss import Sums, TokenLosses
 from mixmodal.tokenization.captions import build_caption_tokenizer, encode_captions, text_ids, train_caption_tokenizer
+from mixmodal.training.cards import build_card
 from mixmodal.training.checkpoint import describe, gather_objects, whole_checkpoints
-from mixmodal.training.deepspeed_config import read_zero_file
+from mixmodal.training.deepspeed_config import refuse_stage_3
 from mixmodal.training.optimizer import OptimizerConfig
-from mixmodal.training.task import Task
+from mixmodal.training.task import PictureTask
 from mixmodal.training.trainer import FitResult, Trainer, TrainerConfig
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class HeldOut(NamedTuple):
     pixels: Tensor
 
 
-class EncoderTask(Task):
+class EncoderTask(PictureTask):
     """What is trained, for the trainer: sums over pairs, each of which is compared with those of its micro-batch."""
 
     def __init__(self, config: EncoderTrainingConfig) -> None:
@@ -159,12 +160,6 @@ class EncoderTask(Task):
             seed=self.config.trainer.seed,
         )
 
-    def batch_weight(self, batch: PairBatch) -> float:
-        return float(len(batch.pixels))
-
-    def batch_keys(self, batch: PairBatch) -> list[str]:
-        return batch.keys
-
     def batch_tokens(self, batch: PairBatch) -> int:
         """Tokens of the texts, without padding, and patches."""
         texts = int(batch.tokens.ne(self._end).sum()) + len(batch.tokens)  # the end token pads, and counts once
@@ -236,35 +231,22 @@ def card(config: EncoderTrainingConfig, scores: Mapping[str, Any]) -> str:
     split += (
         f"those of {trainer.global_batch_size} pairs" if trainer.global_batch_size else f"{trainer.grad_accum_steps}"
     )
-    padding = "True" if model.kind == "clip" else '"max_length"'
-    lines = [
-        "---",
-        "library_name: transformers",
-        "---",
-        "",
-        "# Encoder of texts and pictures",
-        "",
+    about = (
         f"A {model.kind} with features of length {model.feature_dim} for pictures of {model.image_size} x "
         f"{model.image_size} pixels and texts of up to {model.max_text_tokens} tokens. Trained by mixmodal for "
-        f"{trainer.max_steps:,} steps of {split}.",
-        "",
-        f"- trained on: {', '.join(f'`{path.name}`' for path in config.data.train)}",
-        "- the licences of the pictures it was trained on apply to what it is used for",
-    ]
-    if scores:
-        lines += ["", "| held out | |", "|---|---|", *(f"| {name} | {value:.4f} |" for name, value in scores.items())]
-    lines += [
-        "",
-        "```python",
+        f"{trainer.max_steps:,} steps of {split}."
+    )
+    padding = "True" if model.kind == "clip" else '"max_length"'
+    example = [
         "from transformers import AutoModel, AutoProcessor",
         "",
         'model, processor = (auto.from_pretrained("this/folder") for auto in (AutoModel, AutoProcessor))',
         'inputs = processor(text=["a red apple"], images=[picture], return_tensors="pt",',
         f"                   padding={padding}, truncation=True)",
-        "```",
-        "",
     ]
-    return "\n".join(lines)
+    shown = {name: f"{value:.4f}" for name, value in scores.items()}
+    title = "Encoder of texts and pictures"
+    return build_card(title, about, config.data.train, shown, example, library="transformers")
 
 
 def train_encoder(config: EncoderTrainingConfig) -> FitResult:
@@ -274,7 +256,5 @@ def train_encoder(config: EncoderTrainingConfig) -> FitResult:
         ValueError: naming the key or the file that can not work.
     """
     import_transformers()
-    trainer = config.trainer
-    if read_zero_file(trainer.deepspeed, trainer.precision)["zero_optimization"].get("stage") == 3:
-        raise ValueError(f"trainer.deepspeed {trainer.deepspeed}: encoders train at ZeRO stages 0, 1 and 2, not at 3")
-    return Trainer(trainer, config.optimizer, resolved=config).fit(EncoderTask(config))
+    refuse_stage_3(config.trainer, "encoders")
+    return Trainer(config.trainer, config.optimizer, resolved=config).fit(EncoderTask(config))

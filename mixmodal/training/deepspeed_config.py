@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mixmodal.config import suggestion
-from mixmodal.training.config import HALF, Precision
+from mixmodal.files import read_object
+from mixmodal.training.config import HALF, Precision, TrainerConfig
 
 OWNED_KEYS = {
     "train_batch_size": "trainer.micro_batch_size and trainer.grad_accum_steps",
@@ -60,12 +60,12 @@ def read_zero_file(path: Path | None, precision: Precision) -> dict[str, Any]:
     if path is None:
         return {"zero_optimization": {"stage": 1 if precision in HALF else 0}}
     try:
-        sections = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"trainer.deepspeed: {path} can not be read as JSON: {error}") from error
-    if not isinstance(sections, dict):
-        raise ValueError(f"trainer.deepspeed: {path} must hold one JSON object")
-    sections = {key: value for key, value in sections.items() if value != "auto"}
+        found = read_object(path)
+    except OSError as error:
+        raise ValueError(f"trainer.deepspeed: {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"trainer.deepspeed: {error}") from error
+    sections = {key: value for key, value in found.items() if value != "auto"}
     problems = [f"{key!r} is set by {OWNED_KEYS[key]}" for key in sections if key in OWNED_KEYS]
     problems += [
         f"{key!r} is no key that acts here{suggestion(key, dict.fromkeys(FREE_KEYS))}"
@@ -80,6 +80,16 @@ def read_zero_file(path: Path | None, precision: Precision) -> dict[str, Any]:
     sections["zero_optimization"] = {key: value for key, value in zero.items() if value != "auto"}
     check_zero(sections["zero_optimization"], precision, f"{path}: zero_optimization")
     return sections
+
+
+def refuse_stage_3(trainer: TrainerConfig, what: str) -> None:
+    """Refuses ZeRO stage 3 for what does not train there.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    if read_zero_file(trainer.deepspeed, trainer.precision)["zero_optimization"].get("stage") == 3:
+        raise ValueError(f"trainer.deepspeed {trainer.deepspeed}: {what} train at ZeRO stages 0, 1 and 2, not at 3")
 
 
 def check_zero(zero: Mapping[str, Any], precision: Precision, key: str) -> None:
@@ -100,6 +110,8 @@ def check_zero(zero: Mapping[str, Any], precision: Precision, key: str) -> None:
         raise ValueError(f"{key}.mics_shard_size keeps each weight several times, which no checkpoint can be made of")
     devices = {}
     for name, stages in (("offload_optimizer", (1, 2, 3)), ("offload_param", (3,))):
+        if not isinstance(zero.get(name) or {}, Mapping):
+            raise ValueError(f'{key}.{name} is {zero[name]!r}; it must be a JSON object, such as {{"device": "cpu"}}')
         devices[name] = (zero.get(name) or {}).get("device", "none")
         if devices[name] != "none" and stage not in stages:
             raise ValueError(f"{key}.{name} can not act at stage {stage}, only at {' and '.join(map(str, stages))}")

@@ -38,9 +38,10 @@ from mixmodal.models.denoiser import (
 from mixmodal.objectives.loss import Sums, TokenLosses
 from mixmodal.tokenization.conditions import ClassNames, ConditionEncoder, TextTokens
 from mixmodal.tokenization.text_files import PieceTokenizer, load_text_tokenizer
-from mixmodal.training.deepspeed_config import read_zero_file
+from mixmodal.training.cards import build_card, describe_batch
+from mixmodal.training.deepspeed_config import refuse_stage_3
 from mixmodal.training.optimizer import OptimizerConfig
-from mixmodal.training.task import Task, to_device
+from mixmodal.training.task import PictureTask, to_device
 from mixmodal.training.trainer import FitResult, Trainer, TrainerConfig
 
 EVALUATED_AT_A_TIME = 64
@@ -81,7 +82,7 @@ class DiffusionTrainingConfig:
             raise ValueError("; ".join(problems))
 
 
-class DiffusionTask(Task):
+class DiffusionTask(PictureTask):
     """What is trained, for the trainer: sums over pictures of squared errors that are means over their pixels.
 
     Raises:
@@ -131,12 +132,6 @@ class DiffusionTask(Task):
             return {"text_tokenizer_sha256": self.tokenizer.sha256, "max_text_tokens": most}
         labels = "\n".join(one.label for one in self.classes)
         return {"classes_sha256": hashlib.sha256(labels.encode()).hexdigest()}
-
-    def batch_weight(self, batch: DenoisingBatch) -> float:
-        return float(len(batch.pixels))
-
-    def batch_keys(self, batch: DenoisingBatch) -> list[str]:
-        return batch.keys
 
     def losses(self, model: nn.Module, batch: DenoisingBatch, step: int) -> TokenLosses:
         """Sums over the pictures of this rank."""
@@ -202,39 +197,24 @@ def select(batch: DenoisingBatch, places: Tensor) -> DenoisingBatch:
 def card(config: DiffusionTrainingConfig, scores: Mapping[str, Any], num_classes: int) -> str:
     """A model card in Markdown."""
     model, trainer = config.model, config.trainer
-    batch = trainer.global_batch_size or trainer.micro_batch_size * trainer.grad_accum_steps
-    where = "" if trainer.global_batch_size else " on each device"
     told = f"one of {num_classes} classes" if num_classes else f"a text of up to {model.text.max_text_tokens} tokens"
     said = {"epsilon": "the noise", "v_prediction": "the velocity"}[model.prediction]
-    lines = [
-        "---",
-        "library_name: diffusers",
-        "---",
-        "",
-        f"# Denoiser told {'a class' if num_classes else 'a text'}",
-        "",
+    about = (
         f"A U-Net that predicts {said} in pictures of {model.image_size} x {model.image_size} pixels and is told "
-        f"{told}, or nothing. Trained by mixmodal for {trainer.max_steps:,} steps of {batch} pictures{where}; "
-        f"{config.condition_dropout:.0%} of them without what they show.",
-        "",
-        f"- trained on: {', '.join(f'`{path.name}`' for path in config.data.train)}",
-        "- the licences of the pictures it was trained on apply to what it is used for",
-    ]
-    if scores:
-        lines += ["", "| held out | |", "|---|---|", *(f"| {name} | {value:.4f} |" for name, value in scores.items())]
-    example = '["a label of classes.txt"]' if num_classes else '["a red apple"]'
-    lines += [
-        "",
-        "```python",
+        f"{told}, or nothing. Trained by mixmodal for {trainer.max_steps:,} steps of "
+        f"{describe_batch(trainer, 'pictures')}; {config.condition_dropout:.0%} of them without what they show."
+    )
+    conditions = '["a label of classes.txt"]' if num_classes else '["a red apple"]'
+    example = [
         "from mixmodal.classification.denoiser import load_denoiser",
         "",
         'denoiser = load_denoiser("this/folder")',
         "# noisy (B, 3, H, W) in [-1, 1] and noise, timesteps (B,)",
-        f"prediction = denoiser.unet(noisy, timesteps, **denoiser.encode({example})).sample",
-        "```",
-        "",
+        f"prediction = denoiser.unet(noisy, timesteps, **denoiser.encode({conditions})).sample",
     ]
-    return "\n".join(lines)
+    shown = {name: f"{value:.4f}" for name, value in scores.items()}
+    title = f"Denoiser told {'a class' if num_classes else 'a text'}"
+    return build_card(title, about, config.data.train, shown, example, library="diffusers")
 
 
 def train_diffusion(config: DiffusionTrainingConfig) -> FitResult:
@@ -244,7 +224,5 @@ def train_diffusion(config: DiffusionTrainingConfig) -> FitResult:
         ValueError: naming the key or the file that can not work.
     """
     import_diffusers()
-    trainer = config.trainer
-    if read_zero_file(trainer.deepspeed, trainer.precision)["zero_optimization"].get("stage") == 3:
-        raise ValueError(f"trainer.deepspeed {trainer.deepspeed}: denoisers train at ZeRO stages 0, 1 and 2, not at 3")
-    return Trainer(trainer, config.optimizer, resolved=config).fit(DiffusionTask(config))
+    refuse_stage_3(config.trainer, "denoisers")
+    return Trainer(config.trainer, config.optimizer, resolved=config).fit(DiffusionTask(config))

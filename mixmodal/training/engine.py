@@ -9,16 +9,14 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mixmodal.extras import import_extra
 from mixmodal.training.ranks import meet
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 
 class Place(NamedTuple):
@@ -29,7 +27,7 @@ class Place(NamedTuple):
     device: torch.device
 
 
-def load_deepspeed() -> ModuleType:
+def load_deepspeed() -> Any:
     """Imports deepspeed, quiet and without its compiled extensions.
 
     Raises:
@@ -37,10 +35,7 @@ def load_deepspeed() -> ModuleType:
     """
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # it would find that out by itself, with a warning
-    try:
-        import deepspeed
-    except ImportError as error:
-        raise ValueError(f"training needs deepspeed: pip install 'mixmodal[train]' ({error})") from error
+    deepspeed = import_extra("deepspeed", "train", "training needs")
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)  # at every step
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     accelerator: Any = deepspeed.get_accelerator()

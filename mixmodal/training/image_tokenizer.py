@@ -20,12 +20,14 @@ from mixmodal.models.discriminator import PatchDiscriminator, check_discriminato
 from mixmodal.objectives.adversarial import AdversarialConfig, adaptive_weight, discriminator_loss, generator_loss
 from mixmodal.objectives.loss import Sums, TokenLosses
 from mixmodal.objectives.perceptual import PerceptualConfig, PerceptualLoss
-from mixmodal.tokenization.autoencoder import Decoder
+from mixmodal.tokenization.autoencoder import Decoder, check_autoencoder
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
-from mixmodal.tokenization.quantizer import remedy
+from mixmodal.tokenization.quantizer import check_quantizer, remedy
 from mixmodal.tokenization.quantizer_base import Quantized
+from mixmodal.training.cards import build_card, describe_batch
 from mixmodal.training.optimizer import OptimizerConfig
-from mixmodal.training.task import MODEL, Opponent, Task
+from mixmodal.training.precision import autocast
+from mixmodal.training.task import MODEL, Opponent, PictureTask
 from mixmodal.training.trainer import FitResult, Trainer, TrainerConfig
 
 logger = logging.getLogger(__name__)
@@ -101,6 +103,8 @@ class ImageTokenizerTrainingConfig:
         for name in ("augment_until", "min_codebook_usage"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in 0 .. 1")
+        check_autoencoder(self.tokenizer.autoencoder, self.tokenizer.image_size, "tokenizer.autoencoder")
+        check_quantizer(self.tokenizer.quantizer, "tokenizer.quantizer")
         if self.max_psnr_drop < 0:
             raise ValueError(f"max_psnr_drop is {self.max_psnr_drop}; it must not be negative")
         if self.adversarial:
@@ -128,7 +132,7 @@ class Reconstruction(NamedTuple):
     quantizer_parts: dict[str, Tensor]
 
 
-class ImageTokenizerTask(Task):
+class ImageTokenizerTask(PictureTask):
     """What is trained, for the trainer: sums over pictures of losses that are means over the pixels of a picture."""
 
     def __init__(self, config: ImageTokenizerTrainingConfig) -> None:
@@ -165,12 +169,6 @@ class ImageTokenizerTask(Task):
             world_size=world_size,
             seed=self.config.trainer.seed,
         )
-
-    def batch_weight(self, batch: PictureBatch) -> float:
-        return float(len(batch.pixels))
-
-    def batch_keys(self, batch: PictureBatch) -> list[str]:
-        return batch.keys
 
     def batch_tokens(self, batch: PictureBatch) -> int:
         """Codes."""
@@ -277,8 +275,7 @@ class ImageTokenizerTask(Task):
             self._last_inputs = inputs[0].detach()
 
     def _autocast(self, images: Tensor) -> torch.autocast:
-        enabled = self.config.trainer.precision == "autocast_bfloat16"
-        return torch.autocast(images.device.type, torch.bfloat16, enabled=enabled)
+        return autocast(self.config.trainer.precision, images.device.type)
 
     @property
     def _discriminator_dtype(self) -> torch.dtype:
@@ -359,32 +356,21 @@ def card(config: ImageTokenizerTrainingConfig, scores: ReconstructionScores | No
     """A model card in Markdown."""
     tokenizer, trainer = config.tokenizer, config.trainer
     height, width = tokenizer.grid
-    num_pictures = trainer.micro_batch_size * trainer.grad_accum_steps
-    batch = (
-        f"{trainer.global_batch_size} pictures"
-        if trainer.global_batch_size
-        else f"{num_pictures} pictures on each device"
-    )
-    lines = [
-        "# Image tokenizer",
-        "",
+    about = (
         f"Codes pictures of {tokenizer.image_size} x {tokenizer.image_size} pixels as {height} x {width} codes "
         f"(quantizer `{tokenizer.quantizer.kind}`), and draws pictures from codes. Trained by mixmodal "
-        f"for {trainer.max_steps:,} steps of {batch}.",
+        f"for {trainer.max_steps:,} steps of {describe_batch(trainer, 'pictures')}."
+    )
+    example = [
+        "from mixmodal.tokenization.image import ImageTokenizer",
         "",
-        f"- trained on: {', '.join(f'`{path.name}`' for path in config.data.train)}",
-        "- the licences of the pictures it was trained on apply to what it is used for",
-    ]
-    if scores is not None:
-        lines += ["", "| held out | |", "|---|---|"]
-        lines += [f"| {name} | {value:,.4g} |" for name, value in asdict(scores).items()]
-        lines += ["", "`reconstructions.png` shows held-out originals, each above its reconstruction."]
-    lines += ["", "```python", "from mixmodal.tokenization.image import ImageTokenizer", ""]
-    lines += [
         'tokenizer = ImageTokenizer.load("this/folder")',
         "codes = tokenizer.encode(images)  # (B, 3, H, W) in [-1, 1]",
+        "images = tokenizer.decode(codes)",
     ]
-    return "\n".join([*lines, "images = tokenizer.decode(codes)", "```", ""])
+    shown = {name: f"{value:,.4g}" for name, value in asdict(scores).items()} if scores else {}
+    note = "`reconstructions.png` shows held-out originals, each above its reconstruction." if scores else ""
+    return build_card("Image tokenizer", about, config.data.train, shown, example, note=note)
 
 
 def train_image_tokenizer(config: ImageTokenizerTrainingConfig) -> FitResult:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from PIL.Image import Image as Picture
 from torch import Tensor
 
+from mixmodal.extras import import_extra
 from mixmodal.files import naming, write_whole
 from mixmodal.objectives.loss import Sums
 
@@ -166,13 +167,14 @@ class MetricsLog:
 
 
 def drop_later(path: Path, step: int, finished: bool = False) -> None:
-    """Removes what is written again: lines of steps after `step`, and a last line that was cut short.
+    """Removes what is written again, lines of steps after `step`, and what is no line of metrics, as one cut short.
 
     Where the run is finished, that is its last evaluation, too.
     """
     if not path.exists():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if is_until(line, step, finished)]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    kept = [line for line in lines if is_until(line, step, finished)]
     write_whole(path, "".join(f"{line}\n" for line in kept).encode())
 
 
@@ -181,16 +183,16 @@ def is_until(line: str, step: int, finished: bool) -> bool:
         record = json.loads(line)
     except json.JSONDecodeError:
         return False
+    if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+        return False
     is_last_evaluation = finished and record["step"] == step and any(name.startswith("eval_") for name in record)
     return record["step"] <= step and not is_last_evaluation
 
 
 def build_writer(folder: Path, first_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        remedy = "pip install 'mixmodal[train]', or set trainer.tensorboard to false"
-        raise ValueError(f"trainer.tensorboard needs tensorboard: {remedy}") from error
+    import_extra("tensorboard", "train", "trainer.tensorboard, unless it is set to false, needs")
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=first_step + 1)
 
 

@@ -50,8 +50,9 @@ class OptimizerConfig:
             problems.append(f"optimizer.lr is {self.lr}; it must be above 0")
         if not all(0 <= beta < 1 for beta in self.betas):
             problems.append(f"optimizer.betas is {self.betas}; both must lie in [0, 1)")
-        if self.warmup_steps < 0:
-            problems.append(f"optimizer.warmup_steps is {self.warmup_steps}; it must not be negative")
+        for name in ("eps", "weight_decay", "warmup_steps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                problems.append(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.min_lr_ratio <= 1:
             problems.append(f"optimizer.min_lr_ratio is {self.min_lr_ratio}; it must lie in [0, 1]")
         if self.polynomial_power <= 0:

@@ -15,9 +15,9 @@ from mixmodal.data.packing import split_pairs
 from mixmodal.data.source import check_equal
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.objectives.preference import PreferenceConfig, PreferenceLoss, Reduced
-from mixmodal.training.config import HALF
 from mixmodal.training.engine import init_distributed
 from mixmodal.training.metrics import MetricSums
+from mixmodal.training.precision import autocast, weight_dtype
 from mixmodal.training.pretrain import ModelLosses, PretrainConfig, PretrainTask, mean_norm
 from mixmodal.training.reference import PairBatch, Reference, load_reference, model_digest
 from mixmodal.training.task import to_device
@@ -25,7 +25,6 @@ from mixmodal.training.task import to_device
 REFERENCE_FILE = "reference.safetensors"
 HELD_OUT = "held out"
 """Held-out pairs among the sources, whose names have no space."""
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +123,10 @@ class PreferenceTask(PretrainTask):
 
     def _score(self, shards: TokenShards, rank: int, world_size: int) -> Iterable[tuple[list[list[str]], Tensor]]:
         device, precision = init_distributed().device, self.config.trainer.precision
-        model = super().build_model().to(device, DTYPES[precision] if precision in HALF else None).eval()
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "autocast_bfloat16")
+        model = super().build_model().to(device, weight_dtype(precision)).eval()
         for batch in self._stored(shards, rank, world_size):
             blank = PairBatch(batch, torch.zeros(len(batch.keys), 2 * max([1, *map(len, batch.keys)])))
-            with torch.no_grad(), autocast:
+            with torch.no_grad(), autocast(precision, device.type):
                 _, (_, logps), _ = self._call_pairs(model, to_device(blank, device))
             yield batch.keys, logps
 

@@ -91,6 +91,8 @@ class PretrainConfig:
     card: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.z_loss_weight < float("inf"):
+            raise ValueError(f"z_loss_weight is {self.z_loss_weight}; it must not be negative")
         if self.sample_every < 0 or self.num_samples < 1:
             raise ValueError(
                 f"sample_every is {self.sample_every} and num_samples {self.num_samples}; at least 0 and 1"

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
+from mixmodal.extras import import_extra
 from mixmodal.models.transformer import Transformer
+from mixmodal.training.config import Precision
+from mixmodal.training.precision import compute_dtype
 
-COMPUTE = {"float32": torch.float32, "float16": torch.float16}
-"""What dequantized weights are multiplied in, by `trainer.precision`; bfloat16 for others."""
 
-
-def quantize(model: Transformer, precision: str) -> None:
+def quantize(model: Transformer, precision: Precision) -> None:
     """Puts NF4 weights (section 3: blocks of 64, whose scales are quantized, too) into all linear layers of the blocks.
 
     They take 0.52 bytes a parameter. Embedding, output and norms stay as they are.
 
     Args:
-        precision: of training.
+        precision: of training, in which dequantized weights are multiplied.
 
     Raises:
         ValueError: without bitsandbytes, or for weights without data.
@@ -28,22 +27,19 @@ def quantize(model: Transformer, precision: str) -> None:
             "adapter.quantize needs weights, which a plan does not read: leave it out of the plan, and count 0.52 "
             "bytes in the place of 2 or 4 for each frozen weight of the blocks"
         )
-    try:
-        from bitsandbytes.nn import Linear4bit, Params4bit  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ValueError(f"adapter.quantize needs bitsandbytes: pip install 'mixmodal[qlora]' ({error})") from error
+    library = import_extra("bitsandbytes.nn", "qlora", "adapter.quantize needs")
     for name, layer in layers.items():
         path, _, own = name.rpartition(".")
         weight = layer.weight
-        found = Linear4bit(
+        found = library.Linear4bit(
             weight.shape[1],
             weight.shape[0],
             bias=False,
             quant_type="nf4",
-            compute_dtype=COMPUTE.get(precision, torch.bfloat16),
+            compute_dtype=compute_dtype(precision),
         )
         # else its evaluation on the CPU leaves weights in a layout through which no gradient goes in training
         found.support_avx512bf16_for_cpu = False
-        found.weight = Params4bit(weight.detach(), requires_grad=False, quant_type="nf4")
+        found.weight = library.Params4bit(weight.detach(), requires_grad=False, quant_type="nf4")
         setattr(model.blocks.get_submodule(path), own, found.to(weight.device))  # which quantizes
     vars(model)["is_loaded_in_4bit"] = True  # peft asks for it

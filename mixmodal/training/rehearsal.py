@@ -19,9 +19,11 @@ from mixmodal.objectives.output_loss import DEFAULT_CHUNK_ELEMENTS
 from mixmodal.tokenization.vector_quantizers import MovingAverageQuantizer
 from mixmodal.training.adapter import AdapterTask
 from mixmodal.training.base_model import BaseModel, build_shape
+from mixmodal.training.config import Precision
 from mixmodal.training.finetune import FinetuneConfig
 from mixmodal.training.image_tokenizer import ImageTokenizerTask, ImageTokenizerTrainingConfig
 from mixmodal.training.live_bytes import CastAsOnCuda, LiveBytes
+from mixmodal.training.precision import autocast, weight_dtype
 from mixmodal.training.pretrain import PretrainConfig, PretrainTask
 from mixmodal.training.recomputing import recompute
 from mixmodal.training.task import MODEL, Losses, Task
@@ -88,8 +90,7 @@ class Rehearsal:
 
     def _prepare(self, network: nn.Module) -> None:
         network.train()
-        kinds = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-        network.to(kinds.get(self.training.trainer.precision))
+        network.to(weight_dtype(self.training.trainer.precision))
         for module in network.modules():
             if isinstance(module, MovingAverageQuantizer):
                 # its library asks for values, which fake tensors have not; what it takes stands in for it
@@ -113,12 +114,9 @@ class Rehearsal:
 
     def rounds(self, micro_batch_size: int) -> Iterator[tuple[str, Losses]]:
         """The task's rounds on a micro-batch of nothing."""
-        networks = {name: _AsTrained(network, self._autocasts) for name, network in self.networks.items()}
+        precision = self.training.trainer.precision
+        networks = {name: _AsTrained(network, precision) for name, network in self.networks.items()}
         return self.task.rounds(networks, build_batch(self.training, micro_batch_size), planned_step(self.training))
-
-    @property
-    def _autocasts(self) -> bool:
-        return self.training.trainer.precision == "autocast_bfloat16"
 
 
 class DatalessPretrainTask(PretrainTask):
@@ -160,12 +158,13 @@ def build_dataless(config: PretrainConfig) -> DatalessPretrainTask:
 class _AsTrained(nn.Module):
     """A network as the engine calls it."""
 
-    def __init__(self, network: nn.Module, autocasts: bool) -> None:
+    def __init__(self, network: nn.Module, precision: Precision) -> None:
         super().__init__()
-        self.network, self.autocasts = network, autocasts
+        self.network = network
+        self.precision: Precision = precision
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.autocasts):
+        with autocast(self.precision, "cpu"):
             return self.network(*inputs, **options)
 
     def __getattr__(self, name: str) -> Any:

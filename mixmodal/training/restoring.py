@@ -83,6 +83,13 @@ def read(run: Run, folder: Path) -> None:
     """Fills the run from a checkpoint, without a collective; networks are still to settle."""
     rank = run.place.rank
     state = checkpoint.read_json(folder / checkpoint.STATE)
+    missing = [name for name in ("step", "seconds", "world_size") if not isinstance(state.get(name), (int, float))]
+    missing += [name for name in must_match(run) if name not in state]
+    if missing:
+        raise CheckpointError(
+            f"checkpoint file {folder / checkpoint.STATE} has no {', '.join(missing)}, so another version wrote it; "
+            "start a new run folder"
+        )
     for name, own in must_match(run).items():
         if state[name] != own:
             raise CheckpointError(

@@ -141,6 +141,16 @@ class Task(Protocol):
         """Writes the trained model, on rank 0 only."""
 
 
+class PictureTask(Task):
+    """What is trained on micro-batches of pictures, each of which weighs the same."""
+
+    def batch_weight(self, batch: Batch) -> float:
+        return float(len(batch.pixels))
+
+    def batch_keys(self, batch: Batch) -> list[str]:
+        return batch.keys
+
+
 def to_device(value: Any, device: torch.device) -> Any:
     """Moves all tensors of a batch; other things travel along."""
     if isinstance(value, Tensor):

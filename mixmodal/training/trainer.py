@@ -23,6 +23,7 @@ from mixmodal.training.engine import Place, init_distributed
 from mixmodal.training.interrupt import StopSignal
 from mixmodal.training.metrics import METRICS_FILE, MetricsLog, MetricSums, Record
 from mixmodal.training.optimizer import OptimizerConfig, lr_at, set_lr
+from mixmodal.training.precision import autocast
 from mixmodal.training.randomness import random_state, set_random_state
 from mixmodal.training.ranks import RankWatch, launched
 from mixmodal.training.resources import write_resources
@@ -103,6 +104,8 @@ class Trainer:
                 raise ValueError(f"{name} needs whole weights, which ZeRO stage 3 does not keep: set it to {idle}")
 
     def _check_folder(self) -> None:
+        if self.config.run_dir.is_file():
+            raise ValueError(f"trainer.run_dir {self.config.run_dir} is a file; give a folder, which need not exist")
         there = checkpoint.whole_checkpoints(self.config.run_dir / "checkpoints")
         if there and not self.config.resume:
             raise ValueError(
@@ -328,13 +331,10 @@ class Loop(Run):
     def _evaluated_weights(self) -> Iterator[nn.Module]:
         """The plain model in evaluation mode, with averaged weights where they are kept."""
         model = self.engine.module
-        autocast = torch.autocast(
-            self.place.device.type, torch.bfloat16, enabled=self.config.precision == "autocast_bfloat16"
-        )
         averaged = self.ema.applied(model) if self.ema else contextlib.nullcontext()
         before = random_state()
         model.eval()
-        with torch.no_grad(), autocast, averaged:
+        with torch.no_grad(), autocast(self.config.precision, self.place.device.type), averaged:
             yield model
         model.train()
         set_random_state(before)  # so that training does not depend on when it is evaluated

@@ -23,8 +23,9 @@ from mixmodal.data.mixture import ShareLimits, StageConfig, counters
 from mixmodal.data.packing import Batch
 from mixmodal.data.pipeline import DataConfig, PackedDocuments, open_sources
 from mixmodal.data.source import SourceConfig
-from mixmodal.data.token_shards import TokenShards, build_manifest, write_manifest, write_token_shard
+from mixmodal.data.token_shards import TokenShards, build_manifest, write_token_shard
 from mixmodal.document import Document, Image, Part, Text, Turn, build_format, spell_turns
+from mixmodal.manifests import write_manifest
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.training.pretrain import PretrainConfig
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig

@@ -185,6 +185,12 @@ def test_finished_shards_are_kept_and_other_settings_refused(build, folder, tmp_
     assert (tmp_path / "out" / "shards" / "00000.tar").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match=r"report\.json: image_size is 0, not 4; remove"):
         build("folder", folder, image_size=4)
+    for name in ("report.json", "shards/shards.json"):
+        whole = (tmp_path / "out" / name).read_bytes()
+        (tmp_path / "out" / name).write_bytes(whole[:20])
+        with pytest.raises(ValueError, match=f"{name} is not JSON"):
+            build("folder", folder)
+        (tmp_path / "out" / name).write_bytes(whole)
     mark_unfinished(tmp_path / "out" / "shards")
     _, samples = build("folder", folder, image_size=4)
     assert samples[0].pictures[0].open(16).size == (4, 4)

@@ -13,8 +13,9 @@ import pytest
 from mixmodal.data.inspect import InspectConfig, inspect, stretches_of
 from mixmodal.data.mixture import ShareLimits, StageConfig
 from mixmodal.data.source import SourceConfig
-from mixmodal.data.token_shards import build_manifest, write_manifest, write_token_shard
+from mixmodal.data.token_shards import build_manifest, write_token_shard
 from mixmodal.document import Run, build_format
+from mixmodal.manifests import write_manifest
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
 from mixmodal.tokenization import text as text_module
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
@@ -190,6 +191,12 @@ def test_text_and_keys_can_not_steer_the_terminal(
 def test_long_parts_are_shortened(tmp_path: Path, byte_tokenizer: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect(replace(shards(tmp_path, ["hello"]), max_codes=2))
     assert "[image 0 1 ..4 more]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [{"num_rows": 0}, {"max_codes": -1}, {"seed": -1}, {"step": 1}])
+def test_options_that_can_not_act_are_named(tmp_path: Path, option: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=rf"inspect: {next(iter(option))} is"):
+        InspectConfig(data=tmp_path, **option)  # type: ignore[arg-type]
 
 
 def test_stretches_end_where_the_kind_or_the_weight_changes() -> None:

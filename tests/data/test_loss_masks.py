@@ -21,9 +21,10 @@ from mixmodal.data.held_out import held_out_batches
 from mixmodal.data.pipeline import DataConfig, PackedDocuments
 from mixmodal.data.shards import PictureFile, Sample, read_samples
 from mixmodal.data.source import SourceConfig
-from mixmodal.data.token_shards import MANIFEST_NAME, TokenShards, build_manifest, write_manifest, write_token_shard
+from mixmodal.data.token_shards import TokenShards, build_manifest, write_token_shard
 from mixmodal.data.variation import Variation, check_loss_kept
 from mixmodal.document import Run, build_format
+from mixmodal.manifests import MANIFEST_NAME, write_manifest
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 

@@ -11,8 +11,9 @@ from mixmodal.config import UsageError, load_config
 from mixmodal.data.mixture import StageConfig
 from mixmodal.data.pipeline import DataConfig, open_sources
 from mixmodal.data.source import SourceConfig
-from mixmodal.data.token_shards import TokenShards, build_manifest, write_manifest, write_token_shard
+from mixmodal.data.token_shards import TokenShards, build_manifest, write_token_shard
 from mixmodal.document import Run, build_format
+from mixmodal.manifests import write_manifest
 from mixmodal.training.pretrain import PretrainConfig
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 

@@ -15,8 +15,9 @@ import torch
 from mixmodal.data.held_out import held_out_batches
 from mixmodal.data.packing import Batch
 from mixmodal.data.pipeline import DataConfig, Documents, PackedDocuments
-from mixmodal.data.token_shards import TokenShards, build_manifest, write_manifest, write_token_shard
+from mixmodal.data.token_shards import TokenShards, build_manifest, write_token_shard
 from mixmodal.document import Run, SequenceError, build_format
+from mixmodal.manifests import write_manifest
 from mixmodal.objectives.causal_masked import CausalMasked, CausalMaskedConfig
 from mixmodal.objectives.loss import target_weights
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig

@@ -11,8 +11,9 @@ from mixmodal.data.augment import AugmentConfig
 from mixmodal.data.pretokenize import PretokenizeConfig, Pretokenizer, pretokenize
 from mixmodal.data.shards import INDEX_NAME, PictureFile, Sample, read_samples
 from mixmodal.data.skipping import SampleLimits, TooManySkipped
-from mixmodal.data.token_shards import MANIFEST_NAME, TokenShards, is_token_shard
+from mixmodal.data.token_shards import TokenShards, is_token_shard
 from mixmodal.document import Document, Image, Text
+from mixmodal.manifests import MANIFEST_NAME
 from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
 from mixmodal.tokenization.preprocessing import resize_and_crop, to_tensor
@@ -166,7 +167,7 @@ def test_job_goes_on_where_it_was_broken_off(build, build_shards, image_tokenize
     monkeypatch.setattr(type(image_tokenizer), "encode", failing)
     with pytest.raises(KeyboardInterrupt):
         build(shards).write()
-    with pytest.raises(ValueError, match="no \\(finished\\) token shards"):
+    with pytest.raises(ValueError, match="holds no token shards; pretokenize again"):
         TokenShards.open(expected.folder)
     monkeypatch.setattr(type(image_tokenizer), "encode", encode)
     image_tokenizer.num_encoded = 0
@@ -188,12 +189,15 @@ def test_changed_source_and_damaged_shard_are_encoded_again(build, build_shards,
     assert list(tokens.keys) == [f"{number:04d}#0" for number in (0, 1, 2, 6, 7, 8, 6)]
 
 
-def test_folder_of_other_settings_is_named(build, build_shards):
+def test_folder_of_other_settings_is_named(build, build_shards, tmp_path):
     shards = build_shards(1)
     build(shards).write()
     for options, key in (({"sequence_format": "chameleon"}, "sequence_format"), ({"num_sentinels": 5}, "digest")):
         with pytest.raises(ValueError, match=rf"shard_00000\.json: \w*{key} is .* remove it or choose another"):
             build(shards, **options).write()
+    (tmp_path / "tokens" / "shard_00000.json").write_bytes(b'{"entry":')
+    with pytest.raises(ValueError, match=r"shard_00000\.json is not JSON"):
+        build(shards).write()
 
 
 def test_share_of_bad_samples_fails_the_job_and_keeps_what_is_written(build, build_shards, tmp_path):
@@ -225,17 +229,28 @@ def test_damaged_token_shards_are_named(build, build_shards):
     entry = good["shards"][0]
     cases = [
         ({**good, "format_version": 99}, r"manifest\.json: format_version is 99"),
-        ({key: good[key] for key in good if key != "counts"}, r"manifest\.json: the key counts is missing"),
+        (
+            {key: good[key] for key in good if key != "counts"},
+            r"manifest\.json: not the manifest .*the key counts is missing",
+        ),
         ({**good, "vocabulary_digest": "f" * 64}, r"manifest\.json: vocabulary_digest is ffff"),
         ({**good, "shards": [{**entry, "documents": 2}]}, r"shard_00000\.offsets\.npy: 3 documents, not the 2"),
         ({**good, "shards": [{**entry, "tokens": 2}]}, r"shard_00000\.tokens\.npy: \d+ tokens, not the 2 of"),
         ({**good, "shards": [{**entry, "name": "shard_7"}]}, r"shard_7\.tokens\.npy: missing or broken"),
-        ([], r"manifest\.json: not a manifest"),
+        ({**good, "vocabulary": {**good["vocabulary"], "num_sounds": 3}}, r"manifest\.json: .* 'num_sounds"),
+        ({**good, "vocabulary": {**good["vocabulary"], "num_text_pieces": "x"}}, r"manifest\.json: not the manifest"),
+        ({**good, "shards": None}, r"manifest\.json: not the manifest of token shards"),
+        ({**good, "shards": [{"name": "shard_00000"}]}, r"manifest\.json: not the manifest of token shards"),
+        ([], r"manifest\.json: not the manifest of token shards"),
     ]
     for manifest, message in cases:
         (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
         with pytest.raises(ValueError, match=message):
             TokenShards.open(folder)
+    for section in (None, {"name": "emu", "grids": {}}, {**good["sequence_format"], "rows": 3}):
+        (folder / MANIFEST_NAME).write_text(json.dumps({**good, "sequence_format": section}))
+        with pytest.raises(ValueError, match=r"manifest\.json: sequence_format: .*; pretokenize again"):
+            TokenShards.open(folder).build_format()
     (folder / MANIFEST_NAME).write_text(json.dumps(good))
     assert TokenShards.open(folder).keys[3] == "0003#0"
     offsets = np.load(folder / "shard_00000.offsets.npy")
@@ -311,6 +326,7 @@ def test_settings_that_can_not_act_are_refused(build, build_shards):
         ({"augment": SHIFTS}, "num_variants is 1"),
         ({"change_alike": True}, "change_alike is set, but num_variants is 1"),
         ({"batch_size": 0}, "batch_size is 0"),
+        ({"seed": -1}, "seed is -1"),
     ):
         with pytest.raises(ValueError, match=message):
             build(shards, **options)

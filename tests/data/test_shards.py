@@ -211,6 +211,13 @@ def test_index_tells_how_many_samples_are_lost(tmp_path):
     samples, counter = read(tmp_path)
     assert len(samples) == 4
     assert counter.skipped == {"lost sample": 2}
+    for broken, message in (
+        (b'{"shards"', "shards.json is not JSON"),
+        (b'{"shards": [1]}', "shards.json: it lists no"),
+    ):
+        (tmp_path / INDEX_NAME).write_bytes(broken)
+        with pytest.raises(ValueError, match=message):
+            read(tmp_path)
 
 
 def test_file_that_is_no_tar_is_named(tmp_path):

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import mixmodal.evaluation.memorisation as memorisation
-from mixmodal.data.token_shards import TokenShards, build_manifest, write_manifest, write_token_shard
+from mixmodal.data.token_shards import TokenShards, build_manifest, write_token_shard
 from mixmodal.document import Document, Image, build_format
 from mixmodal.evaluation.memorisation import CodeBlock, find_repeats, in_blocks, training_codes
+from mixmodal.manifests import write_manifest
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 CODES = 16

@@ -252,9 +252,9 @@ def test_a_broken_line_before_the_last_is_named(tmp_path: Path) -> None:
 
 
 def test_what_is_no_list_of_results_is_named(tmp_path: Path) -> None:
-    for content, message in ((b"{", "it can not be read"), (b"[]", "it is not of this command")):
+    for content, message in ((b"{", "is not JSON"), (b"[]", "holds no JSON object; remove it")):
         (tmp_path / "results.json").write_bytes(content)
-        with pytest.raises(ValueError, match=rf"results\.json: {message}"):
+        with pytest.raises(ValueError, match=rf"results\.json {message}"):
             check_results(tmp_path, {})
 
 

@@ -9,6 +9,7 @@ import yaml
 
 from mixmodal.models.presets import PRESETS
 from mixmodal.models.transformer import Transformer, TransformerConfig, load_weights, save_weights
+from mixmodal.weights import save_tensors
 
 ROOT = Path(__file__).parents[2]
 TINY = TransformerConfig(vocab_size=50, dim=32, num_layers=2, num_heads=4, num_kv_heads=2, ffn_dim=64, max_seq_len=32)
@@ -129,6 +130,10 @@ def test_weights_round_trip_and_refuse_what_does_not_fit(tmp_path: Path) -> None
         load_weights(Transformer(replace(TINY, num_layers=1)), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match=r"tensor embedding.weight has shape \(50, 32\), not \(51, 32\)"):
         load_weights(Transformer(replace(TINY, vocab_size=51)), tmp_path / "model.safetensors")
+    integers = {name: tensor.int() for name, tensor in network.state_dict().items()}
+    save_tensors(integers, tmp_path / "integers.safetensors")
+    with pytest.raises(ValueError, match=r"integers\.safetensors: tensor embedding\.weight is of torch\.int32"):
+        load_weights(other, tmp_path / "integers.safetensors")
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         load_weights(other, tmp_path / "cut.safetensors")
@@ -141,6 +146,12 @@ def test_weights_round_trip_and_refuse_what_does_not_fit(tmp_path: Path) -> None
     [
         ({"num_heads": 5}, "dim 32 does not divide into num_heads 5"),
         ({"num_kv_heads": 3}, "num_heads 4 is no multiple of num_kv_heads 3"),
+        ({"dim": 0}, "dim is 0; it must be at least 1"),
+        ({"num_layers": -1}, "num_layers is -1; it must be at least 1"),
+        ({"vocab_size": -4}, "vocab_size is -4; it must be at least 0"),
+        ({"dropout": 1.5}, "dropout is 1.5"),
+        ({"init_std": -1.0}, "init_std is -1"),
+        ({"rope_theta": 0.0}, "rope_theta is 0"),
         ({"head_dim": 7}, "even head_dim, not 7"),
         ({"position": "learned", "rope_theta": 5e5}, "rope_theta can not act where position is learned"),
         ({"position_init_std": 0.1}, "position_init_std can not act where position is rope"),

@@ -80,7 +80,7 @@ def test_documents_are_embedded_as_one_by_one(folders: dict[str, Path]) -> None:
         combine(texts[3:], images[3:]),
     ]
     assert np.abs(found - np.stack(wanted)).max() < 1e-6
-    assert np.abs(encoder.embed_document(documents[1]) - wanted[1]).max() < 1e-6
+    assert np.abs(encoder.embed_documents([documents[1]])[0] - wanted[1]).max() < 1e-6
     with pytest.raises(ValueError, match="without text and without picture"):
         encoder.embed_documents([DocumentParts()])
 
@@ -155,7 +155,7 @@ def test_weights_that_miss_a_tensor_are_refused_instead_of_random(clip: Path) ->
 
 def test_without_transformers_the_extra_is_named(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match=r"transformers is not installed; pip install 'mixmodal\[retrieval\]'"):
+    with pytest.raises(ValueError, match=r"needs transformers: pip install 'mixmodal\[retrieval\]'"):
         load_encoder(clip)
 
 

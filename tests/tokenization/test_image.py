@@ -207,3 +207,9 @@ def test_broken_files_are_named(tokenizer: ImageTokenizer, tmp_path: Path) -> No
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match=r"model\.safetensors is not a whole safetensors file"):
         ImageTokenizer.load(tmp_path)
+    state = tokenizer.state_dict()
+    save_file(
+        {**state, "decoder.conv_in.bias": state["decoder.conv_in.bias"] * torch.nan}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor decoder\.conv_in\.bias holds NaN"):
+        ImageTokenizer.load(tmp_path)

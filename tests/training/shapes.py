@@ -9,8 +9,9 @@ import numpy as np
 
 from mixmodal.data.pipeline import DataConfig
 from mixmodal.data.synthetic import synthetic_pairs
-from mixmodal.data.token_shards import TokenShards, build_manifest, write_manifest, write_token_shard
+from mixmodal.data.token_shards import TokenShards, build_manifest, write_token_shard
 from mixmodal.document import Document, Image, Part, Text, Turn, build_format, spell_turns
+from mixmodal.manifests import write_manifest
 from mixmodal.models.transformer import TransformerConfig
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
 from mixmodal.training.config import TrainerConfig

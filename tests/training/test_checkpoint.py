@@ -243,16 +243,16 @@ def test_where_no_checkpoint_is_whole_all_are_named(tmp_path: Path) -> None:
         choose_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("content", [None, "", " \n"])
+@pytest.mark.parametrize("content", [None, b"", b" \n", b"the best one", b"\xff\xfe"])
 def test_where_none_is_in_force_the_newest_whole_one_is_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str | None
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, content: bytes | None
 ) -> None:
     assert choose_checkpoint(tmp_path) is None
     for step in (1, 2, 3):
         save(tmp_path, step)
     (tmp_path / "latest").unlink()
     if content is not None:
-        (tmp_path / "latest").write_text(content)
+        (tmp_path / "latest").write_bytes(content)
     (tmp_path / "step_00000003" / "state.json").write_text("{}")
     assert choose_checkpoint(tmp_path) == tmp_path / "step_00000002"
     assert "latest names no checkpoint" in caplog.text

@@ -17,13 +17,20 @@ ROOT = Path(__file__).parents[2]
 ZERO_FILES = sorted((ROOT / "configs/deepspeed").glob("*.json"))
 
 
+DEFAULTS: dict[str, Any] = {
+    "micro_batch_size": 3,
+    "grad_accum_steps": 5,
+    "max_grad_norm": 0.7,
+    "precision": "float32",
+}
+
+
 def derived(tmp_path: Path | None = None, file: dict[str, Any] | None = None, **options: Any) -> dict[str, Any]:
     path = None
     if tmp_path is not None:
         path = tmp_path / "zero.json"
         path.write_text(json.dumps(file))
-    defaults = {"micro_batch_size": 3, "grad_accum_steps": 5, "max_grad_norm": 0.7, "precision": "float32"}
-    return deepspeed_config(zero_file=path, **{**defaults, **options})
+    return deepspeed_config(zero_file=path, **{**DEFAULTS, **options})
 
 
 @pytest.mark.parametrize("key", OWNED_KEYS)
@@ -38,6 +45,17 @@ def test_keys_that_do_not_act_are_named_together(tmp_path: Path) -> None:
         derived(tmp_path, {"bf16": {"enabled": True}, "zero_optimisation": {"stage": 2}})
     with pytest.raises(ValueError, match="zero_optimization is True; it must be a JSON object"):
         derived(tmp_path, {"zero_optimization": True})
+    with pytest.raises(ValueError, match=r"zero_optimization\.offload_optimizer is 'cpu'; it must be a JSON object"):
+        derived(tmp_path, {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}})
+
+
+def test_a_file_that_can_not_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"trainer\.deepspeed: .*zero\.json: No such file"):
+        deepspeed_config(**DEFAULTS, zero_file=tmp_path / "zero.json")
+    for content, said in ((b"\xff", "is not JSON"), (b"{", "is not JSON"), (b"[]", "holds no JSON object")):
+        (tmp_path / "zero.json").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"trainer\.deepspeed: .*zero\.json {said}"):
+            deepspeed_config(**DEFAULTS, zero_file=tmp_path / "zero.json")
 
 
 def test_keys_that_zero_does_not_have_are_named(tmp_path: Path) -> None:

@@ -62,6 +62,12 @@ def test_lines_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
+def test_what_is_no_line_of_metrics_is_dropped(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'3\nnull\n{"step": "x"}\n{"loss": 1}\n\xff\xfe\n{"step": 1}\n')
+    log(tmp_path, first_step=2).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n'
+
+
 def test_other_ranks_write_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with log(tmp_path, active=False) as writer:
         writer.write({"step": 1, "loss": 1.0})

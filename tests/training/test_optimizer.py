@@ -108,8 +108,10 @@ def test_an_option_of_another_schedule_is_refused(schedule: Schedule, option: di
         config(schedule, **option)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("option", [{"polynomial_power": 0.0}, {"exponential_rate": -1.0}])
-def test_impossible_shapes_of_a_schedule_are_named(option: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "option", [{"polynomial_power": 0.0}, {"exponential_rate": -1.0}, {"eps": -1.0}, {"weight_decay": -0.1}]
+)
+def test_impossible_values_are_named(option: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=rf"optimizer\.{next(iter(option))} is"):
         OptimizerConfig(**option)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from toy_task import Rows, ToyLoader, ToyLoss, ToyTask
 
-from mixmodal.training.checkpoint import CheckpointError, sha256_of
+from mixmodal.training.checkpoint import CHECKSUMS, STATE, CheckpointError, sha256_of
 from mixmodal.training.checks import NonFiniteError
 
 ROOT = Path(__file__).parents[2]
@@ -316,6 +316,23 @@ def test_a_used_run_folder_is_not_trained_over(fit: Fit) -> None:
     fit(max_steps=1)
     with pytest.raises(ValueError, match=r"holds step_00000001; set trainer\.resume or choose another folder"):
         fit(resume=False)
+
+
+def test_a_run_folder_that_is_a_file_is_named(fit: Fit, tmp_path: Path) -> None:
+    (tmp_path / "run").write_text("mine")
+    with pytest.raises(ValueError, match=r"trainer\.run_dir .*run is a file; give a folder"):
+        fit(max_steps=1)
+
+
+def test_a_checkpoint_of_another_version_is_named(fit: Fit, tmp_path: Path) -> None:
+    fit(max_steps=1)
+    folder = tmp_path / "run/checkpoints/step_00000001"
+    state = json.loads((folder / STATE).read_bytes())
+    (folder / STATE).write_text(json.dumps({key: state[key] for key in state if key != "world_size"}))
+    checksums = json.loads((folder / CHECKSUMS).read_bytes())
+    (folder / CHECKSUMS).write_text(json.dumps({**checksums, STATE: sha256_of(folder / STATE)}))
+    with pytest.raises(CheckpointError, match=r"state\.json has no world_size, so another version wrote it"):
+        fit()
 
 
 @pytest.mark.parametrize(

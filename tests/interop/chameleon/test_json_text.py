@@ -197,7 +197,7 @@ def test_a_missing_file_and_a_missing_library_are_named(tmp_path: Path, monkeypa
         JsonTextTokenizer(tmp_path / "absent.json")
     write_tokenizer(tmp_path / "t.json")
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ImportError, match=r"t\.json: a text tokenizer in JSON needs `pip install"):
+    with pytest.raises(ValueError, match=r"t\.json: a text tokenizer in JSON needs tokenizers: pip install"):
         JsonTextTokenizer(tmp_path / "t.json")
 
 
