@@ -14,7 +14,6 @@ from PIL import Image
 from mixmodal import environment
 from mixmodal.quickstart.runner import write_json
 
-ROOT = Path(__file__).parents[1]
 Load = Callable[[str], ModuleType]
 
 
@@ -94,10 +93,7 @@ def test_commit_is_unknown_outside_a_clone(tmp_path: Path, monkeypatch: pytest.M
     assert environment.commit() == "a" * 40
 
 
-def test_floors_hold_for_the_better_direction_and_not_without_a_figure(
-    load: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_floors_hold_for_the_better_direction_and_not_without_a_figure(load: Load) -> None:
     record = load("record_quickstart")
     summary = {
         "seconds": 600.0,
@@ -169,7 +165,6 @@ def test_the_sheet_of_edits_shows_what_was_given_beside_what_was_drawn(load: Loa
 
 @pytest.fixture
 def compare(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module = load("compare_image_tokenizers")
     monkeypatch.setattr(module, "RUNS", tmp_path)
     return module
@@ -244,7 +239,6 @@ def test_arms_are_recorded_as_they_were_trained(compare: ModuleType, monkeypatch
 def test_image_tokenizers_that_are_timed_hold_the_same_weights(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     measure, found = load("measure_image_tokenizer"), {}
     monkeypatch.setattr(measure, "record", lambda name, subject, values, *_: found.update({subject: values}))
     options = argparse.Namespace(repeats=2, image_size=32, channels=32, batch_size=2)
@@ -255,10 +249,9 @@ def test_image_tokenizers_that_are_timed_hold_the_same_weights(load: Load, monke
     assert len(found["decode, ours over diffusers.VQModel"]) == 2
 
 
-def test_vectors_of_a_measured_memory_lie_in_clusters(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_of_a_measured_memory_lie_in_clusters(load: Load) -> None:
     import numpy as np
 
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     measure = load("memory_search")
     contents = [(0, number) for number in range(200)]
     vectors = measure.draw_vectors(contents, 2, 512)
@@ -274,8 +267,7 @@ def test_vectors_of_a_measured_memory_lie_in_clusters(load: Load, monkeypatch: p
 
 
 @pytest.fixture
-def throughput(load: Load, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def throughput(load: Load) -> ModuleType:
     return load("train_throughput")
 
 
@@ -283,7 +275,6 @@ def throughput(load: Load, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_processes_that_share_a_batch_are_compared_with_one(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     ranks, record = load("measure_ranks"), sys.modules["record"]
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(ranks, "RANKS", (2,))
