@@ -61,6 +61,27 @@ def device(kind: str | None = None) -> str:
     return f"{processor()}, {num_cores()} cores"
 
 
+def choose_device(device: str) -> str:
+    """A device of torch that is there: for `auto` the accelerator where there is one, else the processor.
+
+    Raises:
+        ValueError: for a name that torch does not know, or an accelerator that is not there.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}; choose auto, cpu, cuda or cuda:NUMBER") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {device}, and torch finds {torch.cuda.device_count()} CUDA devices here; take auto"
+        )
+    return device
+
+
 def processor() -> str:
     """The processor's name as the system tells it."""
     try:
