@@ -11,7 +11,6 @@ waits for, and for saves in the background.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -28,6 +27,7 @@ from record import record
 
 from mixmodal.data.pipeline import DataConfig
 from mixmodal.models.transformer import TransformerConfig
+from mixmodal.quickstart.report import read_metrics
 from mixmodal.training.checkpoint import PARTIAL, latest_checkpoint, read_json
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.engine import load_deepspeed
@@ -91,7 +91,7 @@ def step_of(run: Path) -> int:
 
 def result(run: Path) -> tuple[list[Any], Any]:
     """Losses and checksums of the last checkpoint and of the exported weights."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(run / "metrics.jsonl")
     losses = [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
     folder = latest_checkpoint(run / "checkpoints")
     assert folder is not None

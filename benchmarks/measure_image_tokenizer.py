@@ -169,23 +169,21 @@ def main(arguments: argparse.Namespace, device: torch.device) -> None:
         **{f"{name}_version": __import__(name).__version__ for name in ("diffusers", "transformers")},
     }
     for what, functions in (("encode", encoders), ("decode", decoders)):
-        found = take_turns(functions, arguments.repeats, device)
-        for name, times in found.items():
-            rates = [arguments.batch_size / spent for spent in times]
-            record("image_tokenizer", f"{what}, {name}", rates, "pictures/s", device.type, settings)
-        for name in [name for name in found if not name.startswith("ours")]:
-            for own_name in [name for name in found if name.startswith("ours")]:
-                ratios = [spent / own_spent for spent, own_spent in zip(found[name], found[own_name])]
-                record("image_tokenizer", f"{what}, {own_name} over {name}", ratios, "times", device.type, settings)
+        record_speeds(what, take_turns(functions, arguments.repeats, device), device, settings)
     for name, share in shares.items():
-        record(
-            "image_tokenizer",
-            f"codes of ours in float32 equal to those of {name}",
-            [100 * share],
-            "%",
-            device.type,
-            settings,
-        )
+        subject = f"codes of ours in float32 equal to those of {name}"
+        record("image_tokenizer", subject, [100 * share], "%", device.type, settings)
+
+
+def record_speeds(what: str, found: dict[str, list[float]], device: torch.device, settings: dict[str, Any]) -> None:
+    """Pictures a second of each of those that took turns, and how many times as fast ours is as others."""
+    for name, times in found.items():
+        rates = [settings["batch_size"] / spent for spent in times]
+        record("image_tokenizer", f"{what}, {name}", rates, "pictures/s", device.type, settings)
+    for name in [name for name in found if not name.startswith("ours")]:
+        for own_name in [name for name in found if name.startswith("ours")]:
+            ratios = [spent / own_spent for spent, own_spent in zip(found[name], found[own_name])]
+            record("image_tokenizer", f"{what}, {own_name} over {name}", ratios, "times", device.type, settings)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ worst difference to the first: of the losses of all steps, relative, and of the 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import socket
 import subprocess
@@ -27,6 +26,7 @@ from mixmodal.config import save_config
 from mixmodal.data.pipeline import DataConfig
 from mixmodal.models.transformer import TransformerConfig
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
+from mixmodal.quickstart.report import read_metrics
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.pretrain import PretrainConfig
@@ -93,7 +93,7 @@ def differences(run: Path, other: Path) -> tuple[float, float]:
     """The worst of the losses, relative, and of the weights."""
     curves = []
     for folder in (run, other):
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = read_metrics(folder / "metrics.jsonl")
         curves.append([line["loss"] for line in lines if "loss" in line])
     losses = max(abs(one / two - 1) for one, two in zip(*curves, strict=True))
     ours, theirs = (load_file(next((folder / "export").glob("*.safetensors"))) for folder in (run, other))

@@ -13,7 +13,6 @@ there already is not made again. Writes docs/retrieval.png as well.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -38,6 +37,7 @@ from mixmodal.evaluation.retrieval import Worth
 from mixmodal.pipeline import MixedModal
 from mixmodal.pipeline.evaluate_retrieval import RetrievalEvaluationConfig, evaluate_retrieval
 from mixmodal.quickstart.demo import Demo, load_demo
+from mixmodal.quickstart.report import read_metrics
 from mixmodal.quickstart.samples import judge
 from mixmodal.retrieval.encoder import load_encoder
 from mixmodal.retrieval.memory import Memory, open_memory
@@ -280,7 +280,7 @@ def time_training(options: argparse.Namespace, arm: str) -> float:
         pairs = replace(config.data.sources["pairs"], weight=1.0)
         data = replace(config.data, sources={"pairs": pairs}, stages=(), held_out_tokens=None)
         pretrain(replace(config, trainer=trainer, data=data))
-        lines = [json.loads(line) for line in (trainer.run_dir / "metrics.jsonl").read_text().splitlines()]
+        lines = read_metrics(trainer.run_dir / "metrics.jsonl")
     first, *_, last = (line for line in lines if "tokens" in line)
     return (last["tokens"] - first["tokens"]) / (last["wall_time_s"] - first["wall_time_s"])
 

@@ -38,6 +38,7 @@ from mixmodal.data.pipeline import DataConfig
 from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
 from mixmodal.objectives.loss import next_token_targets
+from mixmodal.quickstart.report import read_metrics
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.engine import load_deepspeed
 from mixmodal.training.optimizer import OptimizerConfig
@@ -140,7 +141,7 @@ def turn(options: argparse.Namespace, folder: Path) -> dict[str, float]:
 def train_ours(config: PretrainConfig) -> tuple[float, float]:
     """Seconds of the steps after the warm-up, and the loss of the last logged steps."""
     pretrain(config)
-    lines = [json.loads(line) for line in (config.trainer.run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_metrics(config.trainer.run_dir / "metrics.jsonl")
     lines = [line for line in lines if line.get("tokens_per_second")]
     warm = next(line for line in lines if line["step"] == WARM_UP)
     return lines[-1]["wall_time_s"] - warm["wall_time_s"], lines[-1]["loss"]

@@ -120,36 +120,38 @@ def _check_options(argv: Sequence[str], known: Mapping[str, Any]) -> None:
         key, _, value = argument[2:].partition("=")
         if key == "config":
             value = value or (argv[index + 1] if index + 1 < len(argv) else "")
+            if not value or value.startswith("--"):
+                raise UsageError("--config needs a value, a YAML file")
             _check_file(Path(value), known)
         elif key not in ("help", "print_config") and not _is_known(key.removesuffix(".help"), known):
             raise UsageError(f"there is no option --{key}{suggestion(key, known, '--')}")
 
 
-def read_yaml(path: Path, option: str = "") -> Any:
-    """What a YAML file holds.
+def read_yaml(path: Path, option: str = "") -> dict[str, Any]:
+    """The keys and values of a YAML file; none of an empty one.
 
     Args:
         option: that gave the file, for messages.
 
     Raises:
-        UsageError: naming the file, where it can not be read or is no YAML.
+        UsageError: naming the file, where it can not be read or holds something else.
     """
     import yaml
 
     name = f"{option} {path}".strip()
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{name}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{name}: not valid YAML: {one_line(str(error))}") from error
+    if data is not None and not isinstance(data, dict):
+        raise UsageError(f"{name}: it holds a {type(data).__name__}; keys and values are expected")
+    return data or {}
 
 
 def _check_file(path: Path, known: Mapping[str, Any]) -> None:
-    data = read_yaml(path, "--config")
-    if data is not None and not isinstance(data, dict):
-        raise UsageError(f"--config {path}: it holds a {type(data).__name__}; keys and values are expected")
-    for key in _nested_keys(data or {}):
+    for key in _nested_keys(read_yaml(path, "--config")):
         if not _is_known(key, known):
             raise UsageError(f"--config {path}: there is no key {key!r}{suggestion(key, known)}")
 
@@ -177,6 +179,21 @@ def suggestion(key: str, known: Mapping[str, Any], lead: str = "") -> str:
         leaves = {name.rsplit(".", 1)[-1]: name for name in reversed([*known])}
         near = [leaves[leaf] for leaf in difflib.get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1, cutoff=0.6)]
     return f"; did you mean {lead}{near[0]}?" if near else ""
+
+
+def check_least(config: Any, least: int, *names: str, section: str = "") -> None:
+    """Whether fields of a config are at least so large; null is not compared.
+
+    Args:
+        section: that the config is of, with its dot, for the message.
+
+    Raises:
+        ValueError: naming the first that is not.
+    """
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < least:
+            raise ValueError(f"{section}{name} is {value}; it must be at least {least}")
 
 
 OPTIONAL = re.compile(

@@ -61,23 +61,26 @@ def device(kind: str | None = None) -> str:
     return f"{processor()}, {num_cores()} cores"
 
 
-def check_device(name: str, key: str = "device") -> None:
-    """Whether torch can compute on a device here.
+def choose_device(name: str, key: str = "device") -> str:
+    """A device that torch can compute on here: for `auto` the accelerator where there is one, else the processor.
 
     Args:
-        name: `cpu`, `cuda`, `cuda:1`, ...
+        name: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         key: of the option, for messages.
 
     Raises:
-        ValueError: naming the option.
+        ValueError: naming the option, for a device that is not there.
     """
     import torch
 
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
-        raise ValueError(f"{key} is {name!r}, which torch does not have here; it has {there}") from error
+        raise ValueError(f"{key} is {name!r}, which torch does not have here; it has {there}, or take auto") from error
+    return name
 
 
 def processor() -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 from mixmodal.files import append_line, read_object, write_whole
 
 LAUNCHER = ("RANK", "WORLD_SIZE")
+RECORDS, SETTINGS, SUMMARY = "records", "settings", "summary.json"
+"""Files of a job's folder; the first two are stems, since shards have their own."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,35 @@ class Shard:
         """A file of its own in a folder that shards share."""
         return f"{stem}.{suffix}" if self.count == 1 else f"{stem}.{self.index}-of-{self.count}.{suffix}"
 
+    def describe_end(self, folder: Path) -> str:
+        """What is told at the end of a shard beside which others are still at work."""
+        return f"shard {self.index}/{self.count} is finished, the records are in {folder}; the last shard sums up"
+
 
 def is_launched() -> bool:
     """Whether a launcher has started this process, beside others perhaps."""
     return all(name in os.environ for name in LAUNCHER)
+
+
+def check_out(out: Path) -> None:
+    """Whether a path can be the folder of a job.
+
+    Raises:
+        ValueError: where it is a file, or named as one.
+    """
+    if out.suffix == ".json" or out.is_file():
+        raise ValueError(f"out is {out}; it must be a folder, which gets {RECORDS}.jsonl and {SUMMARY}")
+
+
+@contextmanager
+def own_folder(folder: Path, shard: Shard) -> Iterator[Path]:
+    """A folder of the shard's own, whose files go to `folder` at the end: several shards may be the last at once."""
+    own = folder / f".{shard.index}-of-{shard.count}"
+    own.mkdir(parents=True, exist_ok=True)
+    yield own
+    for path in own.iterdir():
+        os.replace(path, folder / path.name)
+    own.rmdir()
 
 
 class RecordLines:
@@ -129,8 +158,8 @@ class RecordLines:
         return self._places[key][0]
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes an object as a JSON file at once; the folder is made where it is missing."""
+def write_json(path: Path, content: object) -> None:
+    """Writes plain data as a JSON file at once; the folder is made where it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
@@ -158,9 +187,9 @@ def check_settings(paths: Iterable[Path], settings: Mapping[str, Any], apart: It
     Raises:
         ValueError: naming the file and the first setting that differs.
     """
-    now, apart = dict(_flat(settings)), set(apart)
+    now, apart = dict(flat(settings)), set(apart)
     for path in paths:
-        before = dict(_flat({key: value for key, value in read_json(path).items() if key not in apart}))
+        before = dict(flat({key: value for key, value in read_json(path).items() if key not in apart}))
         for name in [*now, *before]:
             if now.get(name) != before.get(name):
                 raise ValueError(
@@ -169,11 +198,17 @@ def check_settings(paths: Iterable[Path], settings: Mapping[str, Any], apart: It
                 )
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def hash_settings(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of plain JSON data, hexadecimal, in whatever order its keys are."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested keys with dots between them, and their values; the places of a list of objects count as keys."""
     for key, value in settings.items():
         if isinstance(value, list) and all(isinstance(one, Mapping) for one in value):
             value = {str(place): one for place, one in enumerate(value)}
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

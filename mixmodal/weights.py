@@ -8,7 +8,7 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ LFS_POINTER = b"version https://git-lfs"
 
 SHARD_BYTES = 1 << 30
 """Most bytes of a file that `write_weights` writes, unless one tensor has more: what it holds in memory."""
+SHOWN = 10
+"""Names of each kind that an error lists."""
 READ_BYTES = 1 << 30
 """Files are opened anew after this many bytes: what was read of a mapped file counts as memory while it is open."""
 
@@ -257,6 +259,16 @@ def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_byt
 def say_size(num_bytes: int) -> str:
     """Bytes in words, `13.48 GB` or `0.17 MB`."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.2f} MB"
+
+
+def list_names(kinds: Mapping[str, Sequence[str]]) -> str:
+    """Names of tensors in words, with how many there are of each kind; kinds without one are left out."""
+    parts = []
+    for kind, names in kinds.items():
+        if names:
+            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+            parts.append(f"{len(names)} {kind} ({', '.join(names[:SHOWN])}{more})")
+    return "; ".join(parts)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -3,9 +3,10 @@
 import importlib.util
 import io
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from string import ascii_lowercase
 from types import ModuleType
 from typing import Any
 
@@ -47,6 +48,25 @@ def write_shape_shards() -> WriteShards:
     return write
 
 
+class Letters:
+    """A text tokenizer of the first letters of the alphabet, a piece each."""
+
+    def __init__(self, num_pieces: int) -> None:
+        self.num_pieces, self.letters = num_pieces, ascii_lowercase[:num_pieces]
+
+    def encode(self, text: str) -> list[int]:
+        return [self.letters.index(letter) for letter in text]
+
+    def decode(self, pieces: Sequence[int]) -> str:
+        return "".join(self.letters[piece] for piece in pieces)
+
+
+@pytest.fixture(scope="session")
+def letters() -> Callable[[int], Any]:
+    """A function of a number: a text tokenizer of so many letters."""
+    return Letters
+
+
 @pytest.fixture(scope="session")
 def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a small text tokenizer and an untrained image tokenizer of 16 px and 4 x 4 codes."""
@@ -82,19 +102,24 @@ def lumina_tokenizers(tokenizers: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def load() -> Callable[[str], ModuleType]:
-    """A function of a name: that script of `benchmarks/`, which is no package, or another by its path from there."""
+def load() -> Iterator[Callable[[str], ModuleType]]:
+    """A function of a name: that script of `benchmarks/`, which is no package, or another by its path from there.
+
+    Scripts find their neighbours, as where they are called by path.
+    """
+    folder = Path(__file__).parents[1] / "benchmarks"
 
     def load_script(name: str) -> ModuleType:
-        path = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
-        spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
+        spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", folder / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
 
-    return load_script
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield load_script
 
 
 def _save_tiny_encoder(kind: str, folder: Path, positions: int = 12) -> Path:

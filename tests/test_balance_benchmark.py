@@ -12,13 +12,11 @@ import pytest
 from mixmodal.data.balance import modalities_of
 from mixmodal.data.token_shards import TokenShards
 
-ROOT = Path(__file__).parents[1]
 Load = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def benchmark(load: Load, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def benchmark(load: Load) -> ModuleType:
     return load("modality_balance")
 
 

@@ -14,14 +14,7 @@ from PIL import Image
 from mixmodal import environment
 from mixmodal.quickstart.runner import write_json
 
-ROOT = Path(__file__).parents[1]
 Load = Callable[[str], ModuleType]
-
-
-@pytest.fixture(autouse=True)
-def among_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They import each other."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
 
 
 def test_the_page_of_results_is_that_of_the_recorded_lines(load: Load) -> None:
@@ -73,9 +66,9 @@ def test_environment_names_versions_and_device() -> None:
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:99", "cpu:x"])
 def test_a_device_that_is_not_there_is_named_with_its_option(name: str) -> None:
-    environment.check_device("cpu")
+    assert environment.choose_device("cpu") == "cpu"
     with pytest.raises(ValueError, match=f"tokens.device is '{name}', which torch does not have here; it has cpu"):
-        environment.check_device(name, "tokens.device")
+        environment.choose_device(name, "tokens.device")
 
 
 def test_free_memory_is_within_the_limit_of_a_container(tmp_path: Path) -> None:
@@ -265,7 +258,7 @@ def test_image_tokenizers_that_are_timed_hold_the_same_weights(load: Load, monke
     assert len(found["decode, ours over diffusers.VQModel"]) == 2
 
 
-def test_vectors_of_a_measured_memory_lie_in_clusters(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_of_a_measured_memory_lie_in_clusters(load: Load) -> None:
     import numpy as np
 
     measure = load("memory_search")
@@ -283,7 +276,7 @@ def test_vectors_of_a_measured_memory_lie_in_clusters(load: Load, monkeypatch: p
 
 
 @pytest.fixture
-def throughput(load: Load, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def throughput(load: Load) -> ModuleType:
     return load("train_throughput")
 
 

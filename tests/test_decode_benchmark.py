@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
 pytest.importorskip("transformers")
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow  # imports transformers
-def test_both_networks_draw_the_same_codes(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_both_networks_draw_the_same_codes(load: Callable[[str], ModuleType]) -> None:
     decode, found = load("decode"), {}
 
     def write(

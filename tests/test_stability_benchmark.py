@@ -15,8 +15,7 @@ Load = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def stability(load: Load, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def stability(load: Load) -> ModuleType:
     return load("stability")
 
 

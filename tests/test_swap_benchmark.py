@@ -11,12 +11,10 @@ from mixmodal.config import load_config
 from mixmodal.training.diffusion import DiffusionTrainingConfig
 
 Load = Callable[[str], ModuleType]
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
-def swaps(load: Load, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def swaps(load: Load) -> ModuleType:
     return load("swap_test")
 
 

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mixmodal.classification.adaptation import Conditions, Denoise
 from mixmodal.classification.adapter_base import Adapter
-from mixmodal.classification.diffusion import check_prompts, denoising_errors, fill
+from mixmodal.classification.diffusion import check_prompts, denoising_errors
+from mixmodal.classification.templates import PLACE, fill
 from mixmodal.tokenization.preprocessing import resize_and_crop, to_tensor
 
 
@@ -41,7 +42,7 @@ class DiffusionFeedback:
         ValueError: for a model that is told numbers of classes, or see `check_prompts`.
     """
 
-    def __init__(self, adapter: Adapter, classes: Sequence[str], template: str = "{}", batch_size: int = 32) -> None:
+    def __init__(self, adapter: Adapter, classes: Sequence[str], template: str = PLACE, batch_size: int = 32) -> None:
         if adapter.conditioned_on == "label":
             raise ValueError(
                 "this denoiser is told numbers of classes, which can not be mixed; give one that reads texts"

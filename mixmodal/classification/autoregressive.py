@@ -12,6 +12,7 @@ import numpy as np
 from mixmodal.classification.calibration import softmax
 from mixmodal.classification.likelihoods import LogLikelihoods, ScoredSequence, SequenceScorer
 from mixmodal.classification.result import Classification
+from mixmodal.classification.templates import check_number
 from mixmodal.document import Document
 
 METHODS: tuple[str, ...] = ("image_given_text", "text_given_image")
@@ -48,8 +49,7 @@ class AutoregressiveClassifier:
         length_normalise: bool = False,
     ) -> None:
         check_method(method)
-        if len(classes) < 2:
-            raise ValueError(f"classification needs at least two classes, not {len(classes)}")
+        check_number(len(classes))
         if method == "image_given_text" and (debias or length_normalise):
             raise ValueError(
                 "debias and length_normalise can not act on image_given_text: every picture has as many codes, and "

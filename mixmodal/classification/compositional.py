@@ -103,7 +103,10 @@ def read_compositions(path: Path, images: Path | None = None) -> list[Compositio
 
 def _objects(path: Path) -> Iterator[tuple[int, str, dict[str, Any]]]:
     """Number, place for messages, and content of each line of a JSONL file, or entry of a JSON file's object."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"task: {path} is not UTF-8 ({error})") from error
     if path.suffix == ".json":
         whole = _load(text, f"task: {path}")
         if not isinstance(whole, dict):

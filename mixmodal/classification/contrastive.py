@@ -13,7 +13,7 @@ from PIL.Image import Image as Picture
 from mixmodal.classification.calibration import softmax
 from mixmodal.classification.likelihoods import LogLikelihoods
 from mixmodal.classification.result import Classification
-from mixmodal.classification.templates import PLACE, fill_templates
+from mixmodal.classification.templates import PLACE, check_number, fill_templates
 from mixmodal.retrieval.encoder import DocumentEncoder, normalise
 
 
@@ -33,8 +33,7 @@ class ContrastiveClassifier:
     """
 
     def __init__(self, encoder: DocumentEncoder, classes: Sequence[str], templates: Sequence[str] = (PLACE,)) -> None:
-        if len(classes) < 2:
-            raise ValueError(f"classification needs at least two classes, not {len(classes)}")
+        check_number(len(classes))
         self.encoder = encoder
         self.vectors = embed_classes(encoder, fill_templates(templates, classes))
 

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from PIL.Image import Image as Picture
 
-from mixmodal.classification.packed_sets import Pixels
+from mixmodal.classification.packed_sets import Pixels, read_names
+from mixmodal.classification.templates import check_places
 from mixmodal.config import suggestion
 from mixmodal.data.shards import PictureFile, read_samples
 from mixmodal.data.skipping import SkipCounter
@@ -89,16 +90,14 @@ def check_templates(templates: Sequence[str]) -> None:
     Raises:
         ValueError: naming the first that is none.
     """
-    if not templates:
-        raise ValueError("templates: there is none; give at least one, as `a photo of {}`")
-    for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"template {template!r} has no {{}} for the class to stand in")
+    check_places(templates)
     if twice := _twice(templates):
         raise ValueError(f"template {twice!r} is there more than once; leave all but one out")
 
 
-def read_pictures(path: Path, classes: Sequence[NamedClass], counter: SkipCounter) -> Iterator[LabelledPicture]:
+def read_pictures(
+    path: Path, classes: Sequence[NamedClass], counter: SkipCounter, option: str = "data"
+) -> Iterator[LabelledPicture]:
     """Pictures of a folder, where a subfolder's name is the label, of shards, or of a CSV file.
 
     A CSV file has a line of names with the columns `path`, relative to its folder, and `label`, which may be empty. In
@@ -108,23 +107,24 @@ def read_pictures(path: Path, classes: Sequence[NamedClass], counter: SkipCounte
     Args:
         path: a folder of pictures or of shards, a single shard (*.tar), or a CSV file.
         counter: takes what shards have lost. The pictures themselves are not opened here.
+        option: that the path was given as, for messages.
 
     Raises:
         ValueError: where there are no pictures, in the whole or for a class, or a label is not among the classes; of
             folders and CSV files at once.
     """
     if path.suffix.lower() == ".csv":
-        return iter(check_labels(_from_csv(path, "data", "label", None), path, classes, "data"))
+        return iter(check_labels(_from_csv(path, option, "label", None), path, classes, option))
     if path.suffix.lower() == ".tar" and path.is_file():
-        return _from_shards(path, classes, counter)
-    shards, files = _list_folder(path, "data")
+        return _from_shards(path, classes, counter, option)
+    shards, files = _list_folder(path, option)
     if shards and files:
         raise ValueError(
-            f"data: {path} holds both shards and pictures ({files[0]}, for one); give a folder of one kind"
+            f"{option}: {path} holds both shards and pictures ({files[0]}, for one); give a folder of one kind"
         )
     if shards:
-        return _from_shards(path, classes, counter)
-    return iter(check_labels(_from_files(path, files), path, classes, "data"))
+        return _from_shards(path, classes, counter, option)
+    return iter(check_labels(_from_files(path, files, option), path, classes, option))
 
 
 def read_cues(path: Path, classes: Sequence[NamedClass], counter: SkipCounter) -> Iterator[LabelledPicture]:
@@ -152,14 +152,10 @@ def read_cues(path: Path, classes: Sequence[NamedClass], counter: SkipCounter) -
 
 
 def _read_lines(path: Path, missing: str) -> list[str]:
-    """Lines that are not empty, stripped."""
+    """As `read_names`, with a message of its own where there is no file."""
     if not path.is_file():
         raise ValueError(missing.format(path))
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: the file is not UTF-8 ({error})") from error
-    return [line.strip() for line in lines if line.strip()]
+    return read_names(path)
 
 
 def _twice(texts: Iterable[str]) -> str | None:
@@ -183,12 +179,12 @@ def _list_folder(folder: Path, option: str) -> tuple[list[Path], list[Path]]:
     return shards, files
 
 
-def _from_files(folder: Path, files: Sequence[Path]) -> list[LabelledPicture]:
+def _from_files(folder: Path, files: Sequence[Path], option: str) -> list[LabelledPicture]:
     parts = [path.relative_to(folder).parts for path in files]
     filled = {one[0] for one in parts if len(one) > 1}
     for path in sorted(folder.iterdir()):
         if path.is_dir() and not path.name.startswith(".") and path.name not in filled:
-            raise ValueError(f"data: the folder {path} holds no pictures; fill it, or remove it")
+            raise ValueError(f"{option}: the folder {path} holds no pictures; fill it, or remove it")
     return [
         LabelledPicture("/".join(names), path, names[0] if len(names) > 1 else None)
         for path, names in zip(files, parts, strict=True)
@@ -226,7 +222,9 @@ def _from_csv(path: Path, option: str, label: str, texture: str | None) -> list[
     return found
 
 
-def _from_shards(path: Path, classes: Sequence[NamedClass], counter: SkipCounter) -> Iterator[LabelledPicture]:
+def _from_shards(
+    path: Path, classes: Sequence[NamedClass], counter: SkipCounter, option: str
+) -> Iterator[LabelledPicture]:
     labels = {one.caption: one.label for one in classes} | {one.label: one.label for one in classes}
     known, seen = {one.label: None for one in classes}, set()
     for sample in read_samples(path, counter):
@@ -238,7 +236,7 @@ def _from_shards(path: Path, classes: Sequence[NamedClass], counter: SkipCounter
                 key = f"{Path(sample.source.removesuffix(f':{sample.key}')).name}/{key}"
             seen.add(key)
             one = LabelledPicture(key, file, None if label is None else str(label))
-            _check_label(one.label, f"data: {sample.source}", known)
+            _check_label(one.label, f"{option}: {sample.source}", known)
             yield one
 
 

@@ -7,7 +7,6 @@ text_tokenizer.model (or .json)  text_encoder.json  text_encoder.safetensors   w
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from mixmodal.models.denoiser import (
     condition_inputs,
     import_diffusers,
 )
+from mixmodal.records import write_json
 from mixmodal.tokenization.conditions import ClassNames, ConditionEncoder, TextTokens
 from mixmodal.tokenization.preprocessing import Preprocess
 from mixmodal.tokenization.text_files import PieceTokenizer, load_text_tokenizer
@@ -96,13 +96,13 @@ def save_denoiser(
     scheduler.save_pretrained(folder / "scheduler")
     told = "text" if model.text_encoder else "class"
     description = {"condition": told, "image_size": model.config.image_size, "preprocess": PREPROCESS}
-    write_whole(folder / DESCRIPTION, _json(description))
+    write_json(folder / DESCRIPTION, description)
     if model.text_encoder:
         assert tokenizer is not None
         for name in TEXT_TOKENIZERS:
             (folder / name).unlink(missing_ok=True)
         tokenizer.save(folder / f"text_tokenizer{tokenizer.suffix}")
-        write_whole(folder / TEXT_CONFIG, _json(asdict(model.text_encoder.config)))
+        write_json(folder / TEXT_CONFIG, asdict(model.text_encoder.config))
         weights = {name: value.detach().cpu().contiguous() for name, value in model.text_encoder.state_dict().items()}
         write_whole(folder / TEXT_WEIGHTS, save(weights))
     else:
@@ -163,10 +163,6 @@ def _load_text_encoder(config: TextEncoderConfig, num_pieces: int, path: Path) -
     except RuntimeError as error:
         raise ValueError(f"{path} holds no text encoder of the sizes of {TEXT_CONFIG}: {error}") from error
     return encoder
-
-
-def _json(content: dict[str, Any]) -> bytes:
-    return (json.dumps(content, indent=2) + "\n").encode()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -140,32 +140,6 @@ def target(kind: str, x: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> T
             return eps - x
 
 
-def to_eps(kind: str, z: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The noise that the network's output means."""
-    match check_kind(kind):
-        case "epsilon":
-            return out
-        case "sample":
-            return (z - alpha * out) / sigma
-        case "v_prediction":
-            return alpha * out + sigma * z
-        case _:
-            return z + (1 - sigma) * out
-
-
-def to_x0(kind: str, z: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The picture that the network's output means."""
-    match check_kind(kind):
-        case "epsilon":
-            return (z - sigma * out) / alpha
-        case "sample":
-            return out
-        case "v_prediction":
-            return alpha * z - sigma * out
-        case _:
-            return z - sigma * out
-
-
 def error_scale(kind: str, space: str, alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
     """|k| of `k (out - target)`, the error of the noise (`eps`) or of the picture (`x0`), float64 `(n,)`."""
     ones = np.ones_like(alpha)

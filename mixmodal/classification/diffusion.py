@@ -28,11 +28,12 @@ from mixmodal.classification.denoising import (
     Weighting,
     build_weighting,
     error_scale,
-    fit_weighting,
     mean_error,
     target,
 )
+from mixmodal.classification.templates import PLACE, check_number, check_places, fill
 from mixmodal.classification.units import Unit, draw_noise
+from mixmodal.config import check_least
 from mixmodal.files import replacing
 from mixmodal.tokenization.preprocessing import resize_and_crop, to_tensor
 
@@ -66,9 +67,7 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise ValueError(f"loss {self.loss!r} is unknown; choose {', '.join(LOSSES)}")
-        for name in ("batch_size", "encode_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        check_least(self, 1, "batch_size", "encode_batch_size")
 
 
 class DiffusionScorer:
@@ -93,7 +92,7 @@ class DiffusionScorer:
         self,
         adapter: Adapter,
         classes: Sequence[str | int],
-        templates: Sequence[str] = ("{}",),
+        templates: Sequence[str] = (PLACE,),
         config: DiffusionConfig | None = None,
         cache: PromptCache | None = None,
         free_text_encoders: bool = True,
@@ -168,23 +167,11 @@ class DiffusionScorer:
         weights = self.config.weighting.weights(self.adapter.schedule, times)
         return self.errors(pictures, classes, units) * weights
 
-    def fit_weighting(self, labels: Sequence[int], units: Sequence[Unit]) -> Weighting:
-        """The weighting `learned` of the pictures that are set, in the space of the present one.
-
-        It costs an evaluation for each picture, class and unit.
-
-        Args:
-            labels: the right class of each picture.
-            units: with times in every bucket, such as 40 even ones.
-
-        Raises:
-            ValueError: see `denoising.fit_weighting`.
-        """
+    def error_table(self, units: Sequence[Unit]) -> np.ndarray:
+        """`errors` of all pictures that are set, all classes and these units, float64 `(P, K, len(units))`."""
         shape = (len(self._latents), len(self.classes), len(units))
         pictures, classes, places = (one.flatten().tolist() for one in np.indices(shape))
-        errors = self.errors(pictures, classes, [units[place] for place in places]).reshape(shape)
-        times = np.array([unit.time for unit in units])
-        return fit_weighting(errors, times, np.asarray(labels), self.config.weighting.space)
+        return self.errors(pictures, classes, [units[place] for place in places]).reshape(shape)
 
     def errors(self, pictures: Sequence[int], classes: Sequence[int], units: Sequence[Unit]) -> np.ndarray:
         """`cost` without the weight of the time."""
@@ -287,26 +274,17 @@ def column(numbers: np.ndarray, device: torch.device) -> Tensor:
     return torch.from_numpy(numbers.astype(np.float32)).to(device)[:, None, None, None]
 
 
-def fill(template: str, name: str | int) -> str:
-    """The prompt of a class."""
-    return template.replace("{}", str(name))
-
-
 def check_prompts(adapter: Adapter, classes: Sequence[str | int], templates: Sequence[str]) -> None:
     """Complains about classes that the model can not tell apart.
 
     Raises:
         ValueError: naming both, or the template that can not be filled.
     """
-    if len(classes) < 2:
-        raise ValueError(f"classification needs at least two classes, not {len(classes)}")
-    if adapter.conditioned_on == "label" and list(templates) != ["{}"]:
+    check_number(len(classes))
+    if adapter.conditioned_on == "label" and list(templates) != [PLACE]:
         raise ValueError(f"this model is told numbers of classes, so templates can not act: {list(templates)}")
-    if not templates:
-        raise ValueError("there is no template; give {} for the bare class")
+    check_places(templates)
     for template in templates:
-        if "{}" not in template:
-            raise ValueError(f"template {template!r} has no {{}} for the class to stand in")
         seen: dict[tuple[object, ...], str | int] = {}
         for one, tokens in zip(classes, adapter.tokenize([fill(template, name) for name in classes])):
             if tokens in seen:

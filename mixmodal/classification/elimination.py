@@ -15,7 +15,9 @@ import numpy as np
 
 from mixmodal.classification.paired import compare, tie_tolerance
 from mixmodal.classification.policies import Policy
+from mixmodal.classification.templates import check_number
 from mixmodal.classification.units import Scorer, TimeDensity, Unit, check_costs
+from mixmodal.config import check_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +37,7 @@ class EliminationConfig:
     num_templates: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "max_in_flight", "num_templates"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"elimination: {name} is {getattr(self, name)}; it must be at least 1")
+        check_least(self, 1, "batch_size", "max_in_flight", "num_templates", section="elimination.")
 
 
 class Outcome(NamedTuple):
@@ -204,8 +204,7 @@ class Elimination:
         config: EliminationConfig | None = None,
         density: TimeDensity | None = None,
     ) -> None:
-        if num_classes < 2:
-            raise ValueError(f"classification needs at least two classes, not {num_classes}")
+        check_number(num_classes)
         self.scorer, self.config = scorer, config or EliminationConfig()
         units = policy.build_units(seed=self.config.seed, num_templates=self.config.num_templates, density=density)
         noises = np.array([unit.noise for unit in units])

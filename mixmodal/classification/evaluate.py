@@ -17,6 +17,23 @@ from mixmodal.tokenization.preprocessing import PictureError
 BROKEN = "broken picture"
 
 
+def check_share(max_share: float, num_used: int, skipped: Mapping[str, int], examples: Sequence[str]) -> None:
+    """Whether no more was skipped than is allowed.
+
+    Args:
+        max_share: of all, 0 .. 1.
+        num_used: that were not skipped.
+        skipped: the others, by reason.
+        examples: of messages.
+
+    Raises:
+        TooManySkipped: above the allowed share.
+    """
+    counter = SkipCounter(max_share)
+    counter.merge({"used": num_used, "skipped": skipped, "altered": {}, "examples": list(examples)})
+    counter.finish()
+
+
 class _Known(NamedTuple):
     """A picture without what it holds."""
 

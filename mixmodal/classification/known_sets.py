@@ -49,12 +49,14 @@ def find_set(path: Path) -> KnownSet | None:
     return _find_idx(path) or _find_imagenet(path)
 
 
-def read_set(path: Path, classes: Sequence[NamedClass], counter: SkipCounter) -> Iterator[LabelledPicture]:
+def read_set(
+    path: Path, classes: Sequence[NamedClass], counter: SkipCounter, option: str = "data"
+) -> Iterator[LabelledPicture]:
     """As `read_pictures`, of sets whose layout is known, too."""
     found = find_set(path)
     if found is None or found.pictures is None:
-        return read_pictures(path, classes, counter)
-    return iter(check_labels(found.pictures, path, classes, "data"))
+        return read_pictures(path, classes, counter, option)
+    return iter(check_labels(found.pictures, path, classes, option))
 
 
 def choose_classes(path: Path, known: KnownSet | None) -> list[NamedClass]:

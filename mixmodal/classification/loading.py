@@ -15,12 +15,13 @@ from mixmodal.classification.adapter_base import Adapter, Conditions
 from mixmodal.classification.adapters import Labelled, find_family
 from mixmodal.classification.denoiser import DESCRIPTION, load_denoiser
 from mixmodal.files import read_object
-from mixmodal.hub import HUB_ID, find_folder
+from mixmodal.hub import HUB_ID, find_folder, reason_of
 from mixmodal.models.denoiser import import_diffusers
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 BARE_FILES = ("denoiser.json", "classes.txt", "text_*", "unet/*.json", "unet/*.safetensors", "scheduler/*.json")
 """Of folders that name no pipeline."""
+KIND = "a pipeline of diffusers or a denoiser"
 
 
 class LoadedModel(NamedTuple):
@@ -95,8 +96,7 @@ def load_model(
         else:
             adapter = build(pipe, image_size)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:400]
-        raise ValueError(f"diffusion model {source}: {reason}") from error
+        raise ValueError(f"diffusion model {source}: {reason_of(error)}") from error
     return LoadedModel(adapter, str(source), revision_of(folder))
 
 
@@ -106,10 +106,8 @@ def find_pipeline(source: Path | str) -> Path:
     Raises:
         ValueError: where there is neither, or the pipeline is of an unknown family.
     """
-    if Path(source).is_dir():
-        return Path(source)
-    if not HUB_ID.fullmatch(str(source)):
-        raise ValueError(f"there is no folder {source}; give one with a pipeline of diffusers, or a hub id")
+    if Path(source).is_dir() or not HUB_ID.fullmatch(str(source)):
+        return find_folder(source, BARE_FILES, KIND)
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
@@ -118,15 +116,16 @@ def find_pipeline(source: Path | str) -> Path:
     try:
         index = hf_hub_download(name, "model_index.json", revision=revision or None)
     except EntryNotFoundError:
-        return find_folder(source, BARE_FILES, "a pipeline of diffusers or a denoiser")
+        return find_folder(source, BARE_FILES, KIND)
     except (OSError, ValueError) as error:
-        raise ValueError(f"there is no folder {source}, and the Hugging Face hub does not give it: {error}") from error
+        raise ValueError(
+            f"there is no folder {source}, and the Hugging Face hub does not give it: {reason_of(error)}"
+        ) from error
     find_family(str(read_object(Path(index)).get("_class_name")))  # before gigabytes are fetched
     try:
         return Path(DiffusionPipeline.download(name, revision=revision or None, use_safetensors=True))
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"the Hugging Face hub does not give the pipeline {source}: {reason}") from error
+        raise ValueError(f"the Hugging Face hub does not give the pipeline {source}: {reason_of(error)}") from error
 
 
 def load_pipeline(folder: Path, family: str, dtype: torch.dtype) -> Any:

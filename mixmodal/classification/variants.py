@@ -54,6 +54,8 @@ class VariantsConfig:
             raise ValueError(
                 f"num_samples is {self.num_samples} (at least 1) and noise is {self.noise} (at least 0, in latents)"
             )
+        if self.seed and not self.noise:
+            raise ValueError(f"seed is {self.seed}, but without noise nothing is drawn; give noise, or leave it out")
         if self.num_samples > 1 and not self.noise:
             raise ValueError(f"num_samples is {self.num_samples}, but without noise they are all the same; give noise")
 

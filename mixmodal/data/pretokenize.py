@@ -39,7 +39,7 @@ from mixmodal.document import (
     build_format,
 )
 from mixmodal.document.lumina import num_reserved
-from mixmodal.environment import check_device
+from mixmodal.environment import choose_device
 from mixmodal.files import read_object, write_whole
 from mixmodal.manifests import MANIFEST_NAME, write_manifest
 from mixmodal.tokenization.codec import map_alike
@@ -155,7 +155,7 @@ def pretokenize(config: PretokenizeConfig, progress: Progress | None = None) -> 
     """
     from mixmodal.tokenization.image import ImageTokenizer
 
-    check_device(config.device)
+    choose_device(config.device)
     text_tokenizer = load_text_tokenizer(config.text_tokenizer, config.num_text_pieces)
     if config.num_text_pieces not in (None, text_tokenizer.num_pieces):
         raise ValueError(

@@ -120,7 +120,7 @@ class TaskTemplates:
         """
         found = read_yaml(path)
         names = [entry.name for entry in fields(TasksConfig)]
-        if not isinstance(found, dict) or "tasks" not in found:
+        if "tasks" not in found:
             raise ValueError(f"{path}: the key tasks is missing, with wordings by the name of the task")
         for key in found:
             if key not in names:

@@ -32,6 +32,7 @@ from mixmodal.interop.adapters import (
 )
 from mixmodal.interop.export import CARD, CONFIG, CONVERSATIONS, IMAGE_TOKENIZER, TEXT_TOKENIZERS, staged
 from mixmodal.models.transformer import TOKEN_MATRICES
+from mixmodal.records import write_json
 from mixmodal.weights import open_safetensors, read_weights, save_tensors, write_weights
 
 MOST = 2**31
@@ -80,7 +81,7 @@ def save_adapter(folder: Path, adapter: Adapter, card: str = "") -> None:
             base["rows"] = [[ids.start, ids.stop] for ids in adapter.spans]
             save_tensors(adapter.rows, staging / ROWS)
         for name, content in ((ADAPTER_CONFIG, config), (BASE_MODEL, base)):
-            write_whole(staging / name, (json.dumps(content, indent=2) + "\n").encode())
+            write_json(staging / name, content)
         write_whole(staging / CARD, describe(adapter, card).encode())
 
 

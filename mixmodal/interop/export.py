@@ -5,7 +5,6 @@ config.json  model.safetensors (or shards)  text_tokenizer.model (or .json)  ima
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import uuid
@@ -22,6 +21,7 @@ from mixmodal.files import read_object, write_whole
 from mixmodal.hub import HubOptions, find_folder
 from mixmodal.interop.card import with_front_matter
 from mixmodal.models.transformer import Transformer, TransformerConfig, load_weights, save_weights
+from mixmodal.records import write_json
 from mixmodal.vocabulary import Vocabulary
 from mixmodal.weights import INDEX, SAFETENSORS
 
@@ -98,7 +98,7 @@ def save_export(
     text, text_tokenizer = finish_card(card, config), Path(text_tokenizer)
     text_name = TEXT_TOKENIZERS.get(text_tokenizer.suffix, TEXT_TOKENIZER)
     with staged(folder) as staging:
-        write_whole(staging / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        write_json(staging / CONFIG, config)
         write_whole(staging / CARD, text.encode())
         shutil.copyfile(_existing(text_tokenizer, "text tokenizer"), staging / text_name)
         (staging / IMAGE_TOKENIZER).mkdir()
@@ -171,11 +171,16 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu", dtype: t
     try:
         vocabulary = Vocabulary.from_dict(config["vocabulary"])
         text_tokenizer = load_text_tokenizer(text_path, vocabulary.config.num_text_pieces)
-        format = build_format(vocabulary=vocabulary, text_tokenizer=text_tokenizer, **config["sequence_format"])
+        spelled = config["sequence_format"]
+        if not isinstance(spelled, dict) or not {"name", "grids"} <= set(spelled):
+            raise ExportError(f"{folder / CONFIG}: section 'sequence_format' needs name and grids; it is {spelled!r}")
+        format = build_format(vocabulary=vocabulary, text_tokenizer=text_tokenizer, **spelled)
         image_tokenizer = ImageTokenizer.load(folder / IMAGE_TOKENIZER).to(device).eval()
         codec = Codec(text_tokenizer, image_tokenizer, format, conversations=read_conversations(folder))
     except KeyError as error:
         raise ExportError(f"{folder / CONFIG}: the key {error} is missing; export the model again") from error
+    except ExportError:
+        raise
     except (TypeError, ValueError, OSError) as error:
         raise ExportError(f"{folder} can not be loaded: {error}") from error
     if model.config.vocab_size < vocabulary.size:
@@ -223,6 +228,10 @@ def read_transformer_config(folder: Path) -> TransformerConfig:
     if not isinstance(options, dict) or set(options) - known:
         unknown = sorted(set(options or {}) - known)
         raise ExportError(f"{folder / CONFIG}: section 'model' has unknown keys {unknown}; known are {sorted(known)}")
+    for field in fields(TransformerConfig):
+        kind, value = type(field.default), options.get(field.name, field.default)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ExportError(f"{folder / CONFIG}: model.{field.name} is {value!r}; {kind.__name__} is needed")
     try:
         config = TransformerConfig(**options)
     except (TypeError, ValueError) as error:

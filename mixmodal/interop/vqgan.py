@@ -30,10 +30,8 @@ from mixmodal.tokenization.autoencoder import AutoencoderConfig
 from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
 from mixmodal.tokenization.preprocessing import Preprocess
 from mixmodal.tokenization.quantizer_base import QuantizerConfig
-from mixmodal.weights import read_weights
+from mixmodal.weights import list_names, read_weights
 
-SHOWN = 10
-"""Names of each kind that an error lists."""
 NORM_GROUPS = 32
 """Of every GroupNorm in taming's and LlamaGen's code, where it can not be chosen."""
 
@@ -260,9 +258,4 @@ def fill(tokenizer: ImageTokenizer, weights: Mapping[str, Tensor], modules: Mapp
 def differences(missing: Iterable[str], unexpected: Iterable[str], reshaped: Iterable[str]) -> str:
     """What an architecture of another kind lacks and has."""
     kinds = {"missing": [*missing], "unexpected": [*unexpected], "of another shape": [*reshaped]}
-    parts = []
-    for kind, found in kinds.items():
-        if found:
-            more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-            parts.append(f"{len(found)} {kind} ({', '.join(found[:SHOWN])}{more})")
-    return f"weights of another architecture: {'; '.join(parts)}"
+    return f"weights of another architecture: {list_names(kinds)}"

@@ -24,6 +24,7 @@ from mixmodal.classification.loading import LoadedModel, find_pipeline, load_mod
 from mixmodal.classification.measured import Measured, Wanted, measure, measuring_units
 from mixmodal.classification.policies import Policy
 from mixmodal.classification.result import Classification
+from mixmodal.classification.templates import fill
 from mixmodal.classification.variants import VariantsConfig, encode_variants
 from mixmodal.files import sha256_of
 from mixmodal.interop.export import find_export
@@ -62,7 +63,7 @@ class AutoregressivePictures:
         **options: Any,
     ) -> None:
         self.model, self.method, self.variants = model, method, variants
-        self.captions = [template.replace("{}", one) for template in templates for one in classes]
+        self.captions = [fill(template, one) for template in templates for one in classes]
         self.num_retrieved, self.random_seed = retrieve, random_seed
         self.classifier = model.build_classifier(classes, method, templates=templates, **options)
         self.evaluations = np.full(len(classes), len(templates) * variants.number, dtype=np.int64)
@@ -136,11 +137,11 @@ class DiffusionPictures:
         rows = []
         for picture in chosen.pictures:  # one at a time: with many classes the triples alone are many
             self.scorer.set_pictures([picture])
-            classes, places = np.indices((len(self.scorer.classes), len(units))).reshape(2, -1).tolist()
-            found = self.scorer.errors([0] * len(classes), classes, [units[place] for place in places])
-            rows.append(found.reshape(-1, len(units)))
+            rows.append(self.scorer.error_table(units))
         times, options = np.array([unit.time for unit in units]), self.scorer.config
-        return measure(np.stack(rows), times, wanted, options.weighting, self.scorer.adapter.schedule, chosen.labels)
+        return measure(
+            np.concatenate(rows), times, wanted, options.weighting, self.scorer.adapter.schedule, chosen.labels
+        )
 
     def use(self, measured: Measured) -> None:
         """Takes what was measured for all pictures from now on."""

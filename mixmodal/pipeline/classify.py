@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.progress import track
 
 from mixmodal.classification.classifier import PictureClassifier
-from mixmodal.classification.datasets import (
-    NamedClass,
-    Read,
-    read_classes,
-    read_cues,
-)
-from mixmodal.classification.evaluate import BROKEN, Recorder
+from mixmodal.classification.datasets import NamedClass, Read, read_classes, read_cues
+from mixmodal.classification.evaluate import BROKEN, Recorder, check_share
 from mixmodal.classification.known_sets import choose_classes, find_set, read_set
 from mixmodal.classification.measured import Wanted, read_measured, read_or_measure
 from mixmodal.classification.summary import describe_drop, draw_figures, summarise, summarise_cues
@@ -28,11 +20,20 @@ from mixmodal.data.skipping import SkipCounter
 from mixmodal.pipeline.classifiers import METHODS, DiffusionPictures, hash_model
 from mixmodal.pipeline.classify_config import ClassifyConfig
 from mixmodal.pipeline.measuring import MEASURED, Chosen, check_apart, choose_pictures
-from mixmodal.records import RecordLines, Shard, check_settings, write_json
+from mixmodal.records import (
+    RECORDS,
+    SETTINGS,
+    SUMMARY,
+    RecordLines,
+    Shard,
+    check_settings,
+    hash_settings,
+    own_folder,
+    write_json,
+)
 
 RACING = 8
 """Pictures whose classes race together: more fill batches better, and are lost together where a job is killed."""
-RECORDS, SETTINGS, SUMMARY = "records", "settings", "summary.json"
 
 
 class PictureSet(NamedTuple):
@@ -48,7 +49,7 @@ def list_sets(config: ClassifyConfig) -> list[PictureSet]:
     """The pictures in `out` itself, others in folders of their own."""
     found = [PictureSet("data", config.data, read_set, config.out)]
     if config.shift is not None:
-        found.append(PictureSet("shift", config.shift, read_set, config.out / "shift"))
+        found.append(PictureSet("shift", config.shift, partial(read_set, option="shift"), config.out / "shift"))
     if config.cues is not None:
         found.append(PictureSet("cues", config.cues, read_cues, config.out / "cues"))
     return found
@@ -77,15 +78,14 @@ def classify(config: ClassifyConfig) -> None:
     shard, labels = Shard.choose(config.shard), [one.label for one in classes]
     recorded = [(one, record(config, one, classes, settings, shard, build)) for one in sets]
     if not all(recorder.is_complete() for _, recorder in recorded):
-        print(f"shard {shard.index}/{shard.count} is finished, the records are in {config.out}; the last shard sums up")
+        print(shard.describe_end(config.out))
         return
     results = {one.name: sum_up(config, one, recorder, labels) for one, recorder in recorded}
     for name, found in known.items():
         results[name]["layout"] = found.layout
     if "shift" in results:
         results["shift"]["drop"] = describe_drop(results["data"], results["shift"])
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    summary = {"model": config.model, "settings": settings, "settings_sha256": digest, **results}
+    summary = {"model": config.model, "settings": settings, "settings_sha256": hash_settings(settings), **results}
     if chosen is not None and (config.out / MEASURED).exists():  # not there where every picture is broken
         found = read_measured(config.out / MEASURED, settings)
         summary["measured"] = {"pictures": found.num_pictures, "evaluations": found.num_evaluations}
@@ -191,23 +191,9 @@ def sum_up(config: ClassifyConfig, pictures: PictureSet, recorder: Recorder, lab
     found = summarise_cues(lines) if pictures.name == "cues" else summarise(lines, labels)
     lost = {reason: count for reason, count in recorder.counter.skipped.items() if reason != BROKEN}
     found["skipped"] = dict(sorted({**found["skipped"], **lost}.items()))
-    counter = SkipCounter(config.max_skipped_share)
     examples = recorder.counter.examples or [f"see {recorder.lines.path}"]
-    counts = {"used": found["num_pictures"], "skipped": found["skipped"], "altered": {}, "examples": examples}
-    counter.merge(counts)
-    counter.finish()
+    check_share(config.max_skipped_share, found["num_pictures"], found["skipped"], examples)
     return {"path": str(pictures.path), **found}
-
-
-@contextmanager
-def own_folder(folder: Path, shard: Shard) -> Iterator[Path]:
-    """A folder of the shard's own, whose files go to `folder` at the end: several shards may be the last at once."""
-    own = folder / f".{shard.index}-of-{shard.count}"
-    own.mkdir(parents=True, exist_ok=True)
-    yield own
-    for path in own.iterdir():
-        os.replace(path, folder / path.name)
-    own.rmdir()
 
 
 def report(results: dict[str, Any], num_classes: int, path: Path) -> str:

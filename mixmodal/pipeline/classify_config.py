@@ -10,14 +10,17 @@ from typing import Literal
 
 from mixmodal.classification.autoregressive import METHODS as AUTOREGRESSIVE
 from mixmodal.classification.datasets import check_templates, read_templates
+from mixmodal.classification.templates import PLACE
 from mixmodal.classification.variants import VariantsConfig
+from mixmodal.config import check_least
+from mixmodal.data.skipping import SampleLimits
 from mixmodal.pipeline.adapt_options import AdaptOptions
 from mixmodal.pipeline.diffusion_options import DiffusionOptions
 from mixmodal.pipeline.reading import ReadingConfig
-from mixmodal.records import Shard
+from mixmodal.records import Shard, check_out
 
 METHODS = (*AUTOREGRESSIVE, "diffusion", "contrastive")
-PLAIN = ["{}"]
+PLAIN = [PLACE]
 PLAIN_VARIANTS, DEFAULT_DIFFUSION, NO_ADAPTATION = VariantsConfig(), DiffusionOptions(), AdaptOptions()
 
 
@@ -86,15 +89,15 @@ class ClassifyConfig(ReadingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.out.suffix == ".json" or self.out.is_file():
-            raise ValueError(f"out is {self.out}; it must be a folder, which gets records.jsonl and summary.json")
+        check_out(self.out)
+        check_least(self, 1, "batch_size")
+        check_least(self, 0, "seed")
+        SampleLimits(max_skipped_share=self.max_skipped_share)  # whether it is a share
         if self.templates_file is not None and self.templates != PLAIN:
             raise ValueError("give either templates or templates_file")
         if self.shard is not None:
             Shard.parse(self.shard)
         self._check_idle()
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
 
     @property
     def is_adapted(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from mixmodal.classification.denoising import Loss, build_weighting
 from mixmodal.classification.diffusion import DiffusionConfig, PromptCache
 from mixmodal.classification.policies import Adaptive, Full, Policy, Staged, TTest
+from mixmodal.config import check_least
 
 POLICIES: dict[str, type[Policy]] = {"full": Full, "staged": Staged, "ttest": TTest, "adaptive": Adaptive}
 SETTINGS = ("num_times", "samples", "keep", "p_value", "min_times", "max_times", "cap")
@@ -74,9 +75,7 @@ class DiffusionOptions:
         ):
             if getattr(self, name) is not None and not acts:
                 raise ValueError(f"diffusion.{name} can not act without {without}; leave it out")
-        for name in ("fit_pictures", "pilot_pictures"):
-            if (number := getattr(self, name)) is not None and number < 1:
-                raise ValueError(f"diffusion.{name} is {number}; it must be at least 1")
+        check_least(self, 1, "fit_pictures", "pilot_pictures", section="diffusion.")
 
     @property
     def is_measured(self) -> bool:

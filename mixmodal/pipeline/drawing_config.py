@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from mixmodal.config import check_least
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.pipeline.options import DEFAULT_SAMPLING, SamplingOptions, build_guidance, sampling_options
 from mixmodal.pipeline.reading import ReadingConfig, local_device
@@ -56,6 +57,13 @@ class DrawingConfig(ReadingConfig):
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
     cuda_graphs: bool = False
     compile: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self, 1, "num", "batch_size")
+        check_least(self, 0, "seed")
+        if self.out.is_file():
+            raise ValueError(f"out is {self.out}, which is a file; give a folder for the samples")
 
     @property
     def samplings(self) -> dict[str, TokenSampling]:

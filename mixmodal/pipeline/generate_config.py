@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mixmodal.config import check_least
 from mixmodal.document import EndOfTurn
 from mixmodal.pipeline.drawing_config import DrawingConfig
 from mixmodal.pipeline.holes import PartialPicture
@@ -86,6 +87,7 @@ class GenerateConfig(DrawingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_least(self, 1, "best_of", "max_new_tokens")
         self.check_guidance(follows_text=self.output != "text")
         if self.prompts is not None and self.parts:
             raise ValueError("give either prompts, a file, or one prompt by --prompt, --image or --parts")

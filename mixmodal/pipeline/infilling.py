@@ -188,7 +188,7 @@ class Infilling:
 
     codec: Codec
     format: SequenceFormat
-    _generator: SequenceGenerator
+    generator: SequenceGenerator
     _plan: Callable[..., Plan]
 
     def infill(
@@ -252,7 +252,7 @@ class Infilling:
         plan = self._plan([prompt], "image", num, seed, None, retrieve, given, options, grid)
         requests = fill_region(self.format, plan.requests, image, cells, order)
         chunk = {"chunk": preview_every} if preview_every else {}
-        pieces = self._generator.stream(requests, plan.sampling, plan.guidance, **chunk)
+        pieces = self.generator.stream(requests, plan.sampling, plan.guidance, **chunk)
         yield from read_regions(self.codec, image, cells, requests, pieces, previews=bool(preview_every))
 
     def fill_masks(
@@ -276,7 +276,7 @@ class Infilling:
         """
         document = self.codec.to_document(prompt)
         fillings = [
-            MaskedText(self._generator, self.codec, document, seed, sample, max_new_tokens) for sample in range(num)
+            MaskedText(self.generator, self.codec, document, seed, sample, max_new_tokens) for sample in range(num)
         ]
         sampling = build_sampling(self.format.vocabulary.modalities, options)
         refuse_size(options, "masks in texts")
@@ -284,6 +284,6 @@ class Infilling:
             raise ValueError("guidance acts on pictures alone; leave it out for masks in texts")
         done: list[FilledText] = []
         while len(done) < num:
-            drawn = self._generator.generate([one.request() for one in fillings], sampling)
+            drawn = self.generator.generate([one.request() for one in fillings], sampling)
             done = [text for one, ids in zip(fillings, drawn) if (text := one.take(ids)) is not None]
         return [list(one.masks.values()) for one in done]

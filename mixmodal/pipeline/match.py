@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,15 +19,24 @@ from mixmodal.classification.compositional import (
     read_compositions,
     summarise,
 )
-from mixmodal.classification.evaluate import BROKEN
+from mixmodal.classification.evaluate import BROKEN, check_share
 from mixmodal.classification.summary import Rate
 from mixmodal.data.skipping import SampleError, SkipCounter
 from mixmodal.files import sha256_of
 from mixmodal.pipeline.classifiers import hash_model
-from mixmodal.pipeline.classify import RECORDS, SETTINGS, SUMMARY, own_folder
 from mixmodal.pipeline.match_config import MatchConfig
 from mixmodal.pipeline.matchers import Matcher, build_matcher
-from mixmodal.records import RecordLines, Shard, check_settings, write_json
+from mixmodal.records import (
+    RECORDS,
+    SETTINGS,
+    SUMMARY,
+    RecordLines,
+    Shard,
+    check_settings,
+    hash_settings,
+    own_folder,
+    write_json,
+)
 from mixmodal.tokenization.preprocessing import PictureError, open_picture
 
 LESS_PRIOR = "less_image_prior"
@@ -60,18 +68,14 @@ def match(config: MatchConfig) -> None:
     lines = RecordLines(lines.path, lines.item)  # with what other processes have written meanwhile
     found = [entry for one in task if (entry := lines.find(one.key)) is not None]
     if len(found) < len(task):
-        print(f"shard {shard.index}/{shard.count} is finished, the records are in {config.out}; the last shard sums up")
+        print(shard.describe_end(config.out))
         return
     results = sum_up(found)
-    counts = {"used": results["num_lines"], "skipped": results["skipped"], "altered": {}}
     examples = counter.examples or [f"see {lines.path}"]
-    total = SkipCounter(config.max_skipped_share)
-    total.merge({**counts, "examples": examples})
-    total.finish()
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    head = {"model": config.model, "task": str(config.task), "settings": settings, "settings_sha256": digest}
+    check_share(config.max_skipped_share, results["num_lines"], results["skipped"], examples)
+    head = {"model": config.model, "task": str(config.task), "settings": settings}
     with own_folder(config.out, shard) as folder:
-        write_json(folder / SUMMARY, {**head, **results})
+        write_json(folder / SUMMARY, {**head, "settings_sha256": hash_settings(settings), **results})
     print(f"{report(results)}; summary in {config.out / SUMMARY}")
 
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mixmodal.classification.autoregressive import METHODS as AUTOREGRESSIVE
+from mixmodal.config import check_least
+from mixmodal.data.skipping import SampleLimits
 from mixmodal.interop.adapter_files import hash_adapter
 from mixmodal.pipeline.classify_config import METHODS
 from mixmodal.pipeline.diffusion_options import DiffusionOptions
-from mixmodal.records import Shard
+from mixmodal.records import Shard, check_out
 
 WHOLE_DIFFUSION = DiffusionOptions(policy="full")
 
@@ -64,16 +66,12 @@ class MatchConfig:
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
 
     def __post_init__(self) -> None:
-        if self.out.suffix == ".json" or self.out.is_file():
-            raise ValueError(f"out is {self.out}; it must be a folder, which gets records.jsonl and summary.json")
+        check_out(self.out)
+        check_least(self, 1, "batch_size")
+        check_least(self, 0, "seed")
+        SampleLimits(max_skipped_share=self.max_skipped_share)  # whether it is a share
         if self.shard is not None:
             Shard.parse(self.shard)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
-        if not 0 <= self.max_skipped_share <= 1:
-            raise ValueError(f"max_skipped_share is {self.max_skipped_share}; it must lie in 0 .. 1")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be 0 or more")
         self._check_idle()
 
     @property

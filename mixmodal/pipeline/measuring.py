@@ -72,7 +72,7 @@ def _choose_labelled(
 ) -> list[tuple[str, Picture]]:
     """Up to `number` pictures of each class: the first in an order that is drawn from the seed and their keys."""
     best: dict[str, list[tuple[str, LabelledPicture]]] = {one.label: [] for one in classes}
-    for one in read_set(path, classes, counter):
+    for one in read_set(path, classes, counter, "diffusion.fit"):
         if one.label is not None:
             kept = best[one.label]
             kept.append((hashlib.sha256(f"{seed} {one.key}".encode()).hexdigest(), one))

@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 from mixmodal.classification.autoregressive import check_method
 from mixmodal.classification.likelihoods import SequenceScorer
 from mixmodal.document import Document, Grid, Image, Text
+from mixmodal.environment import choose_device
 from mixmodal.hub import HubOptions
 from mixmodal.interop.adapter_files import apply_adapter
 from mixmodal.interop.export import find_export, load_export
@@ -56,6 +57,9 @@ class MixedModal(Infilling, Scoring, HubModel):
         retriever: finds documents of a memory to stand before prompts; see `attach_memory`.
         folder: that it was loaded from; a memory must be of the image tokenizer in it.
 
+    Attributes:
+        generator: draws what `plan` asks for.
+
     Raises:
         ValueError: for a memory of another vocabulary, sequence format or tokenizer.
     """
@@ -73,7 +77,7 @@ class MixedModal(Infilling, Scoring, HubModel):
         self.model, self.codec, self.batch_size = model, codec, batch_size
         self.format, self.folder = codec.format, folder
         self.retriever = retriever
-        self._generator = SequenceGenerator(model, codec.format, batch_size)
+        self.generator = SequenceGenerator(model, codec.format, batch_size)
         self._scorer = SequenceScorer(model, codec.format, batch_size)
         self._rank: Rank = rank_by_likelihood(self._scorer)
 
@@ -101,10 +105,8 @@ class MixedModal(Infilling, Scoring, HubModel):
             ExportError: naming the folder and the file that is missing or broken, or the option that can not act; or
                 both models, where the adapter is of another.
         """
-        if str(device) == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         folder = find_export(source, hub)
-        export = load_export(folder, device, dtype)
+        export = load_export(folder, choose_device(str(device)), dtype)
         model = cls(export.model, export.codec, batch_size, folder=folder)
         if adapter:
             model.adapter = apply_adapter(export.model, folder, Path(adapter))
@@ -113,7 +115,7 @@ class MixedModal(Infilling, Scoring, HubModel):
 
     def accelerate(self, *, cuda_graphs: bool = False, compile: bool = False) -> None:
         """Spares the host work on a CUDA device; see `SequenceGenerator.accelerate`."""
-        self._generator.accelerate(cuda_graphs=cuda_graphs, compile=compile)
+        self.generator.accelerate(cuda_graphs=cuda_graphs, compile=compile)
 
     # retrieval
 
@@ -258,7 +260,7 @@ class MixedModal(Infilling, Scoring, HubModel):
             raise ValueError(f"num is {num} and best_of is {best_of}; both must be at least 1")
         plan = self._plan(prompts, output, num * best_of, seed, max_new_tokens, retrieve, before, options)
         check_best_of(self.format, output, plan.sampling, best_of)
-        drawn = self._generator.generate(plan.requests, plan.sampling, plan.guidance)
+        drawn = self.generator.generate(plan.requests, plan.sampling, plan.guidance)
         found = [parse_sample(self.format, request.prompt, ids) for request, ids in zip(plan.requests, drawn)]
         if best_of > 1:
             asked = [(plan.documents[row], plan.read[row]) for row in range(len(prompts)) for _ in range(num * best_of)]
@@ -300,7 +302,7 @@ class MixedModal(Infilling, Scoring, HubModel):
             before = None if ask.before is None else [ask.before]
             return self._plan([parts], drawn, ask.num * best_of, ask.seed, room, retrieve, before, options, grid)
 
-        common = self._generator, self.codec, options, plan
+        common = self.generator, self.codec, options, plan
         if output == INFILL:
             return FillingQueue(*common, order, max_new_tokens, retrieve).draw(prompts)
         return SampleQueue(*common, output, best_of, self._rank).draw(prompts)
@@ -333,13 +335,8 @@ class MixedModal(Infilling, Scoring, HubModel):
         given = None if before is None else [before]
         plan = self._plan([prompt], output, num, seed, max_new_tokens, retrieve, given, options)
         chunk = {"chunk": preview_every} if preview_every else {}
-        pieces = self._generator.stream(plan.requests, plan.sampling, plan.guidance, **chunk)
+        pieces = self.generator.stream(plan.requests, plan.sampling, plan.guidance, **chunk)
         yield from read_pieces(self.codec, plan.requests, pieces, previews=bool(preview_every))
-
-    @property
-    def generator(self) -> SequenceGenerator:
-        """Draws what `plan` asks for."""
-        return self._generator
 
     def plan(
         self,
@@ -383,4 +380,4 @@ class MixedModal(Infilling, Scoring, HubModel):
             before = self._find(queries, retrieve)
         lengths, context = [query.length for query in queries], self.model.config.max_seq_len
         read = fit_documents(self.codec, [[]] * len(spelled) if before is None else before, lengths, context)
-        return build_plan(self._generator, spelled, read, output, num, seed, max_new_tokens, options)
+        return build_plan(self.generator, spelled, read, output, num, seed, max_new_tokens, options)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from PIL.Image import Image as Picture
 
+from mixmodal.config import check_least, plain
 from mixmodal.data.conversations import Message, dump_messages
 from mixmodal.data.preferences import CHOSEN, REJECTED, spell_conversation
 from mixmodal.data.shards import PictureFile
@@ -94,8 +94,8 @@ class PreferConfig:
     def __post_init__(self) -> None:
         if self.num < 2:
             raise ValueError(f"num is {self.num}; a best and a worst take at least 2 answers")
-        if self.min_gap < 0:
-            raise ValueError(f"min_gap is {self.min_gap}; it must be at least 0")
+        check_least(self, 1, "batch_size", "max_new_tokens")
+        check_least(self, 0, "seed", "min_gap")
         if (self.judge == "encoder") != (self.encoder is not None):
             raise ValueError(f"judge is {self.judge}: encoder, a folder, is given with the judge encoder and no other")
         if self.output == "text" and self.judge != "reference":
@@ -120,8 +120,7 @@ class PreferConfig:
     def describe(self) -> dict[str, Any]:
         """What the pairs follow from, as plain data."""
         apart = ("out", "batch_size", "device")
-        found = {key: value for key, value in asdict(self).items() if key not in apart}
-        return json.loads(json.dumps(found, default=str))
+        return {key: value for key, value in plain(self).items() if key not in apart}
 
 
 class Judged(NamedTuple):
@@ -293,6 +292,9 @@ class PairWriter:
         Raises:
             ValueError: where there is no pair.
         """
+        if not self.questions:
+            what = "one picture" if self.config.output == "image" else "text"
+            raise ValueError(f"{self.config.prompts}: there is no conversation whose last answer is {what} alone")
         if not self._ids:
             raise ValueError(
                 f"{self.config.prompts}: no pair came of {self.questions} questions; raise num or the temperature, or "

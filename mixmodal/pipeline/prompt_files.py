@@ -59,13 +59,15 @@ class NamedPrompt:
         return Holes(masks, [place for place, part in enumerate(self.parts) if part.has_region], len(self.parts))
 
     def check(self) -> None:
-        """Whether each part is one, and its pictures are there; nothing is opened.
+        """Whether there is a prompt, each part is one, and its pictures are there; nothing is opened.
 
         Raises:
-            ValueError: naming the part.
+            ValueError: naming the prompt or the part.
         """
         for place, part in enumerate(self.parts):
             part.check(self.folder, f"part {place} of {self.name}")
+        if all(part.text.isspace() for part in self.parts):
+            raise ValueError(f"{self.name}: there is nothing but white space")
 
     def open(self) -> list[str | Mask | EndOfTurn | Picture | PartialPicture]:
         """What the parts stand for, pictures from their files.
@@ -149,7 +151,4 @@ def _read_parts(row: Mapping[str, Any], name: str) -> tuple[PromptPart, ...]:
     entries = row["parts"] if "parts" in row else [{"text": row["prompt"]}]
     if not isinstance(entries, list) or not entries:
         raise ValueError(f'{name}: parts must be a list such as [{{"text": "a red apple"}}, {{"image": "a.png"}}]')
-    parts = tuple(read_part(entry, f"part {place} of {name}") for place, entry in enumerate(entries))
-    if all(part.text.isspace() for part in parts):
-        raise ValueError(f"{name}: the prompt is white space alone")
-    return parts
+    return tuple(read_part(entry, f"part {place} of {name}") for place, entry in enumerate(entries))

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from mixmodal.config import plain
+from mixmodal.config import check_least, plain
+from mixmodal.environment import choose_device
 from mixmodal.interop.adapter_files import hash_adapter
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.records import is_launched
@@ -39,8 +40,7 @@ class ReadingConfig:
     random_seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.retrieve < 0:
-            raise ValueError(f"retrieve is {self.retrieve}; it must be 0 or more")
+        check_least(self, 0, "retrieve", "random_seed")
         if self.retrieve and self.memory is None:
             raise ValueError(f"retrieve is {self.retrieve}, but memory is not given; give --memory DIR")
         if self.memory is not None and not self.retrieve:
@@ -56,8 +56,6 @@ class ReadingConfig:
                 f"retrieve is {self.retrieve}, but only the {self.selection.search_depth} nearest documents are looked "
                 "through; raise selection.search_depth"
             )
-        if self.random_seed is not None and self.random_seed < 0:
-            raise ValueError(f"random_seed is {self.random_seed}; it must be 0 or more")
 
     def attach(self, model: MixedModal) -> None:
         """Gives the model the memory, where there is one."""
@@ -84,8 +82,5 @@ def local_device(device: str) -> str:
 
 
 def resolve_device(device: str) -> str:
-    """`local_device`, with `auto` made one that torch knows."""
-    found = local_device(device)
-    if found == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return found
+    """`choose_device` of `local_device`."""
+    return choose_device(local_device(device))

@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from mixmodal.config import check_least
 from mixmodal.quickstart.recipe import DEEPSPEED, LAUNCHED, Recipe, command_of, config_path
 from mixmodal.quickstart.runner import Stage, StageRunner, write_json
 
@@ -39,8 +40,7 @@ class QuickstartConfig:
     num_processes: int = 1
 
     def __post_init__(self) -> None:
-        if self.num_processes < 1:
-            raise ValueError(f"num_processes is {self.num_processes}; it must be at least 1")
+        check_least(self, 1, "num_processes")
 
     @property
     def command(self) -> str:
@@ -114,14 +114,6 @@ class Chain(ABC):
     def _need(self, folder: str, what: str) -> None:
         if not (self.run / folder / "config.json").exists():
             raise ValueError(f"{what} stopped before its end; run the quickstart again and it goes on")
-
-
-def flat(data: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Nested keys with dots between them."""
-    found: list[tuple[str, Any]] = []
-    for key, value in data.items():
-        found += flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(f"{prefix}{key}", value)]
-    return found
 
 
 @contextlib.contextmanager

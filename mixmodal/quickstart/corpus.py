@@ -91,22 +91,6 @@ class DemoCorpus:
     pairs: list[dict[str, str]]
     counts: dict[str, int]
 
-    @property
-    def train(self) -> Path:
-        return self.folder / TRAIN
-
-    @property
-    def heldout(self) -> Path:
-        return self.folder / HELDOUT
-
-    @property
-    def tokenizer_extra(self) -> Path:
-        return self.folder / EXTRA
-
-    @property
-    def train_mixed(self) -> Path:
-        return self.folder / MIXED
-
 
 def caption(concept: str, style: str) -> str:
     """What is written under a picture: `red apple, flat style`."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mixmodal.config import check_least
 from mixmodal.data.shards import read_samples
 from mixmodal.quickstart.art import SKIN_TONES, STYLES, find_translations, without_tone
 
@@ -53,8 +54,7 @@ class DemoTasksConfig:
     def __post_init__(self) -> None:
         if unknown := [name for name in self.languages if name not in LANGUAGES]:
             raise ValueError(f"languages: {unknown[0]!r} is unknown; take some of {', '.join(LANGUAGES)}")
-        if self.comparisons < 0:
-            raise ValueError(f"comparisons is {self.comparisons}; it must be at least 0")
+        check_least(self, 0, "comparisons")
         for kind, pattern in self.kinds.items():
             try:
                 re.compile(pattern)

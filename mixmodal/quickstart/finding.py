@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from mixmodal.config import check_least
 from mixmodal.data.shards import read_samples
 from mixmodal.data.skipping import SampleLimits
 from mixmodal.evaluation.concepts import Rate, rate
@@ -40,8 +41,7 @@ class FindingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.num_documents < max(RECALLED):
-            raise ValueError(f"num_documents is {self.num_documents}; it must be at least {max(RECALLED)}")
+        check_least(self, max(RECALLED), "num_documents")
         if not -1 <= self.max_score <= 1:
             raise ValueError(f"max_score is {self.max_score}; it must lie in -1 .. 1")
 

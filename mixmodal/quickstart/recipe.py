@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from mixmodal.config import load_config
+from mixmodal.config import load_config, read_yaml
 
 
 class Entry(NamedTuple):
@@ -140,20 +140,22 @@ def load_recipe(
         entries: the files, `ENTRIES` or `TUNING`.
 
     Raises:
-        ValueError: for a file that is not part of the recipe, or a key that its config type does not have.
+        ValueError: for a file that is not part of the recipe or can not be read, or a key that its config type does
+            not have.
     """
-    own = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())} if folder else {}
+    own = {path.name: path for path in sorted(folder.iterdir())} if folder else {}
     names = {f"{name}.yaml" for name in entries} | {DEEPSPEED}
     if unknown := sorted(set(own) - names):
         raise ValueError(f"{folder}: {unknown[0]} is not part of the recipe; its files are {', '.join(sorted(names))}")
-    texts = {name: own[name] if name in own else read_packaged(name) for name in sorted(names)}
     configs = run / "configs"
     configs.mkdir(parents=True, exist_ok=True)
-    (configs / DEEPSPEED).write_text(texts[DEEPSPEED], encoding="utf-8")
-    settings: dict[str, Any] = {DEEPSPEED: texts[DEEPSPEED]}
+    deepspeed = own[DEEPSPEED].read_text(encoding="utf-8") if DEEPSPEED in own else read_packaged(DEEPSPEED)
+    (configs / DEEPSPEED).write_text(deepspeed, encoding="utf-8")
+    settings: dict[str, Any] = {DEEPSPEED: deepspeed}
     loaded: dict[str, Any] = {}
     for name, entry in entries.items():
-        settings[name] = yaml.safe_load(texts[f"{name}.yaml"]) or {}
+        file = f"{name}.yaml"
+        settings[name] = read_yaml(own[file]) if file in own else yaml.safe_load(read_packaged(file)) or {}
         mixed = name in ("tokens", "memory") and settings["corpus"].get("mixed")
         path = write_config(run, name, with_mixed(entry) if mixed else entry, settings[name], num_processes)
         loaded[name] = load_config(getattr(importlib.import_module(entry.module), entry.config), path)

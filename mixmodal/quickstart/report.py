@@ -75,7 +75,15 @@ def write_report(run: Path, summary: Results, stages: Sequence[Results]) -> Path
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    """What a stage has written.
+
+    Raises:
+        ValueError: naming the file, where it is broken.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); delete its folder, and the stage is done again") from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

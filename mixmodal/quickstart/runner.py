@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mixmodal.files import write_whole
+from mixmodal import records
 
 MARKER_VERSION = 1
 STAGES = "stages"
@@ -227,9 +227,8 @@ def _resident_bytes(process: int) -> int:
 
 
 def write_json(path: Path, data: object) -> None:
-    """Writes JSON whole or not at all; numbers that are not finite become null, which JSON has."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps(_finite(data), indent=2, ensure_ascii=False) + "\n").encode())
+    """`records.write_json`; numbers that are not finite become null, which JSON has."""
+    records.write_json(path, _finite(data))
 
 
 def _finite(data: object) -> object:

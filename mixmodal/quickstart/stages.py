@@ -9,9 +9,10 @@ import shutil
 import time
 from typing import TYPE_CHECKING, Any
 
-from mixmodal.quickstart.chain import ENVIRONMENT, Chain, QuickstartConfig, flat, progress_bar, say
+from mixmodal.quickstart.chain import ENVIRONMENT, Chain, QuickstartConfig, progress_bar, say
 from mixmodal.quickstart.recipe import ENCODER, ENTRIES, MEMORY, TOKENIZERS, TUNING, Recipe, config_path, load_recipe
 from mixmodal.quickstart.runner import Stage, largest_memory_bytes, open_run, write_json
+from mixmodal.records import flat
 
 if TYPE_CHECKING:
     from mixmodal.pipeline import MixedModal

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mixmodal.environment import check_device
+from mixmodal.environment import choose_device
 from mixmodal.extras import import_extra
 from mixmodal.files import sha256_of
 from mixmodal.hub import find_folder
@@ -196,7 +196,7 @@ def load_encoder(source: Path | str, device: str | torch.device = "cpu", batch_s
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    check_device(str(device))
+    choose_device(str(device))
     folder = find_encoder(source)
     check_folder(folder)
     transformers = import_extra("transformers", "retrieval", f"encoder {source} needs")

@@ -153,24 +153,7 @@ def _build_chat(studio: Studio, conversation: Any) -> tuple[Any, Any]:
             with gr.Column(elem_id="talk", elem_classes=_crisp(studio)):
                 answer = gr.HTML("", elem_id="answer", padding=False)
                 history = gr.HTML(EMPTY, elem_id="history", padding=False)
-            with gr.Group(elem_id="composer"):
-                prompt = gr.MultimodalTextbox(
-                    placeholder="a waving hand, flat style",
-                    show_label=False,
-                    label="Prompt",
-                    file_types=["image"],
-                    file_count="multiple",
-                    sources=["upload"],
-                    submit_btn=False,
-                    autofocus=True,
-                    max_lines=6,
-                    elem_id="prompt",
-                    max_plain_text_length=studio.limits.max_text_chars,
-                )
-                with gr.Row(elem_id="actions"):
-                    clear = gr.Button("Clear", variant="secondary", min_width=80, elem_id="clear")
-                    stop = gr.Button("Stop", variant="secondary", min_width=80, elem_id="stop", visible=False)
-                    generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
+            prompt, clear, stop, generate = _build_composer(studio)
             gallery = _build_gallery(studio, "Drawn so far", columns=6, elem_id="gallery")
             edit = gr.Button(
                 _edit_words(Conversation()), size="sm", variant="secondary", visible=False, elem_id="to-edit"
@@ -215,6 +198,29 @@ def _build_chat(studio: Studio, conversation: Any) -> tuple[Any, Any]:
     gallery.preview_close(_unpick, conversation, edit, **LIGHT)
     controls.output.change(default_sampling, controls.output, [controls.temperature, controls.top_p], **LIGHT)
     return gallery, edit
+
+
+def _build_composer(studio: Studio) -> tuple[Any, Any, Any, Any]:
+    """The prompt, and the buttons below that clear, stop and generate."""
+    with gr.Group(elem_id="composer"):
+        prompt = gr.MultimodalTextbox(
+            placeholder="a waving hand, flat style",
+            show_label=False,
+            label="Prompt",
+            file_types=["image"],
+            file_count="multiple",
+            sources=["upload"],
+            submit_btn=False,
+            autofocus=True,
+            max_lines=6,
+            elem_id="prompt",
+            max_plain_text_length=studio.limits.max_text_chars,
+        )
+        with gr.Row(elem_id="actions"):
+            clear = gr.Button("Clear", variant="secondary", min_width=80, elem_id="clear")
+            stop = gr.Button("Stop", variant="secondary", min_width=80, elem_id="stop", visible=False)
+            generate = gr.Button("Generate", variant="primary", min_width=120, elem_id="generate")
+    return prompt, clear, stop, generate
 
 
 def _wait(seed: float | None, is_random: bool) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
+from mixmodal.config import check_least
 from mixmodal.pipeline.drawing_config import DTYPES
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.serve.studio import Studio
@@ -63,11 +64,7 @@ class ServeConfig:
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
 
     def __post_init__(self) -> None:
-        for name in ("max_queue", "max_upload_mb", "max_pixels", "max_num"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.preview_every is not None and self.preview_every < 1:
-            raise ValueError(f"preview_every is {self.preview_every}; it must be at least 1, or null")
+        check_least(self, 1, "max_queue", "max_upload_mb", "max_pixels", "max_num", "preview_every", "batch_size")
         if not 0 < self.port < 1 << 16:
             raise ValueError(f"port is {self.port}; it must lie in 1 .. 65535")
         if self.encoder is not None and self.memory is None:

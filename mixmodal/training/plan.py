@@ -179,7 +179,7 @@ def load_training(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
         UsageError: naming the file, for one that is neither, or the key that is wrong.
     """
     data = read_yaml(path, "--config")
-    given = data if isinstance(data, dict) and "trainer" in data else {}
+    given = data if "trainer" in data else {}
     kinds = {
         ImageTokenizerTrainingConfig: isinstance(given.get("tokenizer"), dict),
         PretrainConfig: isinstance(given.get("model"), dict) or "init_from" in given,

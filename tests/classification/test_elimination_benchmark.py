@@ -11,12 +11,9 @@ import pytest
 
 from mixmodal.classification.policies import Adaptive, Full, Staged
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def policies(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def policies(load: Callable[[str], ModuleType]) -> ModuleType:
     return load("elimination_policies")
 
 

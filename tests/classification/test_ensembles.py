@@ -1,5 +1,6 @@
 """Several documents of a class or a picture: means of log p, and the whole against enumeration in double precision."""
 
+from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -19,16 +20,6 @@ from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 CODES, GRID = 3, (2, 2)
 
 
-class Letters:
-    num_pieces = 3
-
-    def encode(self, text: str) -> list[int]:
-        return ["abc".index(letter) for letter in text]
-
-    def decode(self, pieces: list[int]) -> str:
-        return "".join("abc"[piece] for piece in pieces)
-
-
 class Exact(Transformer):
     """Its logits keep the precision of its weights."""
 
@@ -41,9 +32,9 @@ class Exact(Transformer):
 
 
 @pytest.fixture(params=["cm3leon", "chameleon"])
-def form(request: pytest.FixtureRequest) -> SequenceFormat:
+def form(request: pytest.FixtureRequest, letters: Callable[[int], Any]) -> SequenceFormat:
     sizes = VocabularyConfig(codebook_sizes={"image": CODES}, num_text_pieces=3, num_sentinels=2)
-    return build_format(request.param, Vocabulary(sizes), {"image": GRID}, Letters())
+    return build_format(request.param, Vocabulary(sizes), {"image": GRID}, letters(3))
 
 
 @pytest.fixture

@@ -8,13 +8,10 @@ from types import ModuleType
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def exactness(load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def exactness(load: Callable[[str], ModuleType]) -> ModuleType:
     pytest.importorskip("diffusers")
-    monkeypatch.syspath_prepend(BENCHMARKS)
     return load("classifier_exactness")
 
 

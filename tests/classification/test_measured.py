@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mixmodal.classification.adapters import Labelled
+from mixmodal.classification.denoising import fit_weighting
 from mixmodal.classification.diffusion import DiffusionConfig, DiffusionScorer
 from mixmodal.classification.loading import LoadedModel
 from mixmodal.classification.measured import Measured, measuring_units, read_or_measure
@@ -132,7 +133,8 @@ def test_learned_weights_are_those_of_fit_weighting(
     scorer = DiffusionScorer(build_adapter(), ["0", "1", "2"])
     paths = sorted(tmp_path.glob("fit/*/*.png"))
     scorer.set_pictures([open_picture(path, "") for path in paths])
-    wanted = scorer.fit_weighting([int(path.parent.name) for path in paths], measuring_units(0))
+    units, labels = measuring_units(0), np.array([int(path.parent.name) for path in paths])
+    wanted = fit_weighting(scorer.error_table(units), np.array([unit.time for unit in units]), labels)
     np.testing.assert_allclose(
         read(tmp_path / "all" / "measured.json")["weighting"]["buckets"], wanted.buckets, atol=1e-5
     )

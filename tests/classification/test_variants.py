@@ -92,6 +92,7 @@ def test_noise_has_the_given_size_before_the_quantizer(
         ({"crop_share": 0.0}, "crop_share is 0.0; it must be above 0"),
         ({"num_samples": 0}, "num_samples is 0"),
         ({"noise": -1.0}, "noise is -1.0"),
+        ({"seed": 1}, "seed is 1, but without noise nothing is drawn"),
         ({"num_samples": 2}, "without noise they are all the same"),
     ],
 )

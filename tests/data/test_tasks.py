@@ -203,7 +203,7 @@ def test_a_templates_file_that_is_absent_or_has_other_keys_is_named(tmp_path: Pa
         TaskTemplates.load(tmp_path / "absent.yaml")
     for content, said in (
         ("task: {}", "the key tasks is missing"),
-        ("- tasks", "the key tasks is missing"),
+        ("- tasks", "it holds a list; keys and values"),
         ("tasks: {a: ['{caption}']}\nseeds: 1", "there is no key 'seeds'; take tasks and seed"),
         ("tasks: {a: ['{caption}']}\nseed: x", "seed is 'x'"),
         ("tasks: {}", "tasks is empty"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,16 +21,6 @@ from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 NUM, ROOM = 7, 64
 
 
-class Letters:
-    """A text tokenizer of ten letters."""
-
-    def encode(self, text: str) -> list[int]:
-        return ["abcdefghij".index(letter) for letter in text]
-
-    def decode(self, pieces: list[int]) -> str:
-        return "".join("abcdefghij"[piece] for piece in pieces)
-
-
 class FakeMemory:
     def __init__(self, documents: list[np.ndarray]) -> None:
         self.documents, self.keys = documents, [f"key{number}" for number in range(len(documents))]
@@ -42,9 +34,9 @@ class FakeMemory:
 
 
 @pytest.fixture(params=["cm3leon", "chameleon"])
-def form(request: pytest.FixtureRequest) -> SequenceFormat:
+def form(request: pytest.FixtureRequest, letters: Callable[[int], Any]) -> SequenceFormat:
     sizes = VocabularyConfig(codebook_sizes={"image": 16}, num_text_pieces=10, num_sentinels=6, num_reserved=2)
-    return build_format(request.param, Vocabulary(sizes), {"image": (2, 3)}, Letters())  # type: ignore[arg-type]
+    return build_format(request.param, Vocabulary(sizes), {"image": (2, 3)}, letters(10))
 
 
 @pytest.fixture

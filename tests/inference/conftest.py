@@ -1,11 +1,14 @@
 """A vocabulary of 40 ids, both sequence formats, random networks over them, and plain loops that sample from these."""
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image as PIL
 
 from mixmodal.document import Document, Image, Mask, SequenceFormat, Text, build_format
 from mixmodal.models.transformer import Transformer, TransformerConfig
@@ -17,25 +20,14 @@ from mixmodal.sampling.guidance import Guidance, build_streams
 from mixmodal.sampling.rules import TokenSampling, build_rules, draw, penalise_repetition
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
+sys.path.insert(0, str(Path(__file__).parent))
 GRID = (2, 3)
 
 
-class Letters:
-    """A text tokenizer of ten letters."""
-
-    num_pieces = 10
-
-    def encode(self, text: str) -> list[int]:
-        return ["abcdefghij".index(letter) for letter in text]
-
-    def decode(self, pieces: Sequence[int]) -> str:
-        return "".join("abcdefghij"[piece] for piece in pieces)
-
-
 @pytest.fixture(params=["cm3leon", "chameleon"])
-def form(request: pytest.FixtureRequest) -> SequenceFormat:
+def form(request: pytest.FixtureRequest, letters: Callable[[int], Any]) -> SequenceFormat:
     sizes = VocabularyConfig(codebook_sizes={"image": 16}, num_text_pieces=10, num_sentinels=6, num_reserved=2)
-    return build_format(request.param, Vocabulary(sizes), {"image": GRID}, Letters())
+    return build_format(request.param, Vocabulary(sizes), {"image": GRID}, letters(10))
 
 
 @pytest.fixture
@@ -167,3 +159,15 @@ def drawn_from(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
     monkeypatch.setattr(engine, "draw", record)
     return seen
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """Two pictures in a folder a label, and one without a label."""
+    folder = tmp_path / "pictures"
+    for label, colour in {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}.items():
+        (folder / label).mkdir(parents=True)
+        for number in range(2):
+            PIL.new("RGB", (20 + number, 16), colour).save(folder / label / f"{number}.png")
+    PIL.new("RGB", (16, 16)).save(folder / "unknown.png")
+    return folder

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,9 +67,9 @@ def test_a_restricted_token_competes_with_its_own_range(form: SequenceFormat, mo
 
 
 @pytest.mark.parametrize("name", ["cm3leon", "chameleon"])
-def test_probabilities_of_all_images_and_of_all_texts_sum_to_one(name: str) -> None:
+def test_probabilities_of_all_images_and_of_all_texts_sum_to_one(name: str, letters: Callable[[int], Any]) -> None:
     sizes = VocabularyConfig(codebook_sizes={"image": 3}, num_text_pieces=3, num_sentinels=2)
-    form = build_format(name, Vocabulary(sizes), {"image": (2, 2)}, Enumerated())
+    form = build_format(name, Vocabulary(sizes), {"image": (2, 2)}, letters(3))
     torch.manual_seed(0)
     config = TransformerConfig(
         vocab_size=form.vocabulary.size, dim=16, num_layers=1, num_heads=2, ffn_dim=32, init_std=0.5
@@ -89,16 +90,6 @@ def test_probabilities_of_all_images_and_of_all_texts_sum_to_one(name: str) -> N
         two_ended = np.exp(scorer.score(_ended(form, pictures[0], texts[3:]), any_end=any_end).totals).sum()
         one_ended = ended - two_ended
         assert one_ended + going_on == pytest.approx(started, abs=2e-6)  # worst seen 9e-8
-
-
-class Enumerated:
-    num_pieces = 3
-
-    def encode(self, text: str) -> list[int]:
-        return ["abc".index(letter) for letter in text]
-
-    def decode(self, pieces: list[int]) -> str:
-        return "".join("abc"[piece] for piece in pieces)
 
 
 def _ended(form: SequenceFormat, picture: Document, texts: list[str]) -> list[ScoredSequence]:

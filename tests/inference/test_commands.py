@@ -12,20 +12,6 @@ from mixmodal.pipeline import MixedModal
 from mixmodal.pipeline.generate import GenerateConfig, PromptPart, generate
 from mixmodal.sampling.rules import TokenSampling
 
-COLOURS = {"red": (200, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 200)}
-
-
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Two pictures in a folder a label, and one without a label."""
-    folder = tmp_path / "pictures"
-    for label, colour in COLOURS.items():
-        (folder / label).mkdir(parents=True)
-        for number in range(2):
-            PIL.new("RGB", (20 + number, 16), colour).save(folder / label / f"{number}.png")
-    PIL.new("RGB", (16, 16)).save(folder / "unknown.png")
-    return folder
-
 
 def read(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from legal_walk import walk
 
 from mixmodal.document import (
     PART_TYPES,
@@ -21,22 +22,6 @@ from mixmodal.sampling.grammar import Grammar
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 LENGTH = 6
-
-
-def walk(form: SequenceFormat, output: str, prompts: list[np.ndarray], rooms: list[int], seed: int) -> list[np.ndarray]:
-    """Draws uniformly among the legal ids until every row is done."""
-    generator = torch.Generator().manual_seed(seed)
-    grammar = Grammar(form, output, form.vocabulary.size)
-    state = grammar.start(prompts, rooms)
-    drawn: list[list[int]] = [[] for _ in prompts]
-    while grammar.live(state).any():
-        legal = grammar.legal(state).double() + ~grammar.live(state)[:, None]
-        tokens = torch.multinomial(legal, 1, generator=generator)[:, 0]
-        for row, token in enumerate(tokens.tolist()):
-            if grammar.live(state)[row]:
-                drawn[row].append(token)
-        state = grammar.advance(state, tokens)
-    return [np.array(tokens, dtype=np.int64) for tokens in drawn]
 
 
 def whole(form: SequenceFormat, *ids: np.ndarray) -> Document:

@@ -214,7 +214,7 @@ def test_a_text_leaves_room_for_the_masks_behind_it(loaded: MixedModal) -> None:
 
 def test_a_mask_is_read_behind_the_texts_of_those_before_it(loaded: MixedModal, picture: PIL.Image) -> None:
     vocabulary, document = loaded.format.vocabulary, loaded.codec.to_document(["a", Mask(3), "b", picture, Mask(1)])
-    sample, body = MaskedText(loaded._generator, loaded.codec, document, 0, 0), loaded.format.spell(document)[:-1]
+    sample, body = MaskedText(loaded.generator, loaded.codec, document, 0, 0), loaded.format.spell(document)[:-1]
     written = vocabulary.to_ids("text", np.array(loaded.codec.text_tokenizer.encode("red")))
     assert sample.request().prompt.tolist() == [*body, vocabulary.sentinel(3)]
     assert sample.take(np.append(written, vocabulary.end_of_span)) is None

@@ -1,10 +1,12 @@
 """Pictures of several sizes: what may follow, and samples that do not depend on cache, batch or columns."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from legal_walk import walk
 
 from mixmodal.document import Document, EndOfTurn, Image, LuminaFormat, Mask, SequenceError, Text
 from mixmodal.models.transformer import Transformer
@@ -20,22 +22,12 @@ GREEDY = {"text": TokenSampling(temperature=0), "image": TokenSampling(temperatu
 Ask = Callable[..., list[Request]]
 
 
-class Letters:
-    """A text tokenizer of ten letters."""
-
-    def encode(self, text: str) -> list[int]:
-        return ["abcdefghij".index(letter) for letter in text]
-
-    def decode(self, pieces: list[int]) -> str:
-        return "".join("abcdefghij"[piece] for piece in pieces)
-
-
 @pytest.fixture
-def form() -> LuminaFormat:
+def form(letters: Callable[[int], Any]) -> LuminaFormat:
     """Six grids, of 1 to 4 codes with 2 to 6 newlines and sizes."""
     reserved = Vocabulary.reserved_for_sizes(4)
     sizes = VocabularyConfig(codebook_sizes={"image": 16}, num_text_pieces=10, num_sentinels=6, num_reserved=reserved)
-    return LuminaFormat(Vocabulary(sizes), {"image": (2, 2)}, Letters(), codes_per_unit=1)
+    return LuminaFormat(Vocabulary(sizes), {"image": (2, 2)}, letters(10), codes_per_unit=1)
 
 
 @pytest.fixture
@@ -54,23 +46,6 @@ def legal(form: LuminaFormat, prompt: np.ndarray, room: int, output: str = "mixe
     """What may follow a prompt."""
     grammar = Grammar(form, output, form.vocabulary.size)
     return set(grammar.legal(grammar.start([prompt], [room]))[0].nonzero()[:, 0].tolist())
-
-
-def walk(form: LuminaFormat, output: str, prompts: list[np.ndarray], rooms: list[int], seed: int) -> list[np.ndarray]:
-    """Draws uniformly among the legal ids until every row is done."""
-    generator = torch.Generator().manual_seed(seed)
-    grammar = Grammar(form, output, form.vocabulary.size)
-    state = grammar.start(prompts, rooms)
-    drawn: list[list[int]] = [[] for _ in prompts]
-    while grammar.live(state).any():
-        weights = grammar.legal(state).double() + ~grammar.live(state)[:, None]
-        assert (weights.sum(dim=1) > 0).all()
-        tokens = torch.multinomial(weights, 1, generator=generator)[:, 0]
-        for row, token in enumerate(tokens.tolist()):
-            if grammar.live(state)[row]:
-                drawn[row].append(token)
-        state = grammar.advance(state, tokens)
-    return [np.array(tokens, dtype=np.int64) for tokens in drawn]
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -70,7 +70,7 @@ def test_a_text_that_stopped_before_a_picture_is_read_without_its_break(
 ) -> None:
     pieces = model.format.vocabulary.to_ids("text", np.array(model.codec.text_tokenizer.encode("pear")))
     ids = np.append(pieces, model.format.blocks["image"].open_id)
-    monkeypatch.setattr(model._generator, "generate", lambda *args, **kwargs: [ids])
+    monkeypatch.setattr(model.generator, "generate", lambda *args, **kwargs: [ids])
     assert model.generate([picture], output="text") == ["pear"]
 
 

@@ -69,14 +69,14 @@ def calm(model: MixedModal) -> MixedModal:
 def draw_ids(model: MixedModal, config: GenerateConfig, prompt: list, output: str, **options: object) -> np.ndarray:
     """The ids of one sample as the command draws it."""
     found: list[np.ndarray] = []
-    generate = model._generator.generate
+    generate = model.generator.generate
 
     def record(*arguments: object, **more: object) -> list[np.ndarray]:
         found.extend(generate(*arguments, **more))  # type: ignore[arg-type]
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model._generator, "generate", record)
+        patch.setattr(model.generator, "generate", record)
         model.generate(config.frame(prompt), output, **{**config.drawing_options(), **options})  # type: ignore[arg-type]
     return found[0]
 

@@ -67,7 +67,7 @@ def test_lines_in_both_forms(folder: Path) -> None:
         ({"key": "b", "prompt": "b", "parts": []}, ":2 (b): give either prompt, a text, or parts"),
         ({"key": "b", "parts": []}, ":2 (b): parts must be a list"),
         ({"key": "b", "parts": {"text": "a"}}, ":2 (b): parts must be a list"),
-        ({"key": "b", "prompt": " "}, ":2 (b): the prompt is white space alone"),
+        ({"key": "b", "prompt": " "}, ":2 (b): there is nothing but white space"),
         ({"key": "b", "prompt": ""}, ":2 (b): text is ''; it must be a string that is not empty"),
         ({"key": "b", "parts": [{"text": "a"}, "b"]}, "part 1 of "),
         ({"key": "b", "parts": [{"text": "a", "image": "b"}]}, "it must have either a text, an image or a mask"),

@@ -130,8 +130,8 @@ def test_what_is_retrieved_is_what_is_read(
 
 def test_the_prompt_stands_behind_the_chain(model: MixedModal, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    generate_ids = model._generator.generate
-    monkeypatch.setattr(model._generator, "generate", lambda *args: seen.append(args) or generate_ids(*args))
+    generate_ids = model.generator.generate
+    monkeypatch.setattr(model.generator, "generate", lambda *args: seen.append(args) or generate_ids(*args))
     model.generate([LIKE_FIRST], before=[["pear", PAIRS[0][1]], [PAIRS[1][1], "a red apple"]])
     shots = model.codec.to_documents([["pear", PAIRS[0][1]], [PAIRS[1][1], "a red apple"]])
     wanted = model.format.prefix([model.format.spell(shot) for shot in shots])

@@ -139,7 +139,7 @@ def test_a_row_without_prompt_begins_with_the_picture(model: MixedModal) -> None
         guidance = Guidance(text_scale=4.0, unconditional=unconditional)  # type: ignore[arg-type]
         weight, (stream,) = spell_streams(model.format, prompt, guidance, "image")
         assert (weight, stream.weight, stream.bare) == (4.0, -3.0, bare)
-        request = model._generator.request(prompt.ids, 0, "image", weight=weight, streams=(stream,))
+        request = model.generator.request(prompt.ids, 0, "image", weight=weight, streams=(stream,))
         row = request.rows[1].tolist()
         assert row == ([opened, *sizes] if bare else stream.prompt.tolist())
     behind = model.format.prefix([model.format.spell(Document([Image(np.zeros((2, 2), int))]))])
@@ -152,9 +152,9 @@ def test_greedy_codes_with_a_row_of_the_picture_alone_equal_a_loop_without_cache
     (prompt,) = spell_prompts(model.codec, [["a red apple"]], "image")
     guidance, codes = Guidance(text_scale=4.0, unconditional="drop"), model.format.vocabulary.ids("image")
     weight, streams = spell_streams(model.format, prompt, guidance, "image")
-    request = model._generator.request(prompt.ids, 0, "image", weight=weight, streams=streams)
+    request = model.generator.request(prompt.ids, 0, "image", weight=weight, streams=streams)
     greedy = {"text": TokenSampling(temperature=0), "image": TokenSampling(temperature=0)}
-    (drawn,) = model._generator.generate([request], greedy, guidance)
+    (drawn,) = model.generator.generate([request], greedy, guidance)
     f, u, compared = prompt.ids, prompt.ids[-1:], 0
     for token in drawn.tolist():
         if token in codes:
@@ -196,13 +196,13 @@ def test_codes_outside_a_region_stay(model: MixedModal, order: str) -> None:
 
     image, cells = Image(np.arange(4).reshape(2, 2)), np.array([[False, True], [True, False]])
     (prompt,) = spell_prompts(model.codec, [["a"]], "image", (2, 2))
-    request = model._generator.request(prompt.ids, 0, "image")
+    request = model.generator.request(prompt.ids, 0, "image")
     (filled,) = fill_region(model.format, [request], image, cells, order)  # type: ignore[arg-type]
     newline = model.format.vocabulary.newline
     assert filled.known is not None
     assert (newline in filled.known) == (order == "raster")
     assert np.count_nonzero(filled.prompt == newline) == (0 if order == "raster" else 2)
-    (drawn,) = model._generator.generate([filled])
+    (drawn,) = model.generator.generate([filled])
     merged = merge_region(model.format, image, cells, filled, drawn)
     assert np.array_equal(merged.codes[~cells], image.codes[~cells])
     assert merged.codes.shape == (2, 2)

@@ -35,70 +35,76 @@ LLAMAGEN = Names("encoder.conv_blocks.", [f"decoder.conv_blocks.{i}" for i in (2
 NAMES = {"taming": TAMING, "llamagen": LLAMAGEN}
 
 
+class Drawing:
+    """Random weights under a project's names, layer by layer."""
+
+    def __init__(self, project: str) -> None:
+        self.names, self.state = NAMES[project], {}
+        self._generator = torch.Generator().manual_seed(0)
+
+    def draw(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self._generator)
+
+    def conv(self, name: str, inner: int, outer: int, side: int) -> None:
+        self.state[f"{name}.weight"] = self.draw(outer, inner, side, side) / (inner * side * side) ** 0.5
+        self.state[f"{name}.bias"] = 0.1 * self.draw(outer)
+
+    def norm(self, name: str, width: int) -> None:
+        self.state[f"{name}.weight"], self.state[f"{name}.bias"] = 1 + 0.2 * self.draw(width), 0.2 * self.draw(width)
+
+    def res(self, name: str, inner: int, outer: int) -> None:
+        self.norm(f"{name}.norm1", inner)
+        self.conv(f"{name}.conv1", inner, outer, 3)
+        self.norm(f"{name}.norm2", outer)
+        self.conv(f"{name}.conv2", outer, outer, 3)
+        if inner != outer:
+            self.conv(f"{name}.nin_shortcut", inner, outer, 1)
+
+    def attention(self, name: str, width: int) -> None:
+        self.norm(f"{name}.norm", width)
+        for layer in ("q", "k", "v", "proj_out"):
+            self.conv(f"{name}.{layer}", width, width, 1)
+
+    def middle(self, half: str, width: int) -> None:
+        self.res(f"{half}.mid.{self.names.mid[0]}", width, width)
+        self.attention(f"{half}.mid.{self.names.mid[1]}", width)
+        self.res(f"{half}.mid.{self.names.mid[2]}", width, width)
+
+    def blocks(self, stage: str, count: int, inner: int, outer: int, *, attends: bool) -> None:
+        for number in range(count):
+            self.res(f"{stage}.{self.names.res}.{number}", outer if number else inner, outer)
+            if attends:
+                self.attention(f"{stage}.attn.{number}", outer)
+
+
 def draw_state(project: str, with_decoder: bool = True) -> State:
     """Random weights under the project's names."""
-    names, state = NAMES[project], {}
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    def conv(name: str, inner: int, outer: int, side: int) -> None:
-        state[f"{name}.weight"] = draw(outer, inner, side, side) / (inner * side * side) ** 0.5
-        state[f"{name}.bias"] = 0.1 * draw(outer)
-
-    def norm(name: str, width: int) -> None:
-        state[f"{name}.weight"], state[f"{name}.bias"] = 1 + 0.2 * draw(width), 0.2 * draw(width)
-
-    def res(name: str, inner: int, outer: int) -> None:
-        norm(f"{name}.norm1", inner)
-        conv(f"{name}.conv1", inner, outer, 3)
-        norm(f"{name}.norm2", outer)
-        conv(f"{name}.conv2", outer, outer, 3)
-        if inner != outer:
-            conv(f"{name}.nin_shortcut", inner, outer, 1)
-
-    def attention(name: str, width: int) -> None:
-        norm(f"{name}.norm", width)
-        for layer in ("q", "k", "v", "proj_out"):
-            conv(f"{name}.{layer}", width, width, 1)
-
-    def middle(half: str, width: int) -> None:
-        res(f"{half}.mid.{names.mid[0]}", width, width)
-        attention(f"{half}.mid.{names.mid[1]}", width)
-        res(f"{half}.mid.{names.mid[2]}", width, width)
-
-    conv("encoder.conv_in", 3, WIDTHS[0], 3)
-    width = WIDTHS[0]
+    drawing = Drawing(project)
+    names, width = drawing.names, WIDTHS[0]
+    drawing.conv("encoder.conv_in", 3, width, 3)
     for stage, wide in enumerate(WIDTHS):
-        for number in range(ENCODER_BLOCKS):
-            res(f"{names.down}{stage}.{names.res}.{number}", width, wide)
-            width = wide
-            if stage == ATTENTION_STAGE:
-                attention(f"{names.down}{stage}.attn.{number}", width)
+        drawing.blocks(f"{names.down}{stage}", ENCODER_BLOCKS, width, wide, attends=stage == ATTENTION_STAGE)
+        width = wide
         if stage + 1 < len(WIDTHS):
-            conv(f"{names.down}{stage}.downsample.conv", width, width, 3)
-    middle("encoder", width)
-    norm("encoder.norm_out", width)
-    conv("encoder.conv_out", width, LATENT_CHANNELS, 3)
-    conv("quant_conv", LATENT_CHANNELS, DIM, 1)
-    conv("post_quant_conv", DIM, LATENT_CHANNELS, 1)
-    state["quantize.embedding.weight"] = draw(CODES, DIM)
+            drawing.conv(f"{names.down}{stage}.downsample.conv", width, width, 3)
+    drawing.middle("encoder", width)
+    drawing.norm("encoder.norm_out", width)
+    drawing.conv("encoder.conv_out", width, LATENT_CHANNELS, 3)
+    drawing.conv("quant_conv", LATENT_CHANNELS, DIM, 1)
+    drawing.conv("post_quant_conv", DIM, LATENT_CHANNELS, 1)
+    drawing.state["quantize.embedding.weight"] = drawing.draw(CODES, DIM)
     if not with_decoder:
-        return state
-    conv("decoder.conv_in", LATENT_CHANNELS, width, 3)
-    middle("decoder", width)
+        return drawing.state
+    drawing.conv("decoder.conv_in", LATENT_CHANNELS, width, 3)
+    drawing.middle("decoder", width)
     for stage in reversed(range(len(WIDTHS))):
-        for number in range(DECODER_BLOCKS):
-            res(f"{names.up[stage]}.{names.res}.{number}", width, WIDTHS[stage])
-            width = WIDTHS[stage]
-            if stage == ATTENTION_STAGE:
-                attention(f"{names.up[stage]}.attn.{number}", width)
+        drawing.blocks(names.up[stage], DECODER_BLOCKS, width, WIDTHS[stage], attends=stage == ATTENTION_STAGE)
+        width = WIDTHS[stage]
         if stage:
-            conv(f"{names.up[stage]}.upsample.conv", width, width, 3)
-    norm("decoder.norm_out", width)
-    conv("decoder.conv_out", width, 3, 3)
-    return state
+            drawing.conv(f"{names.up[stage]}.upsample.conv", width, width, 3)
+    drawing.norm("decoder.norm_out", width)
+    drawing.conv("decoder.conv_out", width, 3, 3)
+    return drawing.state
 
 
 def _conv(state: State, name: str, x: Tensor, **options: int) -> Tensor:

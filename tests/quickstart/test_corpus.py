@@ -12,6 +12,10 @@ from mixmodal.data.shards import read_samples
 from mixmodal.quickstart import art, corpus
 from mixmodal.quickstart.art import PACKAGES, STYLES, Emoji, find_emoji, render
 from mixmodal.quickstart.corpus import (
+    EXTRA,
+    HELDOUT,
+    MIXED,
+    TRAIN,
     DemoCorpusConfig,
     build_demo_corpus,
     choose_concepts,
@@ -62,9 +66,9 @@ def test_held_out_pairs_are_in_no_other_folder(emoji, tmp_path):
     built = build_demo_corpus(replace(ALL, mixed=True, heldout_share=0.25), tmp_path / "out")
     heldout = {(pair["code_point"], pair["style"]) for pair in built.pairs if pair["split"] == "heldout"}
     assert len(heldout) == built.counts["heldout"] == round(0.25 * 2 * 35)
-    pictures = {part.data for sample in read_samples(built.heldout) for part in sample.pictures}
-    captions = {sample.texts[0] for sample in read_samples(built.heldout)}
-    for folder in (built.train, built.tokenizer_extra, built.train_mixed):
+    pictures = {part.data for sample in read_samples(built.folder / HELDOUT) for part in sample.pictures}
+    captions = {sample.texts[0] for sample in read_samples(built.folder / HELDOUT)}
+    for folder in (built.folder / TRAIN, built.folder / EXTRA, built.folder / MIXED):
         for sample in read_samples(folder):
             assert not pictures & {part.data for part in sample.pictures}
             assert not captions & set(sample.texts)
@@ -88,10 +92,12 @@ def test_held_out_pairs_are_balanced_between_the_styles(emoji, share):
 
 def test_every_picture_is_in_exactly_one_place(emoji, tmp_path):
     built = build_demo_corpus(ALL, tmp_path / "out")
-    found = [key for folder in (built.train, built.heldout, built.tokenizer_extra) for key in keys(folder)]
+    found = [
+        key for folder in (built.folder / TRAIN, built.folder / HELDOUT, built.folder / EXTRA) for key in keys(folder)
+    ]
     assert sorted(found) == sorted(f"{entry.code_point}_{style}" for entry in emoji for style in entry.files)
-    assert {key.split("_")[0] for key in keys(built.tokenizer_extra)} == {"1f000", "1f001", "1f002", "1f026", "1f027"}
-    assert built.counts["train"] == len(keys(built.train))
+    assert {key.split("_")[0] for key in keys(built.folder / EXTRA)} == {"1f000", "1f001", "1f002", "1f026", "1f027"}
+    assert built.counts["train"] == len(keys(built.folder / TRAIN))
 
 
 def test_families_that_are_too_small_are_left_out(emoji, tmp_path):
@@ -102,7 +108,7 @@ def test_families_that_are_too_small_are_left_out(emoji, tmp_path):
 
 def test_captions_and_metadata(emoji, tmp_path):
     built = build_demo_corpus(ALL, tmp_path / "out")
-    for sample in read_samples(built.train):
+    for sample in read_samples(built.folder / TRAIN):
         metadata = sample.metadata
         assert sample.texts == [f"{metadata['concept']}, {metadata['style']} style"]
         assert set(metadata) == {"key", "concept", "style", "category", "code_point", "split"}
@@ -114,9 +120,11 @@ def test_captions_and_metadata(emoji, tmp_path):
 
 def test_mixed_documents_hold_both_styles_of_trained_concepts(emoji, tmp_path):
     built = build_demo_corpus(replace(ALL, mixed=True, heldout_share=0.25), tmp_path / "out")
-    samples = list(read_samples(built.train_mixed))
+    samples = list(read_samples(built.folder / MIXED))
     trained = {
-        key: part.data for sample in read_samples(built.train) for key, part in [(sample.key, sample.pictures[0])]
+        key: part.data
+        for sample in read_samples(built.folder / TRAIN)
+        for key, part in [(sample.key, sample.pictures[0])]
     }
     assert len(samples) == 35 - round(0.25 * 2 * 35)
     orders = set()
@@ -126,7 +134,7 @@ def test_mixed_documents_hold_both_styles_of_trained_concepts(emoji, tmp_path):
         assert [one.data, two.data] == [trained[f"{sample.metadata['code_point']}_{style}"] for style in styles]
         orders.add(styles)
     assert orders == {STYLES, STYLES[::-1]}
-    assert not build_demo_corpus(ALL, tmp_path / "plain").train_mixed.exists()
+    assert not (build_demo_corpus(ALL, tmp_path / "plain").folder / MIXED).exists()
 
 
 def test_corpus_follows_from_the_seed(emoji, tmp_path):
@@ -134,7 +142,7 @@ def test_corpus_follows_from_the_seed(emoji, tmp_path):
     again = build_demo_corpus(ALL, tmp_path / "b")
     other = build_demo_corpus(replace(ALL, seed=1), tmp_path / "c")
     assert first.pairs == again.pairs
-    assert (first.train / "00000.tar").read_bytes() == (again.train / "00000.tar").read_bytes()
+    assert (first.folder / TRAIN / "00000.tar").read_bytes() == (again.folder / TRAIN / "00000.tar").read_bytes()
     assert {pair["key"] for pair in first.pairs if pair["split"] == "heldout"} != {
         pair["key"] for pair in other.pairs if pair["split"] == "heldout"
     }

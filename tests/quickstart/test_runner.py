@@ -35,6 +35,13 @@ class Chain:
         self.runner.complete(self.said.append)
         return self.calls
 
+    def interrupt(self) -> None:
+        """An attempt that fails in the second stage."""
+        self.fail = True
+        with pytest.raises(ValueError, match="interrupted"):
+            self.complete()
+        self.fail = False
+
     def stage(self, name: str, config: dict[str, Any], inputs: tuple[str, ...] = ()) -> Stage:
         folder = self.run / name
 
@@ -75,18 +82,12 @@ def test_a_lost_result_is_made_again(chain: Chain) -> None:
 
 
 def test_an_interrupted_stage_finds_what_it_has_left(chain: Chain) -> None:
-    chain.fail = True
-    with pytest.raises(ValueError, match="interrupted"):
-        chain.complete()
-    chain.fail = False
+    chain.interrupt()
     assert chain.complete() == ["second after 1"]
 
 
 def test_an_attempt_with_another_config_is_thrown_away(chain: Chain) -> None:
-    chain.fail = True
-    with pytest.raises(ValueError, match="interrupted"):
-        chain.complete()
-    chain.fail = False
+    chain.interrupt()
     assert chain.complete(second=2) == ["second after 0"]
 
 

@@ -13,9 +13,10 @@ import yaml
 
 from mixmodal.config import UsageError, load_config
 from mixmodal.quickstart import recipe as recipes
-from mixmodal.quickstart.chain import QuickstartConfig, flat, progress_bar
+from mixmodal.quickstart.chain import QuickstartConfig, progress_bar
 from mixmodal.quickstart.recipe import ENTRIES, GROUPS_OF_TASKS, load_recipe
 from mixmodal.quickstart.stages import PretrainingChain
+from mixmodal.records import flat
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -215,3 +216,14 @@ def cut(prepare: dict[str, Any]) -> dict[str, Any]:
     """With pictures of 16 pixels and as the tiny vocabulary is, each once."""
     tokens = {"sequence_format": "cm3leon", "num_sentinels": 16}
     return {**prepare, "image_size": 16, "tokens": tokens}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"- 1\n", "corpus.yaml: it holds a list"), (b"\xff", "corpus.yaml: not valid YAML"), (b"a: [", "not valid YAML")],
+)
+def test_a_broken_file_of_an_own_recipe_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "corpus.yaml").write_bytes(content)
+    with pytest.raises(UsageError, match=rf"own/.*{message}"):
+        load_recipe(tmp_path / "run", tmp_path / "own")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,6 +66,19 @@ class StubModel:
     def retrieve(self, prompts: Sequence[Any], count: int, output: str = "image") -> list[list[Retrieved]]:
         return [[Retrieved(n, f"key {n}", 0.5 + n / 10, np.array([n])) for n in range(count)] for _ in prompts]
 
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Counts what is drawn at a time, and what is closed before its end."""
+        self.open += 1
+        self.most_open = max(self.most_open, self.open)
+        try:
+            yield
+        except GeneratorExit:
+            self.num_closed += 1
+            raise
+        finally:
+            self.open -= 1
+
     def stream(
         self, prompt: Sequence[Any], output: str, *, num: int, seed: int, preview_every: int, **more: Any
     ) -> Iterator[Piece]:
@@ -73,9 +87,7 @@ class StubModel:
         text = " ".join(part for part in prompt if isinstance(part, str))
         if "too long" in text:
             raise ValueError("the prompt of 999 tokens leaves no room for an image")
-        self.open += 1
-        self.most_open = max(self.most_open, self.open)
-        try:
+        with self._counted():
             for step in range(1, self.steps + 1):
                 time.sleep(self.step_s)
                 if "fail" in text and step == 2:
@@ -89,11 +101,6 @@ class StubModel:
             if output == "mixed":
                 yield from (Piece(sample, 1, f"words for {text}", True) for sample in range(num))
             self.num_finished += 1
-        except GeneratorExit:
-            self.num_closed += 1
-            raise
-        finally:
-            self.open -= 1
 
     def stream_infill(
         self,
@@ -110,9 +117,7 @@ class StubModel:
         self.calls = [*self.calls[-9:], call]
         if picture.size != region.size:
             raise AssertionError("picture and region differ in size")
-        self.open += 1
-        self.most_open = max(self.most_open, self.open)
-        try:
+        with self._counted():
             for step in range(1, self.steps + 1):
                 time.sleep(self.step_s)
                 for sample in range(num):
@@ -120,8 +125,3 @@ class StubModel:
                     drawn.paste((200, 30 * sample, 30) if whole else (235, 235, 235), mask=region)
                     yield Piece(sample, 0, drawn, whole)
             self.num_infilled += 1
-        except GeneratorExit:
-            self.num_closed += 1
-            raise
-        finally:
-            self.open -= 1

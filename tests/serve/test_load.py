@@ -4,21 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.mark.slow  # starts a server
 @pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")
-def test_all_at_once_are_answered_or_told_that_the_page_is_busy(
-    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_all_at_once_are_answered_or_told_that_the_page_is_busy(load: Callable[[str], ModuleType]) -> None:
     benchmark, found = load("serve_load"), {}
 
     def write(name: str, subject: str, values: list[float], unit: str, kind: str, config: dict[str, Any]) -> None:
@@ -32,10 +26,7 @@ def test_all_at_once_are_answered_or_told_that_the_page_is_busy(
     assert found["served: memory after 40 answers"] - found["served: memory after 4 answers"] < 60
 
 
-def test_a_request_that_ends_in_another_way_ends_the_benchmark(
-    load: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_a_request_that_ends_in_another_way_ends_the_benchmark(load: Callable[[str], ModuleType]) -> None:
     tally = load("serve_load").Tally()
 
     class Page:

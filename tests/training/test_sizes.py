@@ -160,7 +160,7 @@ def test_pretraining_learns_sizes_and_draws_the_one_that_is_asked_for(
         assert picture.size == size
     form, vocabulary = model.format, model.format.vocabulary
     prompt = form.spell_prompt(model.codec.to_document(["a red tall"]), "image", (4, 1))
-    (drawn,) = model._generator.generate([model._generator.request(prompt, 0, "image")])
+    (drawn,) = model.generator.generate([model.generator.request(prompt, 0, "image")])
     document = form.parse(np.concatenate([prompt, drawn, [vocabulary.eos]]))
     assert [part.modality for part in document.parts] == ["text", "image"]
     sheet = SampleSheet(TokenShards(prepared / "tokens"), *files.values(), count=4, max_len=96).draw(model.model)

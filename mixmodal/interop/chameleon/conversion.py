@@ -15,9 +15,7 @@ from mixmodal.interop.chameleon.checkpoint import Checkpoint, average, is_norm_o
 from mixmodal.interop.chameleon.layouts import K_NORM, Q_NORM, QKV, UP, Layout
 from mixmodal.interop.chameleon.settings import CONFIG
 from mixmodal.models.transformer import TransformerConfig
-
-SHOWN = 10
-"""Names of each kind that an error lists."""
+from mixmodal.weights import list_names
 
 
 def to_halves(rows: Tensor, head_dim: int) -> Tensor:
@@ -90,19 +88,14 @@ def check_names(layout: Layout, shapes: Mapping[str, tuple[int, ...]], num_layer
         "missing": sorted(wanted - set(shapes)),
         "unknown": sorted(name for name in set(shapes) - wanted if not layout.skipped.fullmatch(name)),
     }
-    parts = []
-    for kind, names in kinds.items():
-        if names:
-            more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-            parts.append(f"{len(names)} {kind} ({', '.join(names[:SHOWN])}{more})")
     for name in wanted & set(shapes):
         dimensions = (1, 2) if is_norm_of_heads(name) else (1,) if name.endswith("norm.weight") else (2,)
         if len(shapes[name]) not in dimensions or 0 in shapes[name]:
             raise ValueError(
                 f"{name} has shape {shapes[name]}; {' or '.join(map(str, dimensions))} dimensions are needed"
             )
-    if parts:
-        raise ValueError(f"not a whole transformer of layout {layout.name}: {'; '.join(parts)}")
+    if any(kinds.values()):
+        raise ValueError(f"not a whole transformer of layout {layout.name}: {list_names(kinds)}")
 
 
 def import_tensors(checkpoint: Checkpoint, config: TransformerConfig) -> Iterator[tuple[str, Tensor]]:

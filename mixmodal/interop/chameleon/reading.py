@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from mixmodal.interop.chameleon.layouts import LLAMA
 from mixmodal.interop.export import CARD, CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZERS, describe_model, staged, write_card
 from mixmodal.interop.new_rows import add_rows
 from mixmodal.models.transformer import TransformerConfig
+from mixmodal.records import write_json
 from mixmodal.tokenization.control_tokens import ControlTokens, vocabulary_of
 from mixmodal.tokenization.preprocessing import Preprocess
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
@@ -138,7 +138,7 @@ def write_model(checkpoint: Checkpoint, parts: Parts, out: Path, seed: int = 0) 
     }
     with staged(out) as staging:
         size = write_weights(staging, read_tensors(checkpoint, parts, seed))
-        write_whole(staging / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        write_json(staging / CONFIG, config)
         write_whole(staging / CARD, write_card(card, config).encode())
         if parts.text_tokenizer is not None:
             write_whole(staging / TEXT_TOKENIZERS[".json"], parts.text_tokenizer.read_bytes())

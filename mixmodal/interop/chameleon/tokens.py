@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mixmodal.files import write_whole
+from mixmodal.records import write_json
 from mixmodal.tokenization.control_tokens import (
     BEGIN_OF_IMAGE,
     BOS,
@@ -112,10 +112,6 @@ def write_processor(
     folder.mkdir(parents=True, exist_ok=True)
     for name, file in files.items():
         write_json(folder / name, file)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def build_tokenizer_json(vocabulary: Vocabulary, text_tokenizer_path: Path | str) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from mixmodal.files import naming, write_whole
-from mixmodal.interop.chameleon.conversion import count_sets, cut_shard, divisors, export_tensors
+from mixmodal.interop.chameleon.conversion import count_sets, cut_shard, divisors, expected_shapes, export_tensors
 from mixmodal.interop.chameleon.layouts import LAYOUTS, LLAMA, META, TRANSFORMERS, Layout, LayoutName
 from mixmodal.interop.chameleon.pictures import describe_vqgan, find_obstacle, in_yaml, to_vqgan
-from mixmodal.interop.chameleon.tokens import build_tokenizer_json, vocabulary_map, write_json, write_processor
+from mixmodal.interop.chameleon.tokens import build_tokenizer_json, vocabulary_map, write_processor
 from mixmodal.interop.export import (
     CONFIG,
     IMAGE_TOKENIZER,
@@ -25,9 +25,10 @@ from mixmodal.interop.export import (
     staged,
 )
 from mixmodal.models.transformer import TransformerConfig
+from mixmodal.records import write_json
 from mixmodal.tokenization.image import ImageTokenizer, is_saved
 from mixmodal.vocabulary import Vocabulary
-from mixmodal.weights import read_weights, write_weights
+from mixmodal.weights import LazyFiles, read_weights, write_weights
 
 FIXED: Mapping[str, Any] = {"norm": "rmsnorm", "activation": "swiglu", "position": "rope"}
 """What no layout of the family has otherwise."""
@@ -85,6 +86,7 @@ def gather_export(folder: Path, name: LayoutName | None, num_shards: int = 0) ->
     layout = LAYOUTS[name] if name else (TRANSFORMERS if config.qk_norm else LLAMA)
     check_network(folder, config, layout)
     weights = read_weights(folder)
+    check_tensors(folder, config, weights)
     heads = config.attention_sizes["num_kv_heads"]
     if num_shards and (layout.norms != "shard" or heads % num_shards):
         raise ValueError(
@@ -160,6 +162,19 @@ def check_network(folder: Path, config: TransformerConfig, layout: Layout) -> No
             f"{folder / CONFIG}: {config.num_heads} heads of {head_dim} are not as wide as model.dim {config.dim}, "
             f"which layout {layout.name} needs"
         )
+
+
+def check_tensors(folder: Path, config: TransformerConfig, weights: LazyFiles) -> None:
+    """Whether all tensors of a network are there, in their shapes.
+
+    Raises:
+        ValueError: naming the tensor.
+    """
+    for name, shape in expected_shapes(config).items():
+        found = weights.shape(name) if name in weights else None
+        if found != shape:
+            what = "is missing" if found is None else f"has the shape {found}"
+            raise ValueError(f"{folder}: tensor {name} {what}; {CONFIG} says that it has the shape {shape}")
 
 
 def write_exported(found: Exported, out: Path, *, allow_lossy: bool = False) -> int:

@@ -18,8 +18,6 @@ from mixmodal.classification.denoising import (
     fit_weighting,
     mean_error,
     target,
-    to_eps,
-    to_x0,
 )
 
 TIMES = (np.arange(50) + 0.5) / 50
@@ -36,6 +34,32 @@ def mixed(kind: str, times: np.ndarray) -> tuple[Tensor, ...]:
     mix = schedule_of(kind).mix(times)
     alpha, sigma = (torch.from_numpy(one)[:, None] for one in (mix.alpha, mix.sigma))
     return x, eps, alpha, sigma, alpha * x + sigma * eps
+
+
+def to_eps(kind: str, z: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The noise that the network's output means."""
+    match kind:
+        case "epsilon":
+            return out
+        case "sample":
+            return (z - alpha * out) / sigma
+        case "v_prediction":
+            return alpha * out + sigma * z
+        case _:
+            return z + (1 - sigma) * out
+
+
+def to_x0(kind: str, z: Tensor, out: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The picture that the network's output means."""
+    match kind:
+        case "epsilon":
+            return (z - sigma * out) / alpha
+        case "sample":
+            return out
+        case "v_prediction":
+            return alpha * z - sigma * out
+        case _:
+            return z - sigma * out
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mixmodal.classification import diffusion
 from mixmodal.classification.adapters import build_adapter
-from mixmodal.classification.denoising import build_weighting, fit_weighting
+from mixmodal.classification.denoising import build_weighting
 from mixmodal.classification.diffusion import DiffusionConfig, DiffusionScorer, PromptCache
 from mixmodal.classification.units import Unit, draw_noise
 
@@ -247,18 +247,11 @@ def test_an_adapter_is_traced_once_and_whole(family: str, build_pipeline: Build)
     assert counter.frame_count == 1
 
 
-def test_a_weighting_is_fitted_on_the_pictures_that_are_set(build_pipeline: Build) -> None:
+def test_a_table_of_errors_has_those_of_every_picture_class_and_unit(build_pipeline: Build) -> None:
     scorer = build_scorer(build_pipeline("sd_epsilon"), num_pictures=3, weighting=build_weighting("exp"))
     units = [Unit(j, (j + 0.5) / 20, j, 1, 0, 1.0) for j in range(20)]
-    errors = np.array(
-        [[scorer.errors([p] * 20, [k] * 20, units) for k in range(len(CLASSES))] for p in range(3)]
-    )  # (3, 3, 20)
-    labels = errors.mean(axis=2).argmin(axis=1)
-    found = scorer.fit_weighting(labels.tolist(), units)
-    times = np.array([unit.time for unit in units])
-    expected = fit_weighting(errors, times, labels, "x0")
-    assert (found.name, found.space) == ("learned", "x0")
-    np.testing.assert_allclose(found.buckets, expected.buckets, rtol=1e-6)  # worst 0
+    expected = [[scorer.errors([p] * 20, [k] * 20, units) for k in range(len(CLASSES))] for p in range(3)]
+    np.testing.assert_allclose(scorer.error_table(units), expected, rtol=1e-6)  # worst 0
 
 
 def test_what_can_not_be_is_refused(build_pipeline: Build) -> None:
