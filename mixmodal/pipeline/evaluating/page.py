@@ -51,10 +51,10 @@ def _body(result: Mapping[str, Any], titles: Mapping[str, tuple[str, str]], out:
 
 
 def _tile(one: Mapping[str, Any], folder: Path) -> str:
-    verdict = {None: "", True: f'<span class="yes">{YES}</span> ', False: f'<span class="no">{NO}</span> '}[
-        one["right"]
-    ]
-    return tile([(picture(folder / one["image"], one["text"]), "")], verdict + escape(one["text"]))
+    right, text = one["right"], escape(one["text"])
+    words = text if right is None else f'<span class="{"yes" if right else "no"}">{YES if right else NO}</span> {text}'
+    pictures = [(picture(folder / name, below or one["text"]), below) for name, below in one["pictures"].items()]
+    return tile(pictures, words)
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
