@@ -84,15 +84,12 @@ def ask_each(
 
 
 def show_first(
-    setup: Setup,
-    entries: Sequence[Mapping[str, Any]],
-    tell: Callable[[Mapping[str, Any]], tuple[str, bool | None]],
+    setup: Setup, entries: Sequence[Mapping[str, Any]], tell: Callable[[Mapping[str, Any], dict[str, str]], Shown]
 ) -> list[Shown]:
-    """The first records beside their pictures, with the text and the verdict that `tell` gives."""
+    """What `tell` makes of the first records and their pictures."""
     found: list[Shown] = []
     for entry in entries[:SHOWN]:
         name = f"{entry['key']}.png"
         if (setup.folder / name).exists():  # where some were skipped, later ones come up of which none was saved
-            text, right = tell(entry)
-            found.append(Shown(pictures={name: ""}, text=text, right=right))
+            found.append(tell(entry, {name: ""}))
     return found

@@ -10,7 +10,7 @@ from mixmodal.data.shards import Sample
 from mixmodal.document import EndOfTurn
 from mixmodal.evaluation.hallucination import NEGATIVES, Negatives, Probe, pope_questions, pope_scores
 from mixmodal.pipeline.evaluating.asking import AskingOptions, ask_each, show_first
-from mixmodal.pipeline.evaluating.task import ChosenSamples, Findings, Item, Setup, Task, objects_of, open_first
+from mixmodal.pipeline.evaluating.task import ChosenSamples, Findings, Item, Setup, Shown, Task, objects_of, open_first
 from mixmodal.tokenization.codec import Content
 
 
@@ -80,13 +80,11 @@ class Hallucination(Task[HallucinationOptions]):
         return Findings(metrics=metrics, shown=show_first(setup, entries, tell))
 
 
-def tell(entry: Mapping[str, Any]) -> tuple[str, bool | None]:
-    """The model's answer about each object and, where it is not this, the true one; and whether all are right."""
+def tell(entry: Mapping[str, Any], pictures: dict[str, str]) -> Shown:
+    """The model's answer about each object, beside the objects that are there; right where all answers are."""
     asked = {row["name"]: row for row in entry["asked"]}
-    words, all_right = [], True
-    for name, row in sorted(asked.items()):
-        (probe, said) = Probe(*(row[field] for field in Probe._fields)), row["said"]
-        right = pope_scores([probe], [said]).accuracy == 1
-        words.append(f"{name}: {said}" if right else f"{name}: {said} ({row['answer']})")
-        all_right &= right
-    return "; ".join(words) or "nothing to ask", all_right if words else None
+    text = "; ".join(f"{name}: {row['said']}" for name, row in asked.items())
+    probes = [Probe(*(row[name] for name in Probe._fields)) for row in asked.values()]
+    right = pope_scores(probes, [row["said"] for row in asked.values()]).accuracy == 1 if asked else None
+    there = ", ".join(name for name, row in asked.items() if row["answer"] == "yes")
+    return Shown(pictures=pictures, text=text or "nothing to ask", wanted=there, right=right)

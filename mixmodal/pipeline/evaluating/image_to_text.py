@@ -12,7 +12,17 @@ from mixmodal.evaluation.captioning import caption_scores, named_concept
 from mixmodal.evaluation.concepts import rest_of
 from mixmodal.evaluation.hallucination import chair_scores, mentioned_objects
 from mixmodal.pipeline.evaluating.asking import AskingOptions, ask_each, show_first
-from mixmodal.pipeline.evaluating.task import LABELS, Findings, Item, Setup, Task, objects_of, open_first, rate_labels
+from mixmodal.pipeline.evaluating.task import (
+    LABELS,
+    Findings,
+    Item,
+    Setup,
+    Shown,
+    Task,
+    objects_of,
+    open_first,
+    rate_labels,
+)
 from mixmodal.tokenization.codec import Content
 
 
@@ -94,13 +104,12 @@ def find_hallucinated(
     return [{**entry, "hallucinated": names} for entry, names in zip(entries, scores.each, strict=True)]
 
 
-def tell(entry: Mapping[str, Any]) -> tuple[str, bool | None]:
-    """The caption, that of people and what is not there; whether the concept is right, or else all is there."""
-    text = f"{entry['caption']} | {entry['references'][0]}"
+def tell(entry: Mapping[str, Any], pictures: dict[str, str]) -> Shown:
+    """The caption beside that of people, and what it claims that is not there."""
     claimed = entry.get("hallucinated")
-    if claimed:
-        text += f" | not there: {', '.join(claimed)}"
-    return text, entry.get("concept_right", None if claimed is None else not claimed)
+    text = f"{entry['caption']} (not there: {', '.join(claimed)})" if claimed else entry["caption"]
+    right = entry.get("concept_right", None if claimed is None else not claimed)
+    return Shown(pictures=pictures, text=text, wanted=entry["references"][0], right=right)
 
 
 def references_of(sample: Sample) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from mixmodal.data.skipping import SampleLimits, SkipCounter
 from mixmodal.document import EndOfTurn, Part
 from mixmodal.evaluation.answering import BlindBaseline, answer_accuracy, judge_answer
 from mixmodal.pipeline.evaluating.asking import AskingOptions, ask_each, show_first
-from mixmodal.pipeline.evaluating.task import Findings, Item, Setup, Task
+from mixmodal.pipeline.evaluating.task import Findings, Item, Setup, Shown, Task
 from mixmodal.tokenization.codec import Content
 
 BLIND = "blind"
@@ -109,10 +110,11 @@ def read_asked(paths: Iterable[Path], counter: SkipCounter, limits: SampleLimits
         yield from (read_conversations if path.suffix == ".jsonl" else read_samples)(path, counter, limits)
 
 
-def tell(entry: Mapping[str, Any]) -> tuple[str, bool]:
-    """The question with the model's answer and that of people, and whether it is right."""
-    right = judge_answer(entry["answer"], entry["answers"]) > 0.5
-    return f"{entry['question']} {entry['answer']} | {entry['answers'][0]}", right
+def tell(entry: Mapping[str, Any], pictures: dict[str, str]) -> Shown:
+    """The question with the model's answer, beside that of people."""
+    answers = entry["answers"]
+    text, right = f"{entry['question']} {entry['answer']}", judge_answer(entry["answer"], answers) > 0.5
+    return Shown(pictures=pictures, text=text, wanted=Counter(answers).most_common(1)[0][0], right=right)
 
 
 def prompt_of(sample: Sample, limits: SampleLimits | None) -> list[Content]:

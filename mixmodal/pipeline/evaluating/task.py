@@ -98,11 +98,13 @@ class Shown:
     Args:
         pictures: files of the task's folder, each with the words below it.
         text: below all of them.
+        wanted: what people say to it, where that is something else.
         right: the verdict, where there is one.
     """
 
     pictures: dict[str, str]
     text: str
+    wanted: str = ""
     right: bool | None = None
 
 
