@@ -1,6 +1,9 @@
 """The evaluate command with a random model: what it writes, from one process or several, at once or in two goes."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mixmodal.config import save_config
 from mixmodal.data.shards import PictureFile, Sample, write_shards
 from mixmodal.data.skipping import SampleLimits
 from mixmodal.data.synthetic import COLORS, SHAPES
@@ -21,6 +25,7 @@ from mixmodal.pipeline.evaluating.questions import QuestionsOptions
 from mixmodal.pipeline.evaluating.text import TextOptions
 from mixmodal.pipeline.evaluating.text_to_image import QuestionOptions, TextToImageOptions
 
+ROOT = Path(__file__).parents[2]
 BROKEN = {"broken": b"no picture", "empty": b""}
 
 
@@ -96,6 +101,23 @@ def test_shards_give_the_result_of_one_process(config: EvaluateConfig, tmp_path:
         assert not (parts.out / "evaluation.json").exists()
         evaluate(replace(parts, shard=f"{index}/2"))
     assert close(result(parts), result(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exported", ["cm3leon"], indirect=True)
+def test_two_launched_processes_give_the_result_of_one(config: EvaluateConfig, tmp_path: Path) -> None:
+    evaluate(config)
+    launched = replace(config, out=tmp_path / "launched")
+    save_config(launched, tmp_path / "evaluate.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "sample/evaluate.py"), "--config", str(tmp_path / "evaluate.yaml")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert close(result(launched), result(config))
+    lines = [path.read_text().splitlines() for path in (launched.out / "text").glob("records.?-of-2.jsonl")]
+    assert [len(some) for some in lines] == [4, 4]
+    assert not list(launched.out.rglob(".?-of-2"))
 
 
 def test_a_killed_evaluation_goes_on_and_gives_the_same(
