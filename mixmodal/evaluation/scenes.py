@@ -88,8 +88,8 @@ def write_scenes(
 ) -> None:
     """Writes questions of both splits as conversations, to tune on the one and evaluate on the other.
 
-    `training.jsonl` and `held_out.jsonl` have a line for each, with its `kind` and the `objects` in the picture, which
-    is a PNG file in the folder `training` or `held_out`. `mixmodal prepare` (kind `conversations`) and the task
+    `training.jsonl` and `held_out.jsonl` have a line for each, with its kind as `task` and the `objects` in the picture,
+    which is a PNG file in the folder `training` or `held_out`. `mixmodal prepare` (kind `conversations`) and the task
     `questions` of `mixmodal evaluate` read them.
 
     Args:
@@ -115,7 +115,7 @@ def write_scenes(
                 {"role": "assistant", "content": one.answer},
             ]
             objects = sorted({str(placed.thing) for placed in one.things})
-            lines.append(json.dumps({"key": one.key, "kind": one.kind, "objects": objects, "messages": messages}))
+            lines.append(json.dumps({"key": one.key, "task": one.kind, "objects": objects, "messages": messages}))
         write_whole(folder / f"{split}.jsonl", "".join(f"{line}\n" for line in lines).encode())
 
 

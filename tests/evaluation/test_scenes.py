@@ -106,5 +106,5 @@ def test_written_scenes_are_read_as_conversations(tmp_path: Path) -> None:
             assert texts == [one.question, one.answer]
             assert picture.open(10000).tobytes() == one.picture.tobytes()
             assert [message.role for message in sample.messages] == ["user", "assistant"]
-            assert sample.metadata["kind"] == one.kind
+            assert sample.metadata["task"] == one.kind
             assert sample.metadata["objects"] == sorted({str(placed.thing) for placed in one.things})

@@ -111,7 +111,7 @@ def test_captions_that_claim_what_is_not_there_are_counted(
     assert "chair_i" not in measured(image_to_text=task)["metrics"]
     folder = tmp_path / "out" / "image_to_text"
     records = [record | {"objects": ["circle", "red"], "caption": "a red disc"} for record in records_of(folder)]
-    records[1]["caption"] = "squares, a red circle and a square"
+    records[1]["caption"] = "squares, a red circle and a <i>square"
     rewrite(folder, records)
     found = measured(image_to_text=replace(task, objects={**names, **colors}))
     metrics = found["metrics"]
@@ -123,6 +123,9 @@ def test_captions_that_claim_what_is_not_there_are_counted(
         True,
         *[False] * 5,
     ]
+    page = (tmp_path / "out" / "evaluation.html").read_text()
+    assert "a &lt;i&gt;square (not there: square, square)<small>" in page
+    assert "<i>" not in page
     del records[3]["objects"]
     rewrite(folder, records)
     with pytest.raises(ValueError, match="objects: 1 samples have no list `objects` in their metadata, as 000003"):
@@ -137,7 +140,7 @@ def test_questions_are_asked_with_and_without_the_picture(
     rows = [json.loads(line) for line in (scenes / "held_out.jsonl").read_text().splitlines()[:3]]
     for place, row in enumerate(rows):
         row["messages"][0]["parts"][1]["text"] = "Which color?"
-        row |= {"kind": "color" if place else "other", "answers": ["red"] * 9 + ["dark red"]}
+        row |= {"task": "color" if place else "other", "answers": ["red"] * 9 + ["dark red"]}
     rows.append({"messages": [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]})
     path = scenes / "few.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -168,29 +171,24 @@ def test_scenes_are_answered_by_kind_beside_what_is_most_frequent_in_training(
     assert measured(questions=task)["training_sha256"] is None
     folder = tmp_path / "out" / "questions"
     rows = [json.loads(line) for line in (scenes / "training.jsonl").read_text().splitlines()]
+    frequent = {"count": "2", "relation": "yes", "attribute": "red"}
     for row in rows:  # one answer to each kind, whatever is asked
-        row["messages"][1]["content"] = {"count": "2", "relation": "yes", "attribute": "red"}[row["kind"]]
+        row["messages"][1]["content"] = frequent[row["task"]]
     (scenes / "same.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    records = [
-        record | {"answer": record["answers"][0], "blind": "no", "question": f"new {place}?"}
-        for place, record in enumerate(records_of(folder))
-    ]
+    records = []
+    for place, record in enumerate(records_of(folder)):  # two of each kind, of which the first has the frequent answer
+        truth = frequent[record["kind"]] if place < 3 else "no"
+        records.append(record | {"question": f"new {place}?", "answers": [truth], "answer": truth, "blind": "no"})
     rewrite(folder, records)
     found = measured(questions=replace(task, training=(scenes / "same.jsonl",)))
-    truths = [(record["kind"], record["answers"][0]) for record in records]
-    frequent = {"count": "2", "relation": "yes", "attribute": "red"}
     metrics = found["metrics"]
-    for kind, guess in frequent.items():
-        own = [truth for sort, truth in truths if sort == kind]
-        assert len(own) == 2
-        assert metrics[f"vqa_accuracy_{kind}"] == 1
-        assert metrics[f"vqa_accuracy_{kind}_blind"] == own.count("no") / 2
-        assert metrics[f"vqa_accuracy_{kind}_frequent"] == own.count(guess) / 2
-    guesses = [frequent[kind] == truth for kind, truth in truths]
-    assert metrics["vqa_accuracy_frequent"] == pytest.approx(sum(guesses) / 6)
+    for kind in ("", *(f"_{name}" for name in frequent)):
+        assert [metrics[f"vqa_accuracy{kind}{end}"] for end in ("", "_blind", "_frequent")] == [1, 0.5, 0.5]
     assert len(found["training_sha256"]) == 64
     page = (tmp_path / "out" / "evaluation.html").read_text()
     assert '<th class="number">without the picture</th><th class="number">most frequent answer</th>' in page
+    assert "vqa_accuracy_count</td>" in page
+    assert "vqa_accuracy_count_blind" not in page
 
 
 def test_objects_are_asked_for_by_all_three_kinds_of_negatives(

@@ -27,8 +27,8 @@ BLIND = "blind"
 class QuestionsOptions(AskingOptions):
     """Asks questions about pictures.
 
-    The last message of a sample is the answer; `answers` in its metadata are those of several people, and `kind` is
-    what questions are counted by, too.
+    The last message of a sample is the answer; `answers` in its metadata are those of several people, and `kind`, or
+    else `task`, is what questions are counted by, too.
 
     Args:
         data: folders of shards of conversations, or JSONL files of them (kind `conversations` of `mixmodal prepare`).
@@ -157,5 +157,5 @@ def answers_of(sample: Sample) -> list[str]:
 
 def kind_of(sample: Sample) -> str:
     """What the question is counted by; empty where the metadata do not say."""
-    kind = sample.metadata.get("kind")
-    return kind if isinstance(kind, str) else ""
+    found = (sample.metadata.get(name) for name in ("kind", "task"))
+    return next((kind for kind in found if isinstance(kind, str)), "")
