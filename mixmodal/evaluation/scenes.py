@@ -88,7 +88,7 @@ def write_scenes(
 ) -> None:
     """Writes questions of both splits as conversations, to tune on the one and evaluate on the other.
 
-    `training.jsonl` and `held_out.jsonl` have a line for each, with its kind as `task` and the `objects` in the picture,
+    `training.jsonl` and `held_out.jsonl` have a line for each, its kind as `task` and the `objects` in the picture,
     which is a PNG file in the folder `training` or `held_out`. `mixmodal prepare` (kind `conversations`) and the task
     `questions` of `mixmodal evaluate` read them.
 
