@@ -47,19 +47,17 @@ CONTRACTIONS = _contractions()
 
 
 class AnswerAccuracy(NamedTuple):
-    """Accuracy of answers with that of the blind baseline beside it.
+    """Accuracy of answers, which means little without that of the same questions without the picture.
 
     Args:
         accuracy: mean over the questions, 0 to 1.
-        blind: what the baseline has on the same questions.
-        each: float64 `(questions,)` of the answers.
-        by_kind: of each kind of question its accuracy, that of the baseline, and how many there are.
+        each: float64 `(questions,)`.
+        by_kind: of each kind of question the mean, and how many there are.
     """
 
     accuracy: float
-    blind: float
     each: np.ndarray
-    by_kind: dict[str, tuple[float, float, int]]
+    by_kind: dict[str, tuple[float, int]]
 
 
 def normalize_answer(text: str) -> str:
@@ -145,41 +143,29 @@ class BlindBaseline:
 
 
 def answer_accuracy(
-    answers: Sequence[str],
-    truths: Sequence[str] | Sequence[Sequence[str]],
-    questions: Sequence[str],
-    baseline: BlindBaseline,
-    kinds: Sequence[str] | None = None,
+    answers: Sequence[str], truths: Sequence[Sequence[str]], kinds: Sequence[str] | None = None
 ) -> AnswerAccuracy:
-    """Accuracy of answers beside that of the blind baseline, over all questions and by kind.
+    """Accuracy of answers, over all questions and by kind.
 
     Args:
         answers: one to each question.
-        truths: the true answer to each, judged by `exact_accuracy`, or the list of human answers, by `vqa_accuracy`.
-        questions: their texts.
-        baseline: of the training split.
+        truths: what people answered to each, see `judge_answer`.
         kinds: of each question; None is one kind, named "".
 
     Raises:
         ValueError: where the numbers differ or are none.
     """
-    kinds = [""] * len(questions) if kinds is None else kinds
-    if not questions or not len(answers) == len(truths) == len(questions) == len(kinds):
-        raise ValueError(
-            f"answers: {len(questions)} questions, {len(answers)} answers, {len(truths)} truths and {len(kinds)} kinds"
-        )
-    guesses = [baseline.answer(question, kind) for question, kind in zip(questions, kinds)]
-    each, blind = (np.array([_judge(*pair) for pair in zip(some, truths)]) for some in (answers, guesses))
-    names = np.array(kinds)
-    by_kind = {
-        kind: (float(each[names == kind].mean()), float(blind[names == kind].mean()), int((names == kind).sum()))
-        for kind in sorted(set(kinds))
-    }
-    return AnswerAccuracy(float(each.mean()), float(blind.mean()), each, by_kind)
+    kinds = [""] * len(answers) if kinds is None else kinds
+    if not answers or not len(answers) == len(truths) == len(kinds):
+        raise ValueError(f"answers: {len(answers)} answers, {len(truths)} truths and {len(kinds)} kinds")
+    each, names = np.array([judge_answer(*pair) for pair in zip(answers, truths)]), np.array(kinds)
+    by_kind = {kind: (float(each[names == kind].mean()), int((names == kind).sum())) for kind in sorted(set(kinds))}
+    return AnswerAccuracy(float(each.mean()), each, by_kind)
 
 
-def _judge(answer: str, truth: str | Sequence[str]) -> float:
-    return exact_accuracy(answer, truth) if isinstance(truth, str) else vqa_accuracy(answer, truth)
+def judge_answer(answer: str, truths: Sequence[str]) -> float:
+    """VQA accuracy among the answers of several people; of a single answer whether it is the same in normal form."""
+    return exact_accuracy(answer, truths[0]) if len(truths) == 1 else vqa_accuracy(answer, truths)
 
 
 def _one_line(text: str) -> str:

@@ -39,6 +39,7 @@ class Repeats(NamedTuple):
         nearest: int64 `(samples,)`, the number of that picture in the order of training; of equally near ones
             the first.
         keys: its name, for each sample.
+        codes: its codes, int64 `(samples, codes)`.
         num_training: pictures that were compared with.
     """
 
@@ -48,6 +49,7 @@ class Repeats(NamedTuple):
     equal: np.ndarray
     nearest: np.ndarray
     keys: list[str]
+    codes: np.ndarray
     num_training: int
 
 
@@ -78,6 +80,7 @@ def find_repeats(
     distance = torch.full((len(own),), torch.inf, device=device)
     nearest = torch.zeros(len(own), dtype=torch.int64, device=device)
     keys = [""] * len(own)
+    codes = np.zeros((len(own), length), dtype=np.int64)
     num_training = 0
     for block in training:
         if not len(block.codes):
@@ -92,6 +95,7 @@ def find_repeats(
                 distance[start + place] = found[place]
                 nearest[start + place] = num_training + index[place]
                 keys[start + place] = block.keys[int(index[place])]
+                codes[start + place] = block.codes[int(index[place])].reshape(length)
         num_training += len(others)
     if not num_training:
         raise ValueError("repeats: there is no training picture to compare with")
@@ -104,6 +108,7 @@ def find_repeats(
         equal=equal,
         nearest=nearest.cpu().numpy(),
         keys=keys,
+        codes=codes,
         num_training=num_training,
     )
 

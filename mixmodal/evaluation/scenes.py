@@ -6,14 +6,17 @@ are asked so that yes and no are equally frequent. For a baseline that sees no p
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 from PIL.Image import Image as Picture
 
 from mixmodal.data.synthetic import COLORS, RELATIONS, SHAPES, Thing, draw_things
+from mixmodal.files import write_whole
 
 Kind = Literal["attribute", "count", "relation"]
 Split = Literal["training", "held_out"]
@@ -78,6 +81,42 @@ def scene_questions(num_questions: int, size: int, seed: int = 0, split: Split =
         centers = [((2 * one.column + 1) / (2 * SIDE), (2 * one.row + 1) / (2 * SIDE)) for one in things]
         picture = draw_things([one.thing for one in things], centers, 0.9 / (2 * SIDE), 0.1 / (2 * SIDE), size, rng)
         yield SceneQuestion(f"{split}-{seed}-{index:06d}", things, picture, kind, question, answer)
+
+
+def write_scenes(
+    folder: Path | str, num_training: int = 3000, num_held_out: int = 300, size: int = 64, seed: int = 0
+) -> None:
+    """Writes questions of both splits as conversations, to tune on the one and evaluate on the other.
+
+    `training.jsonl` and `held_out.jsonl` have a line for each, its kind as `task` and the `objects` in the picture,
+    which is a PNG file in the folder `training` or `held_out`. `mixmodal prepare` (kind `conversations`) and the task
+    `questions` of `mixmodal evaluate` read them.
+
+    Args:
+        folder: made where it is missing.
+        num_training: questions to tune on.
+        num_held_out: questions to evaluate on.
+        size: side of the pictures in pixels.
+        seed: not negative.
+
+    Raises:
+        ValueError: for numbers out of range.
+    """
+    folder = Path(folder)
+    numbers: dict[Split, int] = {"training": num_training, "held_out": num_held_out}
+    for split, number in numbers.items():
+        lines: list[str] = []
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for place, one in enumerate(scene_questions(number, size, seed, split)):
+            name = f"{split}/{place:06d}.png"
+            one.picture.save(folder / name)
+            messages = [
+                {"role": "user", "parts": [{"image": name}, {"text": one.question}]},
+                {"role": "assistant", "content": one.answer},
+            ]
+            objects = sorted({str(placed.thing) for placed in one.things})
+            lines.append(json.dumps({"key": one.key, "task": one.kind, "objects": objects, "messages": messages}))
+        write_whole(folder / f"{split}.jsonl", "".join(f"{line}\n" for line in lines).encode())
 
 
 def _ask(kind: Kind, rng: np.random.Generator) -> tuple[tuple[Placed, ...], str, str]:

@@ -49,11 +49,15 @@ def open_parts(ask: Ask) -> list[Content | PartialPicture]:
 
 
 class Drawn(NamedTuple):
-    """A finished sample, by its number, of the prompt `key`."""
+    """A finished sample, by its number, of the prompt `key`.
+
+    `document` holds the texts and codes that were drawn, of which `sample` is decoded; None for the output `infill`.
+    """
 
     key: str
     number: int
     sample: Sample
+    document: Document | None = None
 
 
 class Failed(NamedTuple):
@@ -238,4 +242,5 @@ class SampleQueue(Queue[Candidate]):
             documents = keep_best(self.rank, asked, documents, self.best_of)
         firsts = [draft for draft, _ in whole[:: self.best_of]]
         for draft, document in zip(firsts, documents, strict=True):
-            yield Drawn(draft.key, draft.sample[1], sample_of(self.codec.from_document(document), self.output))
+            sample = sample_of(self.codec.from_document(document), self.output)
+            yield Drawn(draft.key, draft.sample[1], sample, document)

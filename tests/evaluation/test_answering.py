@@ -14,6 +14,7 @@ from mixmodal.evaluation.answering import (
     BlindBaseline,
     answer_accuracy,
     exact_accuracy,
+    judge_answer,
     normalize_answer,
     vqa_accuracy,
 )
@@ -61,20 +62,19 @@ def test_the_blind_baseline_says_what_is_most_frequent_for_the_text_then_the_kin
     assert baseline.answer("where?", "place") == "3"  # 3 and man are equally frequent
 
 
-def test_accuracy_stands_beside_that_of_the_blind_baseline_for_each_kind() -> None:
-    baseline = BlindBaseline(["is it?", "is it?", "how many?"], ["yes", "yes", "1"], ["relation", "relation", "count"])
-    questions, kinds = ["is it?", "is it?", "how many?", "how many?"], ["relation", "relation", "count", "count"]
-    found = answer_accuracy(["yes", "No.", "two", "3"], ["yes", "no", "2", "1"], questions, baseline, kinds)
+def test_accuracy_is_counted_by_kind() -> None:
+    kinds = ["relation", "relation", "count", "count"]
+    found = answer_accuracy(["yes", "No.", "two", "3"], [["yes"], ["no"], ["2"], ["1"]], kinds)
     assert found.each.tolist() == [1, 1, 1, 0]
-    assert (found.accuracy, found.blind) == (0.75, 0.5)
-    assert found.by_kind == {"count": (0.5, 0.5, 2), "relation": (1.0, 0.5, 2)}
+    assert found.accuracy == 0.75
+    assert found.by_kind == {"count": (0.5, 2), "relation": (1.0, 2)}
 
 
-def test_lists_of_human_answers_are_judged_by_vqa_accuracy() -> None:
-    baseline = BlindBaseline(["is it?"], ["no"])
-    found = answer_accuracy(["yes"], [["yes"] * 3 + ["no"] * 7], ["is it?"], baseline)
-    assert (found.accuracy, found.blind) == (pytest.approx(0.9), 1.0)
-    assert found.by_kind[""][2] == 1
+def test_answers_of_several_people_are_judged_by_vqa_accuracy_and_a_single_one_in_normal_form() -> None:
+    assert judge_answer("yes", ["yes"] * 3 + ["no"] * 7) == pytest.approx(0.9)
+    assert judge_answer("The red.", ["Red"]) == 1
+    assert judge_answer("red", ["red", "blue"]) < 1
+    assert answer_accuracy(["yes"], [["yes"] * 3 + ["no"] * 7]).by_kind[""] == (pytest.approx(0.9), 1)
 
 
 def test_what_can_not_be_judged_is_named() -> None:
@@ -85,6 +85,5 @@ def test_what_can_not_be_judged_is_named() -> None:
         BlindBaseline([], [])
     with pytest.raises(ValueError, match="1 questions, 2 answers, 1 kinds of training"):
         BlindBaseline(["a"], ["b", "c"])
-    baseline = BlindBaseline(["a"], ["b"])
-    with pytest.raises(ValueError, match="2 questions, 1 answers, 1 truths and 2 kinds"):
-        answer_accuracy(["b"], ["b"], ["a", "a"], baseline)
+    with pytest.raises(ValueError, match="1 answers, 2 truths and 2 kinds"):
+        answer_accuracy(["b"], [["b"], ["b"]], ["", ""])

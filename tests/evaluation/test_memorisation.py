@@ -42,6 +42,7 @@ def test_planted_duplicates_are_found_whatever_the_blocks(
     assert found.equal == pytest.approx(same.max(axis=1))
     assert found.nearest.tolist() == same.argmax(axis=1).tolist()
     assert found.keys == [str(number) for number in found.nearest]
+    assert np.array_equal(found.codes, training[found.nearest])
     assert (found.equal[3], found.equal[5]) == (1.0, 15 / 16)
 
 

@@ -10,7 +10,12 @@ import pytest
 import torch
 from PIL import Image as PIL
 
+from mixmodal.data.shards import PictureFile, Sample, write_shards
+from mixmodal.data.synthetic import synthetic_pairs
+from mixmodal.data.token_shards import build_manifest, write_manifest, write_token_shard
 from mixmodal.document import Document, Image, Mask, SequenceFormat, Text, build_format
+from mixmodal.evaluation.scenes import write_scenes
+from mixmodal.interop.export import load_export, save_export
 from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.sampling import engine
 from mixmodal.sampling.engine import FREE, Request
@@ -18,6 +23,8 @@ from mixmodal.sampling.generator import SequenceGenerator
 from mixmodal.sampling.grammar import Grammar, Template
 from mixmodal.sampling.guidance import Guidance, build_streams
 from mixmodal.sampling.rules import TokenSampling, build_rules, draw, penalise_repetition
+from mixmodal.tokenization.image import ImageTokenizer
+from mixmodal.tokenization.text import TextTokenizer
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -133,9 +140,6 @@ def sample_plainly(form: SequenceFormat, last_logits: Callable[[np.ndarray], tor
 @pytest.fixture(scope="session", params=["cm3leon", "chameleon"])
 def exported(request: pytest.FixtureRequest, tokenizers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an exported random model."""
-    from mixmodal.interop.export import save_export
-    from mixmodal.tokenization.text import TextTokenizer
-
     pieces = TextTokenizer.load(tokenizers / "text.model").num_pieces
     sizes = VocabularyConfig(codebook_sizes={"image": 75}, num_text_pieces=pieces, num_sentinels=8)
     form = build_format(request.param, Vocabulary(sizes), {"image": (4, 4)})
@@ -146,6 +150,48 @@ def exported(request: pytest.FixtureRequest, tokenizers: Path, tmp_path_factory:
     card = {"title": "A test", "data": ["coloured shapes"], "attribution": "nobody", "figures": {"loss": 1.5}}
     save_export(folder, model, form, tokenizers / "text.model", tokenizers / "image", card)
     return folder
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of seven captioned shapes, each with its concept, style and objects."""
+    folder = tmp_path_factory.mktemp("shapes")
+    samples = []
+    for one in synthetic_pairs(7, 16, two_things_share=0.0):
+        one.picture.save(folder / "one.png")
+        color, shape = one.caption.split()[1:]
+        picture = PictureFile((folder / "one.png").read_bytes(), "png", one.key)
+        metadata = {"concept": shape, "style": color, "objects": [shape, color]}
+        samples.append(Sample(one.key, (one.caption, picture), metadata))
+    write_shards(samples, folder / "shards")
+    return folder / "shards"
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions about six scenes, and as many of training."""
+    folder = tmp_path_factory.mktemp("scenes")
+    write_scenes(folder, num_training=6, num_held_out=6, size=16)
+    return folder
+
+
+@pytest.fixture
+def write_tokens(exported: Path) -> Callable[[Path, Sequence[np.ndarray]], Path]:
+    """A function that writes token shards of pictures with these codes `(h, w)`, as the exported model spells them."""
+
+    def write(folder: Path, grids: Sequence[np.ndarray]) -> Path:
+        spelling = load_export(exported, "cpu", None).codec.format
+        documents = [spelling.spell(Document([Text("a"), Image(np.asarray(codes))])) for codes in grids]
+        keys = [f"p{number}#0" for number in range(len(grids))]
+        folder.mkdir()
+        entry = write_token_shard(folder, "shard_00000", documents, keys, spelling.vocabulary.size)
+        counts = {"documents": len(documents), "tokens": entry["tokens"], "skipped": {}}
+        hashes = {"image_tokenizer_sha256": ImageTokenizer.sha256(exported / "image_tokenizer")}
+        hashes["text_tokenizer_sha256"] = "t" * 64
+        write_manifest(folder, build_manifest(spelling, [entry], counts=counts, **hashes))
+        return folder
+
+    return write
 
 
 @pytest.fixture

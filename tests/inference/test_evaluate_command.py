@@ -1,49 +1,60 @@
 """The evaluate command with a random model: what it writes, from one process or several, at once or in two goes."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from mixmodal.config import save_config
 from mixmodal.data.shards import PictureFile, Sample, write_shards
-from mixmodal.data.synthetic import synthetic_pairs
+from mixmodal.data.skipping import SampleLimits
+from mixmodal.data.synthetic import COLORS, SHAPES
 from mixmodal.pipeline.evaluate import evaluate
 from mixmodal.pipeline.evaluate_config import EvaluateConfig, TasksConfig
 from mixmodal.pipeline.evaluating.hallucination import HallucinationOptions
 from mixmodal.pipeline.evaluating.image_to_text import ImageToTextOptions
-from mixmodal.pipeline.evaluating.questions import QuestionsOptions, accuracy
+from mixmodal.pipeline.evaluating.memorisation import MemorisationOptions
+from mixmodal.pipeline.evaluating.questions import QuestionsOptions
 from mixmodal.pipeline.evaluating.text import TextOptions
 from mixmodal.pipeline.evaluating.text_to_image import QuestionOptions, TextToImageOptions
+from mixmodal.sampling.rules import TokenSampling
 
-
-def pair(key: str, data: bytes, caption: str, **metadata: Any) -> Sample:
-    return Sample(key, (caption, PictureFile(data, "png", key)), metadata)
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    samples = []
-    for one in synthetic_pairs(7, 16, two_things_share=0.0):
-        one.picture.save(tmp_path / "one.png")
-        color, shape = one.caption.split()[1:]
-        samples.append(pair(one.key, (tmp_path / "one.png").read_bytes(), one.caption, concept=shape, style=color))
-    write_shards(samples, tmp_path / "shards")
-    return tmp_path / "shards"
+ROOT = Path(__file__).parents[2]
+BROKEN = {"broken": b"no picture", "empty": b""}
 
 
 @pytest.fixture
-def config(exported: Path, data: Path, tmp_path: Path) -> EvaluateConfig:
+def config(
+    exported: Path, shapes: Path, scenes: Path, write_tokens: Callable[..., Path], tmp_path: Path
+) -> EvaluateConfig:
     (tmp_path / "long.txt").write_text("a red circle above a blue square. " * 40)
+    training = write_tokens(tmp_path / "tokens", list(np.random.default_rng(0).integers(0, 75, (9, 4, 4))))
     drawn = TextToImageOptions(
-        data=(data,), max_samples=5, features="none", question=QuestionOptions(turns=False), labelled=(data,)
+        data=(shapes,),
+        max_samples=5,
+        features="none",
+        question=QuestionOptions(turns=False),
+        labelled=(shapes,),
+        memorisation=MemorisationOptions(training=(training,), threshold=0.1),
     )
+    names = dict.fromkeys((*COLORS, *SHAPES), ())
     tasks = TasksConfig(
         text_to_image=drawn,
-        image_to_text=ImageToTextOptions(data=(data,), max_samples=5, max_new_tokens=8),
-        text=TextOptions(data=(data, tmp_path / "long.txt")),
+        image_to_text=ImageToTextOptions(
+            data=(shapes,), max_samples=5, max_new_tokens=8, objects=names, sampling=TokenSampling(temperature=1.0)
+        ),
+        questions=QuestionsOptions(
+            data=(scenes / "held_out.jsonl",), training=(scenes / "training.jsonl",), max_samples=4, max_new_tokens=2
+        ),
+        text=TextOptions(data=(shapes, tmp_path / "long.txt")),
+        hallucination=HallucinationOptions(data=(shapes,), max_samples=3, num_pairs=1, turns=False, max_new_tokens=2),
     )
     return EvaluateConfig(model=str(exported), out=tmp_path / "out", tasks=tasks, device="cpu")
 
@@ -67,13 +78,14 @@ def test_one_json_has_settings_digests_and_metrics_and_one_page_shows_them(confi
     assert {"model", "model_sha256", "seed", "commit", "versions", "dtype", "tasks"} == set(found)
     tasks = found["tasks"]
     drawn = tasks["text_to_image"]["metrics"]
-    assert set(drawn) == {"vqa_score", "vqa_score_two_way", "right_concept", "right_style"}
+    repeats = {f"repeats_{name}{ending}" for name in ("exact", "near", "equal_codes") for ending in ("", "_held_out")}
+    assert set(drawn) == {"vqa_score", "vqa_score_two_way", "right_concept", "right_style", *repeats}
     assert 0 < drawn["vqa_score_two_way"] < 1
     assert set(tasks["image_to_text"]["metrics"]) >= {"cider_d", "bleu_4", "rouge_l", "right_concept", "right_style"}
     assert tasks["text"]["metrics"]["bytes"] > 1300
     assert tasks["text"]["metrics"]["bits_per_byte"] > 0
     assert all(len(one["settings"]["samples_sha256"]) == 64 for one in tasks.values())
-    assert page.count("data:image/png;base64,") == 10
+    assert page.count("data:image/png;base64,") == 5 * 2 + 5 + 4 + 3  # beside drawn pictures stand those of training
     assert 'src="text_to_image' not in page
     assert format(drawn["vqa_score_two_way"], ",.4g") in page
 
@@ -88,10 +100,27 @@ def test_results_are_the_same_at_any_batch_size(config: EvaluateConfig, tmp_path
 def test_shards_give_the_result_of_one_process(config: EvaluateConfig, tmp_path: Path) -> None:
     evaluate(config)
     parts = replace(config, out=tmp_path / "parts")
-    for index in (1, 0, 2):
+    for index in (1, 0):
         assert not (parts.out / "evaluation.json").exists()
-        evaluate(replace(parts, shard=f"{index}/3"))
+        evaluate(replace(parts, shard=f"{index}/2"))
+    lines = [path.read_text().splitlines() for path in sorted((parts.out / "text").glob("records*"))]
+    assert [len(some) for some in lines] == [4, 4]  # each sample is measured once
     assert close(result(parts), result(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exported", ["cm3leon"], indirect=True)
+def test_two_launched_processes_give_the_result_of_one(config: EvaluateConfig, tmp_path: Path) -> None:
+    evaluate(config)
+    launched = replace(config, out=tmp_path / "launched")
+    save_config(launched, tmp_path / "evaluate.yaml")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(ROOT / "sample/evaluate.py"), "--config", str(tmp_path / "evaluate.yaml")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert close(result(launched), result(config))
+    assert not list(launched.out.rglob(".?-of-2"))
 
 
 def test_a_killed_evaluation_goes_on_and_gives_the_same(
@@ -128,19 +157,23 @@ def test_what_only_judges_may_change_without_drawing_again(config: EvaluateConfi
     evaluate(config)
     options = config.tasks.text_to_image
     assert options is not None
-    times = [path.stat().st_mtime_ns for path in sorted((config.out / "text_to_image").glob("0*.png"))]
+    times = [path.stat().st_mtime_ns for path in sorted((config.out / "text_to_image").glob("??????.png"))]
     evaluate(replace(config, tasks=replace(config.tasks, text_to_image=replace(options, labelled=()))))
     assert "right_concept" not in result(config)["tasks"]["text_to_image"]["metrics"]
-    assert [path.stat().st_mtime_ns for path in sorted((config.out / "text_to_image").glob("0*.png"))] == times
+    assert [path.stat().st_mtime_ns for path in sorted((config.out / "text_to_image").glob("??????.png"))] == times
 
 
-def test_broken_pictures_are_counted_and_too_many_fail(config: EvaluateConfig, data: Path, tmp_path: Path) -> None:
-    samples = [pair("broken", b"no picture", "a red circle"), pair("empty", b"", "a red square")]
-    write_shards(samples, tmp_path / "broken")
-    task = ImageToTextOptions(data=(data, tmp_path / "broken"), max_new_tokens=4)
+def test_broken_pictures_are_counted_and_too_many_fail(config: EvaluateConfig, shapes: Path, tmp_path: Path) -> None:
+    broken = [Sample(name, ("a red circle", PictureFile(data, "png", name))) for name, data in BROKEN.items()]
+    write_shards(broken, tmp_path / "broken")
+    task = ImageToTextOptions(data=(shapes, tmp_path / "broken"), max_new_tokens=4)
     config = replace(config, tasks=TasksConfig(image_to_text=task), out=tmp_path / "other")
     with pytest.raises(ValueError, match=r"tasks.image_to_text: 2 of 9 samples are bad \(2 broken picture\)"):
         evaluate(config)
+    config = replace(config, limits=SampleLimits(max_skipped_share=0.5))
+    evaluate(replace(config, out=tmp_path / "allowed"))
+    found = result(replace(config, out=tmp_path / "allowed"))["tasks"]["image_to_text"]
+    assert (found["num_samples"], found["skipped"], len(found["shown"])) == (7, {"broken picture": 2}, 7)
 
 
 def test_bad_input_is_told_with_task_and_key(config: EvaluateConfig, tmp_path: Path) -> None:
@@ -151,68 +184,3 @@ def test_bad_input_is_told_with_task_and_key(config: EvaluateConfig, tmp_path: P
         replace(config, tasks=TasksConfig())
     with pytest.raises(ValueError, match=r"question.text is 'what'; it needs"):
         QuestionOptions(text="what")
-
-
-def test_questions_are_asked_with_and_without_the_picture(
-    config: EvaluateConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for one in synthetic_pairs(3, 16):
-        one.picture.save(tmp_path / f"{one.key}.png")
-    lines = [
-        {
-            "messages": [
-                {"role": "user", "parts": [{"image": f"{place:06d}.png"}, {"text": "Which color?"}]},
-                {"role": "assistant", "parts": [{"text": "Red."}]},
-            ],
-            "kind": "color" if place else "other",
-            "answers": ["red"] * 9 + ["dark red"],
-        }
-        for place in range(3)
-    ]
-    lines.append({"messages": [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}]})
-    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    task = QuestionsOptions(data=(tmp_path / "asked.jsonl",), max_new_tokens=3)
-    config = replace(config, tasks=TasksConfig(questions=task), out=tmp_path / "asked")
-    evaluate(config)
-    found = result(config)["tasks"]["questions"]
-    assert found["num_samples"] == 3
-    wanted = {f"vqa_accuracy{sort}{blind}" for sort in ("", "_color", "_other") for blind in ("", "_blind")}
-    assert set(found["metrics"]) == wanted
-    (config.out / "questions" / "summary.json").unlink()
-    path = config.out / "questions" / "records.jsonl"
-    records = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {record["question"] for record in records} == {"Which color?"}
-    for record in records:  # what the model says blind depends on the question alone
-        record |= {"answer": "a red" if record["kind"] == "color" else "blue", "blind": "blue"}
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    evaluate(config)
-    metrics = result(config)["tasks"]["questions"]["metrics"]
-    assert (metrics["vqa_accuracy_color"], metrics["vqa_accuracy_other"], metrics["vqa_accuracy_blind"]) == (1, 0, 0)
-    assert metrics["vqa_accuracy"] == pytest.approx(2 / 3)
-
-
-def test_a_single_answer_counts_in_normal_form() -> None:
-    assert accuracy("The red.", ["Red"]) == 1
-    assert accuracy("red", ["red", "blue"]) < 1
-
-
-def test_objects_are_asked_for_by_all_three_kinds_of_negatives(config: EvaluateConfig, tmp_path: Path) -> None:
-    names = ["cat", "dog", "car", "tree", "sun"]
-    samples = []
-    for place, one in enumerate(synthetic_pairs(4, 16)):
-        one.picture.save(tmp_path / "one.png")
-        shown = names[place : place + 2]
-        samples.append(pair(one.key, (tmp_path / "one.png").read_bytes(), one.caption, objects=shown))
-    write_shards(samples, tmp_path / "objects")
-    task = HallucinationOptions(data=(tmp_path / "objects",), num_pairs=2, turns=False, max_new_tokens=2)
-    config = replace(config, tasks=TasksConfig(hallucination=task), out=tmp_path / "asked")
-    for index in (0, 1):  # questions are of all pictures, whichever shard asks them
-        evaluate(replace(config, shard=f"{index}/2"))
-    metrics = result(config)["tasks"]["hallucination"]["metrics"]
-    kinds = ("random", "popular", "adversarial")
-    assert [metrics[f"pope_{kind}_num_questions"] for kind in kinds] == [16, 16, 16]
-    assert {f"pope_random_{name}" for name in ("accuracy", "f1", "yes")} <= set(metrics)
-    files = (config.out / "hallucination").glob("records*")
-    lines = [json.loads(line) for path in files for line in path.read_text().splitlines()]
-    asked = [row for line in lines for row in line["asked"]]
-    assert sum(row["answer"] == "yes" for row in asked) == sum(row["answer"] == "no" for row in asked) == 24

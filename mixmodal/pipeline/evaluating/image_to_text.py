@@ -3,49 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from mixmodal.data.shards import Sample
 from mixmodal.document import EndOfTurn
 from mixmodal.evaluation.captioning import caption_scores, named_concept
 from mixmodal.evaluation.concepts import rest_of
+from mixmodal.evaluation.hallucination import chair_scores, mentioned_objects
+from mixmodal.pipeline.evaluating.asking import AskingOptions, ask_each, show_first
 from mixmodal.pipeline.evaluating.task import (
     LABELS,
-    SHOWN,
     Findings,
     Item,
     Setup,
+    Shown,
     Task,
-    TaskOptions,
+    objects_of,
     open_first,
     rate_labels,
-    skipped,
 )
-from mixmodal.pipeline.evaluating.text_to_image import save
-from mixmodal.pipeline.options import sampling_options
-from mixmodal.pipeline.queue import Ask, Failed
-from mixmodal.sampling.rules import TokenSampling
 from mixmodal.tokenization.codec import Content
-
-GREEDY = TokenSampling(temperature=0.0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageToTextOptions(TaskOptions):
+class ImageToTextOptions(AskingOptions):
     """Writes a caption for each picture. References are the sample's texts and those of `captions` in its metadata.
 
     Args:
         prompt: what is said behind the picture, as `Describe the picture.`; empty for nothing.
         turns: whether the model was tuned on conversations; an end of turn stands behind the prompt then.
-        sampling: how text is drawn.
-        max_new_tokens: after which a caption is cut.
+        objects: synonyms of each object that captions may claim, for CHAIR (arXiv 1809.02156), as
+            `{dog: [puppy], hot dog: []}`; each picture's metadata have `objects`, the list of what it shows. Empty does
+            not count them.
     """
 
     prompt: str = ""
     turns: bool = False
-    sampling: TokenSampling = GREEDY
-    max_new_tokens: int = 64
+    objects: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            mentioned_objects("", self.objects)
+        except ValueError as error:
+            raise ValueError(f"objects: {error}") from error
 
 
 class ImageToText(Task[ImageToTextOptions]):
@@ -53,36 +55,24 @@ class ImageToText(Task[ImageToTextOptions]):
 
     title = "Image to text"
     introduction = "Captions written for pictures, compared with the captions that people wrote."
+    judged_by = ("objects",)
 
     def takes(self, sample: Sample) -> bool:
         return len(sample.pictures) == 1 and bool(sample.texts) and not sample.messages
 
     def measure(self, setup: Setup, items: Iterable[Item]) -> Iterator[tuple[Item, dict[str, Any]]]:
-        known: dict[str, Item] = {}
         behind: list[Content] = [self.options.prompt] if self.options.prompt else []
         behind += [EndOfTurn()] if self.options.turns else []
 
-        def asks() -> Iterator[Ask | Failed]:
-            for item in items:
-                known[item.key] = item
-                try:
-                    picture = open_first(item, setup.limits)
-                except ValueError as error:
-                    yield Failed(item.key, error)
-                    continue
-                if item.place < SHOWN:
-                    save(setup, setup.load().codec.fit(picture), item.key)
-                yield Ask(item.key, [picture, *behind], seed=setup.seed_of(item))
+        def prompts(item: Item) -> list[list[Content]]:
+            return [[open_first(item, setup.limits), *behind]]
 
-        options: Any = {"max_new_tokens": self.options.max_new_tokens}
-        options |= sampling_options({"text": self.options.sampling})
-        for one in setup.load().generate_each(asks(), "text", **options):
-            item = known.pop(one.key)
-            if isinstance(one, Failed):
-                yield item, skipped(one.error)
-                continue
+        def record(item: Item, said: list[str]) -> dict[str, Any]:
             head = {"sample": item.sample.key, "references": references_of(item.sample), **item.labels}
-            yield item, {**head, "caption": str(one.sample).strip()}
+            shown = item.sample.metadata.get("objects")
+            return {**head, **({} if shown is None else {"objects": objects_of(item.sample)}), "caption": said[0]}
+
+        return ask_each(setup, items, self.options, prompts, record)
 
     def sum_up(self, setup: Setup, entries: Sequence[Mapping[str, Any]]) -> Findings:
         captions, references = [entry["caption"] for entry in entries], [entry["references"] for entry in entries]
@@ -92,16 +82,34 @@ class ImageToText(Task[ImageToTextOptions]):
         metrics["rouge_l"] = scores.rouge_l
         verdicts = judge_names(entries)
         metrics |= rate_labels(verdicts)
-        shown = [
-            {
-                "image": f"{entry['key']}.png",
-                "text": f"{entry['caption']} | {entry['references'][0]}",
-                "right": entry.get("concept_right"),
-            }
-            for entry in verdicts[:SHOWN]
-            if (setup.folder / f"{entry['key']}.png").exists()
-        ]
-        return Findings(metrics=metrics, shown=shown)
+        if self.options.objects:
+            verdicts = find_hallucinated(verdicts, self.options.objects, metrics)
+        return Findings(metrics=metrics, shown=show_first(setup, verdicts, tell))
+
+
+def find_hallucinated(
+    entries: Sequence[Mapping[str, Any]],
+    synonyms: Mapping[str, Sequence[str]],
+    metrics: dict[str, float | None],
+) -> list[dict[str, Any]]:
+    """Entries with the `hallucinated` objects of their captions; CHAIR and the counts behind it go into the metrics.
+
+    Raises:
+        ValueError: naming a sample that does not say what it shows.
+    """
+    if lacking := [entry["sample"] for entry in entries if "objects" not in entry]:
+        raise ValueError(f"objects: {len(lacking)} samples have no list `objects` in their metadata, as {lacking[0]}")
+    scores = chair_scores([one["caption"] for one in entries], [one["objects"] for one in entries], synonyms)
+    metrics |= {"chair_i": scores.chair_i, "chair_s": scores.chair_s, "chair_mentions": scores.mentioned}
+    return [{**entry, "hallucinated": names} for entry, names in zip(entries, scores.each, strict=True)]
+
+
+def tell(entry: Mapping[str, Any], pictures: dict[str, str]) -> Shown:
+    """The caption beside that of people, and what it claims that is not there."""
+    claimed = entry.get("hallucinated")
+    text = f"{entry['caption']} (not there: {', '.join(claimed)})" if claimed else entry["caption"]
+    right = entry.get("concept_right", None if claimed is None else not claimed)
+    return Shown(pictures=pictures, text=text, wanted=entry["references"][0], right=right)
 
 
 def references_of(sample: Sample) -> list[str]:

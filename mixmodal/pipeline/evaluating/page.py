@@ -12,6 +12,8 @@ from mixmodal.evaluation.page import NO, YES, page, paragraph, picture, section,
 
 TILES = 12
 """Tiles of a task before the rest is folded away."""
+COMPARED = {"blind": "without the picture", "frequent": "most frequent answer", "held_out": "held-out pictures"}
+"""Endings of metrics that stand beside another one, and what their columns are called."""
 
 
 def write_page(result: Mapping[str, Any], titles: Mapping[str, tuple[str, str]], out: Path) -> str:
@@ -27,20 +29,13 @@ def write_page(result: Mapping[str, Any], titles: Mapping[str, tuple[str, str]],
 
 def _body(result: Mapping[str, Any], titles: Mapping[str, tuple[str, str]], out: Path) -> Iterator[str]:
     yield f"<h1>Evaluation of {escape(str(result['model']))}</h1>"
-    rows = [
-        (titles[name][0], metric, shown(value))
-        for name, summary in result["tasks"].items()
-        for metric, value in summary["metrics"].items()
-    ]
-    yield table(("task", "metric", "value"), rows, numbers=(2,))
+    yield table(*_metrics(result["tasks"], titles), numbers=range(2, 3 + len(COMPARED)))
     for name, summary in result["tasks"].items():
         title, introduction = titles[name]
-        parts = [table(("metric", "value"), [(m, shown(v)) for m, v in summary["metrics"].items()], numbers=(1,))]
         counts = f"{summary['num_samples']} samples"
         if summary["skipped"]:
             counts += ", skipped " + ", ".join(f"{count} {reason}" for reason, count in summary["skipped"].items())
-        parts.append(paragraph(counts, "note"))
-        parts += [paragraph(note, "note") for note in summary["notes"]]
+        parts = [paragraph(note, "note") for note in (counts, *summary["notes"])]
         if summary["shown"]:
             cells = [_tile(one, out / name) for one in summary["shown"]]
             parts.append(tiles(cells, TILES, "more"))
@@ -50,11 +45,28 @@ def _body(result: Mapping[str, Any], titles: Mapping[str, tuple[str, str]], out:
     yield section("How it was measured", "Model, code and versions.", _rows(known))
 
 
+def _metrics(
+    tasks: Mapping[str, Any], titles: Mapping[str, tuple[str, str]]
+) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of all metrics, what one is compared with beside it, in a column where there is such a number."""
+    rows: list[dict[str, str]] = []
+    for name, summary in tasks.items():
+        metrics = summary["metrics"]
+        beside = {f"{metric}_{ending}" for metric in metrics for ending in COMPARED}
+        for metric, value in metrics.items():
+            if metric not in beside:
+                found = {words: metrics.get(f"{metric}_{ending}") for ending, words in COMPARED.items()}
+                more = {words: shown(one) for words, one in found.items() if one is not None}
+                rows.append({"task": titles[name][0], "metric": metric, "value": shown(value), **more})
+    columns = ("task", "metric", "value", *(words for words in COMPARED.values() if any(words in row for row in rows)))
+    return columns, [tuple(row.get(column, "") for column in columns) for row in rows]
+
+
 def _tile(one: Mapping[str, Any], folder: Path) -> str:
-    verdict = {None: "", True: f'<span class="yes">{YES}</span> ', False: f'<span class="no">{NO}</span> '}[
-        one["right"]
-    ]
-    return tile([(picture(folder / one["image"], one["text"]), "")], verdict + escape(one["text"]))
+    right, text = one["right"], escape(one["text"])
+    words = text if right is None else f'<span class="{"yes" if right else "no"}">{YES if right else NO}</span> {text}'
+    pictures = [(picture(folder / name, below or one["text"]), below) for name, below in one["pictures"].items()]
+    return tile(pictures, words + (f"<small><br>{escape(one['wanted'])}</small>" if one["wanted"] else ""))
 
 
 def _settings(settings: Mapping[str, Any]) -> str:

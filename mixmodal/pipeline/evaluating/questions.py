@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,43 +15,29 @@ from mixmodal.data.converters import read_conversations
 from mixmodal.data.shards import PictureFile, Sample, read_samples
 from mixmodal.data.skipping import SampleLimits, SkipCounter
 from mixmodal.document import EndOfTurn, Part
-from mixmodal.evaluation.answering import exact_accuracy, vqa_accuracy
-from mixmodal.pipeline.evaluating.image_to_text import GREEDY
-from mixmodal.pipeline.evaluating.task import (
-    SHOWN,
-    Findings,
-    Item,
-    Setup,
-    Task,
-    TaskOptions,
-    mean,
-    open_first,
-    skipped,
-)
-from mixmodal.pipeline.evaluating.text_to_image import save
-from mixmodal.pipeline.options import sampling_options
-from mixmodal.pipeline.queue import Ask, Failed
-from mixmodal.sampling.rules import TokenSampling
+from mixmodal.evaluation.answering import BlindBaseline, answer_accuracy, judge_answer
+from mixmodal.pipeline.evaluating.asking import AskingOptions, ask_each, show_first
+from mixmodal.pipeline.evaluating.task import Findings, Item, Setup, Shown, Task
 from mixmodal.tokenization.codec import Content
 
 BLIND = "blind"
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuestionsOptions(TaskOptions):
+class QuestionsOptions(AskingOptions):
     """Asks questions about pictures.
 
-    The last message of a sample is the answer; `answers` in its metadata are those of several people, and `kind` is
-    what questions are counted by, too.
+    The last message of a sample is the answer; `answers` in its metadata are those of several people, and `kind`, or
+    else `task`, is what questions are counted by, too.
 
     Args:
         data: folders of shards of conversations, or JSONL files of them (kind `conversations` of `mixmodal prepare`).
-        sampling: how answers are drawn.
-        max_new_tokens: after which an answer is cut.
+        training: the same of the training split, for the baseline that sees no picture: the most frequent answer there
+            to the same question, or else to the same kind of question; empty for none.
     """
 
     data: tuple[Path, ...]
-    sampling: TokenSampling = GREEDY
+    training: tuple[Path, ...] = ()
     max_new_tokens: int = 32
 
 
@@ -57,10 +46,10 @@ class Questions(Task[QuestionsOptions]):
 
     title = "Questions"
     introduction = "Answers to questions about pictures, beside those to the same questions without the picture."
+    judged_by = ("training",)
 
     def read(self, counter: SkipCounter, limits: SampleLimits) -> Iterator[Sample]:
-        for path in self.options.data:
-            yield from (read_conversations if path.suffix == ".jsonl" else read_samples)(path, counter, limits)
+        return read_asked(self.options.data, counter, limits)
 
     def takes(self, sample: Sample) -> bool:
         if not sample.messages or is_pair(sample.messages):
@@ -71,59 +60,61 @@ class Questions(Task[QuestionsOptions]):
         return asks_of_pictures and all(isinstance(part, str) for part in sample.parts[start:])
 
     def measure(self, setup: Setup, items: Iterable[Item]) -> Iterator[tuple[Item, dict[str, Any]]]:
-        known: dict[str, tuple[Item, dict[str, str]]] = {}
+        def prompts(item: Item) -> list[list[Content]]:
+            return [prompt_of(item.sample, setup.limits), prompt_of(item.sample, None)]
 
-        def asks() -> Iterator[Ask]:
-            for item in items:
-                try:
-                    if item.place < SHOWN:
-                        save(setup, setup.load().codec.fit(open_first(item, setup.limits)), item.key)
-                    prompts = {"answer": prompt_of(item.sample, setup.limits), BLIND: prompt_of(item.sample, None)}
-                except ValueError as error:
-                    broken.append((item, skipped(error)))
-                    continue
-                known[item.key] = item, {}
-                for kind, prompt in prompts.items():
-                    yield Ask(f"{item.key} {kind}", prompt, seed=setup.seed_of(item))
+        def record(item: Item, said: list[str]) -> dict[str, Any]:
+            head = {"sample": item.sample.key, "question": question_of(item.sample)}
+            kind = kind_of(item.sample)
+            head |= {"kind": kind} if kind else {}
+            return {**head, "answers": answers_of(item.sample), "answer": said[0], BLIND: said[1]}
 
-        broken: list[tuple[Item, dict[str, Any]]] = []
-        options: Any = {"max_new_tokens": self.options.max_new_tokens}
-        options |= sampling_options({"text": self.options.sampling})
-        for one in setup.load().generate_each(asks(), "text", **options):
-            key, kind = one.key.split()
-            if key not in known:  # the other of the two has failed
-                continue
-            item, said = known[key]
-            if isinstance(one, Failed):
-                del known[key]
-                yield item, skipped(one.error)
-                continue
-            said[kind] = str(one.sample).strip()
-            if len(said) == 2:
-                del known[key]
-                head = {"sample": item.sample.key, "question": question_of(item.sample)}
-                sort = item.sample.metadata.get("kind")
-                head |= {"kind": sort} if isinstance(sort, str) else {}
-                yield item, {**head, "answers": answers_of(item.sample), **said}
-        yield from broken
+        return ask_each(setup, items, self.options, prompts, record)
 
     def sum_up(self, setup: Setup, entries: Sequence[Mapping[str, Any]]) -> Findings:
-        scores = {kind: [accuracy(entry[kind], entry["answers"]) for entry in entries] for kind in ("answer", BLIND)}
-        metrics = {"vqa_accuracy": mean(scores["answer"]), "vqa_accuracy_blind": mean(scores[BLIND])}
-        for sort in sorted({entry["kind"] for entry in entries if "kind" in entry}):
-            places = [place for place, entry in enumerate(entries) if entry.get("kind") == sort]
-            metrics[f"vqa_accuracy_{sort}"] = mean(scores["answer"][place] for place in places)
-            metrics[f"vqa_accuracy_{sort}_blind"] = mean(scores[BLIND][place] for place in places)
-        shown = [
-            {
-                "image": f"{entry['key']}.png",
-                "text": f"{entry['question']} {entry['answer']} | {entry['answers'][0]}",
-                "right": score > 0.5,
-            }
-            for entry, score in list(zip(entries, scores["answer"]))[:SHOWN]
-            if (setup.folder / f"{entry['key']}.png").exists()
-        ]
-        return Findings(metrics=metrics, shown=shown)
+        truths, kinds = [entry["answers"] for entry in entries], [entry.get("kind", "") for entry in entries]
+        said = {"": [entry["answer"] for entry in entries], "_blind": [entry[BLIND] for entry in entries]}
+        digest = None
+        if self.options.training:
+            baseline, digest = self._train_baseline(setup)
+            said["_frequent"] = [baseline.answer(entry["question"], kind) for entry, kind in zip(entries, kinds)]
+        found = {ending: answer_accuracy(answers, truths, kinds) for ending, answers in said.items()}
+        metrics: dict[str, float | None] = {f"vqa_accuracy{ending}": one.accuracy for ending, one in found.items()}
+        for kind in sorted(set(kinds) - {""}):
+            metrics |= {f"vqa_accuracy_{kind}{ending}": one.by_kind[kind][0] for ending, one in found.items()}
+        return Findings(metrics=metrics, training_sha256=digest, shown=show_first(setup, entries, tell))
+
+    def _train_baseline(self, setup: Setup) -> tuple[BlindBaseline, str]:
+        """What is answered most often in training, and a digest of the questions and answers there.
+
+        Raises:
+            ValueError: where there is none.
+            TooManySkipped: above the allowed share of broken samples.
+        """
+        counter = SkipCounter(setup.limits.max_skipped_share)
+        rows: list[tuple[str, str, str]] = []
+        for sample in read_asked(self.options.training, counter, setup.limits):
+            counter.use()
+            if self.takes(sample):
+                rows += [(question_of(sample), answer, kind_of(sample)) for answer in answers_of(sample)]
+        counter.finish()
+        if not rows:
+            raise ValueError(f"training: no question about a picture in {', '.join(map(str, self.options.training))}")
+        questions, answers, kinds = zip(*rows, strict=True)
+        return BlindBaseline(questions, answers, kinds), hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def read_asked(paths: Iterable[Path], counter: SkipCounter, limits: SampleLimits) -> Iterator[Sample]:
+    """Samples of folders of shards and of JSONL files of conversations."""
+    for path in paths:
+        yield from (read_conversations if path.suffix == ".jsonl" else read_samples)(path, counter, limits)
+
+
+def tell(entry: Mapping[str, Any], pictures: dict[str, str]) -> Shown:
+    """The question with the model's answer, beside that of people."""
+    answers = entry["answers"]
+    text, right = f"{entry['question']} {entry['answer']}", judge_answer(entry["answer"], answers) > 0.5
+    return Shown(pictures=pictures, text=text, wanted=Counter(answers).most_common(1)[0][0], right=right)
 
 
 def prompt_of(sample: Sample, limits: SampleLimits | None) -> list[Content]:
@@ -164,6 +155,7 @@ def answers_of(sample: Sample) -> list[str]:
     return [" ".join(part for part in sample.parts[start:] if isinstance(part, str))]
 
 
-def accuracy(answer: str, answers: Sequence[str]) -> float:
-    """VQA accuracy among the answers of several people; of a single answer whether it is the same in normal form."""
-    return vqa_accuracy(answer, answers) if len(answers) > 1 else exact_accuracy(answer, answers[0])
+def kind_of(sample: Sample) -> str:
+    """What the question is counted by; empty where the metadata do not say."""
+    found = (sample.metadata.get(name) for name in ("kind", "task"))
+    return next((kind for kind in found if isinstance(kind, str)), "")

@@ -16,6 +16,7 @@ from PIL.Image import Image as Picture
 
 from mixmodal.data.shards import PictureFile, Sample, read_samples
 from mixmodal.data.skipping import SampleLimits, SkipCounter
+from mixmodal.files import replacing
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.tokenization.preprocessing import PictureError
 
@@ -91,6 +92,23 @@ class Setup:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A sample on the page.
+
+    Args:
+        pictures: files of the task's folder, each with the words below it.
+        text: below all of them.
+        wanted: what people say to it, where that is something else.
+        right: the verdict, where there is one.
+    """
+
+    pictures: dict[str, str]
+    text: str
+    wanted: str = ""
+    right: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Findings:
     """What the records of a task add up to, as plain data.
 
@@ -98,13 +116,15 @@ class Findings:
         metrics: by name; None where nothing was there to measure.
         notes: what limits the numbers.
         reference_sha256: digest of the pictures that those of the model are compared with.
-        shown: for the page: each with `image` (a file of the task's folder) or without, `text`, and `right` or null.
+        training_sha256: digest of what of training it is compared with.
+        shown: the first samples.
     """
 
     metrics: dict[str, float | None]
     notes: list[str] = field(default_factory=list)
     reference_sha256: str | None = None
-    shown: list[dict[str, Any]] = field(default_factory=list)
+    training_sha256: str | None = None
+    shown: list[Shown] = field(default_factory=list)
 
 
 class Task(ABC, Generic[OptionsT]):
@@ -197,6 +217,20 @@ def open_first(item: Item, limits: SampleLimits) -> Picture:
     """
     part = next(part for part in item.sample.parts if isinstance(part, PictureFile))
     return part.open(limits.max_pixels)
+
+
+def objects_of(sample: Sample) -> list[str]:
+    """What the metadata of a sample say that its picture shows."""
+    found = sample.metadata.get("objects")
+    return [one for one in found if isinstance(one, str)] if isinstance(found, list) else []
+
+
+def save(setup: Setup, picture: Picture, name: str) -> str:
+    """Writes a PNG file into the task's folder; gives its name."""
+    setup.folder.mkdir(parents=True, exist_ok=True)
+    with replacing(setup.folder / f"{name}.png") as part:
+        picture.save(part, "png")
+    return f"{name}.png"
 
 
 def skipped(error: Exception) -> dict[str, str]:

@@ -15,23 +15,26 @@ from PIL.Image import Image as Picture
 from torch import Tensor
 
 from mixmodal.data.shards import Sample, read_samples
-from mixmodal.document import EndOfTurn
+from mixmodal.document import EndOfTurn, Image
 from mixmodal.evaluation.concepts import nearest_pictures, redraw
 from mixmodal.evaluation.features import FEATURE_NETWORKS, warn_of_few
 from mixmodal.evaluation.generation import build_network, embed, frechet_distance, kernel_distance, precision_recall
 from mixmodal.evaluation.reference import ReferencePictures
-from mixmodal.files import replacing
+from mixmodal.pipeline.evaluating.memorisation import MemorisationOptions, find_nearest_training, open_training
 from mixmodal.pipeline.evaluating.task import (
     LABELS,
     SHOWN,
+    ChosenSamples,
     Findings,
     Item,
     Setup,
+    Shown,
     Task,
     TaskOptions,
     batches,
     mean,
     rate_labels,
+    save,
     skipped,
 )
 from mixmodal.pipeline.options import DEFAULT_SAMPLING, sampling_options
@@ -74,6 +77,7 @@ class TextToImageOptions(TaskOptions):
         neighbours: k of precision and recall.
         clip: folder or hub id of a CLIP for the CLIP score; null for none.
         question: asked for VQAScore; null for none.
+        memorisation: whether drawn pictures repeat those of training; null does not look.
         labelled: folders of shards with a `concept` and a `style` in their metadata, of which the picture nearest to a
             drawn one says what that shows; empty for none. Captions must have both, too.
         sampling: how codes are drawn.
@@ -87,6 +91,7 @@ class TextToImageOptions(TaskOptions):
     neighbours: int = 3
     clip: str | None = None
     question: QuestionOptions | None = None
+    memorisation: MemorisationOptions | None = None
     labelled: tuple[Path, ...] = ()
     sampling: TokenSampling = DEFAULT_SAMPLING["image"]
     guidance_scale: float | None = None
@@ -106,13 +111,15 @@ class TextToImage(Task[TextToImageOptions]):
 
     title = "Text to image"
     introduction = "Pictures drawn for captions, compared as a set with real ones, and one by one with their captions."
-    judged_by = ("reference", "max_reference", "features", "neighbours", "clip", "labelled")
+    judged_by = ("reference", "max_reference", "features", "neighbours", "clip", "memorisation", "labelled")
 
     def takes(self, sample: Sample) -> bool:
         return bool(sample.texts) and not sample.messages
 
     def measure(self, setup: Setup, items: Iterable[Item]) -> Iterator[tuple[Item, dict[str, Any]]]:
         options, known = self.options, {}
+        if options.memorisation is not None:
+            open_training(options.memorisation, setup.load())  # a wrong folder is told before anything is drawn
 
         def asks() -> Iterator[Ask]:
             for item in items:
@@ -130,7 +137,8 @@ class TextToImage(Task[TextToImageOptions]):
                     yield item, skipped(one.error)
                     continue
                 head = {"sample": item.sample.key, "caption": item.sample.texts[0], **item.labels}
-                yield item, {**head, "image": save(setup, one.sample, item.key), **next(scores)}
+                found = {"image": save(setup, one.sample, item.key), "codes": codes_of(one), **next(scores)}
+                yield item, {**head, **found}
 
     def _ask(self, setup: Setup, drawn: Sequence[tuple[Item, Any]]) -> list[dict[str, float]]:
         """Log-likelihoods in nats of both answers about each picture."""
@@ -159,11 +167,23 @@ class TextToImage(Task[TextToImageOptions]):
                 math.exp(entry["yes"] - np.logaddexp(entry["yes"], entry["no"])) for entry in entries
             )
         verdicts = self._judge(setup, entries, metrics) if options.labelled else entries
+        near, training = {}, None
+        if options.memorisation is not None:
+            held_out = ChosenSamples(self, setup.limits, setup.seed)
+            repeats = find_nearest_training(options.memorisation, setup, entries, held_out)
+            near, training = repeats.pictures, repeats.training_sha256
+            metrics |= repeats.metrics
+            notes.append(repeats.note)
         shown = [
-            {"image": entry["image"], "text": entry["caption"], "right": entry.get("concept_right")}
+            Shown(
+                pictures={entry["image"]: "drawn" if near else "", **near.get(entry["key"], {})},
+                text=entry["caption"],
+                right=entry.get("concept_right"),
+            )
             for entry in verdicts[:SHOWN]
         ]
-        return Findings(metrics=metrics, notes=notes, reference_sha256=reference, shown=shown)
+        digests = {"reference_sha256": reference, "training_sha256": training}
+        return Findings(metrics=metrics, notes=notes, shown=shown, **digests)
 
     def _compare(
         self, setup: Setup, entries: Sequence[Mapping[str, Any]], metrics: dict[str, float | None], notes: list[str]
@@ -238,12 +258,12 @@ class TextToImage(Task[TextToImageOptions]):
         return torch.from_numpy(np.array(fitted).transpose(2, 0, 1).copy())
 
 
-def save(setup: Setup, picture: Picture, key: str) -> str:
-    """Writes a PNG file into the task's folder; gives its name."""
-    setup.folder.mkdir(parents=True, exist_ok=True)
-    with replacing(setup.folder / f"{key}.png") as part:
-        picture.save(part, "png")
-    return f"{key}.png"
+def codes_of(drawn: Drawn) -> list[list[int]]:
+    """The codes `(h, w)` of a drawn picture."""
+    assert drawn.document is not None
+    image = drawn.document.parts[-1]
+    assert isinstance(image, Image)
+    return image.codes.tolist()
 
 
 def open_drawn(setup: Setup, entry: Mapping[str, Any]) -> Picture:
