@@ -36,11 +36,10 @@ OF_CHAMELEON = (
 )
 ADDED = {
     "--stage finetune": "--recipe TUNED",
-    "configs/train/own_pictures.yaml --init_from null": "",
     "lumina-mgpt.yaml": "--model LUMINA --size 64x32",
     "--size 768x512": "--model LUMINA --size 64x32 --prompt 'a red apple' --out sized",
     "configs/data/(conversations|tasks).yaml": OF_CHAMELEON,
-    "import (FILE|Anole|Lumina|vqgan)": "--image_size 64",
+    "import (FILE|Lumina)": "--image_size 64",
     "--config pairs.yaml": "--image_size 16",
     "train_text.yaml": "--vocab_size 400",
     "sample/evaluate.py": "--out out/shared",
@@ -70,7 +69,7 @@ FILLED = {
     ("export", "", "DIR"): "runs/quickstart/export",
     ("prefer", "--prompts", "FILE"): "conversations/drawn.jsonl",
     ("plan", "--config", "FILE"): "configs/train/chameleon_7b.yaml",
-    ("plan of docs/finetune.md", "--config", "FILE"): "configs/train/finetune_chameleon.yaml",
+    ("plan of docs/finetune.md", "--config", "FILE"): "runs/finetune_chameleon/config.yaml",
     ("pretrain", "--config", "FILE"): "configs/train/demo.yaml",
     ("pretrain", "--init_from", "FOLDER"): "runs/quickstart/export",
     ("finetune", "--init_from", "DIR"): "MODEL",
@@ -91,7 +90,7 @@ def arguments_of(shown: Shown, number: int) -> list[str]:
         number: of the command in its story: names the folder of an `--out DIR`.
     """
     words = [*shown.words]
-    command, arguments = known_command(words) or ("", [])
+    command, arguments = ("", []) if "COMMAND" in words else known_command(words) or ("", [])
     head = words[: len(words) - len(arguments)]
     if command and shown.in_text and not arguments and (shown.page, command) not in RUN_BY_NAME:
         return [*head, "--help"]

@@ -102,7 +102,13 @@ STORIES: dict[str, Story] = {
     "docs/tutorial.md": Story(slow=False),
     "docs/api_configs.md": Story(),
     "docs/checkpoints.md": Story(
-        made=(world.own_pictures, world.meta_download, world.other_downloads, world.yaml_of_checkpoints),
+        made=(
+            world.own_pictures,
+            world.meta_download,
+            world.other_downloads,
+            world.yaml_of_checkpoints,
+            world.base_tokens,
+        ),
         links=(("runs/NAME", "runs/quickstart"), ("runs/image_tokenizer", "runs/quickstart/image_tokenizer")),
         first=(r"^mixmodal (import|export) ",),
     ),
@@ -124,7 +130,7 @@ STORIES: dict[str, Story] = {
         made=(world.chameleon, world.conversations),
         first=(
             r"^mixmodal prepare",
-            r"^mixmodal finetune.*(chameleon|lora)",
+            r"configs/train/finetune_",
             r"^mixmodal prefer ",
             r"^mixmodal finetune",
         ),

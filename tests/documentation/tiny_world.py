@@ -47,7 +47,7 @@ def write_recipes(root: Path) -> None:
                     key: value for key, value in SHORT.items() if name == "pretrain" or "eval" not in key
                 }
             if name in recipe.GROUPS_OF_TASKS:
-                settings["tokens"] |= {"num_variants": 1}
+                settings["tokens"] = {"sequence_format": "cm3leon", "num_sentinels": 16}
             if name == "encoder":
                 settings["model"] |= {"vocab_size": 400}
             (root / folder / f"{name}.yaml").write_text(yaml.safe_dump(settings))
@@ -145,6 +145,16 @@ def other_downloads(root: Path) -> None:
     (root / "TinyLlama-1.1B-Chat-v1.0" / "tokenizer.json").write_text(file)
 
 
+def base_tokens(root: Path) -> None:
+    """The sources of configs/train/text_base.yaml, by tokenizers as those of the base that docs/checkpoints.md makes."""
+    images = "runs/quickstart/image_tokenizer/export"
+    main(["import", "TinyLlama-1.1B-Chat-v1.0", "--out", "base", "--image_tokenizer", images])
+    corpora = ["--config", "configs/data/own_pictures.yaml", "--tokens.text_tokenizer", "base/text_tokenizer.json"]
+    for name in ("text", "pairs", "held_out"):
+        main(["prepare", *corpora, "--tokens.num_sentinels", "512", "--out", f"prepared/{name}"])
+        link(root, f"data/tokens/{name}", f"prepared/{name}/tokens")
+
+
 def chameleon(root: Path) -> None:
     """MODEL, an imported Chameleon, which is also models/chameleon_7b."""
     write_download(root / "download", LONG_ENOUGH)
@@ -161,6 +171,9 @@ def conversations(root: Path) -> None:
     (root / "conversations" / "conversations.jsonl").write_text(shown["jsonl"])
     drawn = [line for line in shown["jsonl"].splitlines() if '"a1"' in line or '"a2"' in line]
     (root / "conversations" / "drawn.jsonl").write_text("\n".join(drawn))
+    shutil.copy(root / "conversations" / "drawn.jsonl", root / "held_out.jsonl")
+    for name in ("apple.png", "dark.png"):
+        shutil.copy(root / "conversations" / name, root / name)
     (root / "preferences" / "preferences.jsonl").write_text(shown["pairs"])
     (root / "tasks" / "tasks.jsonl").write_text(shown["json"])
     said = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "An apple."}]
