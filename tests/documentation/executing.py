@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +42,10 @@ ADDED = {
     "configs/data/(conversations|tasks).yaml": OF_CHAMELEON,
     "import (FILE|Lumina)": "--image_size 64",
     "--config pairs.yaml": "--image_size 16",
+    "text_base.yaml --init_from": "--data.seq_len 128 --trainer.micro_batch_size 1 --trainer.global_batch_size 2",
+    "img2dataset.yaml": "--tokens.device cpu",
+    "demo_64px_64.yaml": "--adversarial.start_step 1",
+    "demo_retrieval.yaml": "--data.stages '[{from_step: 1, weights: {pairs: 1.0, twice: 0.15}}]'",
     "train_text.yaml": "--vocab_size 400",
     "sample/evaluate.py": "--out out/shared",
     "sample/classify.py": "--model EXPORT --data PICTURES --classes classes.txt --out out/shared",
@@ -68,7 +73,7 @@ FILLED = {
     ("import", "", "FILE"): "vqgan.ckpt",
     ("export", "", "DIR"): "runs/quickstart/export",
     ("prefer", "--prompts", "FILE"): "conversations/drawn.jsonl",
-    ("plan", "--config", "FILE"): "configs/train/chameleon_7b.yaml",
+    ("plan", "--config", "FILE"): "configs/train/125m.yaml",
     ("plan of docs/finetune.md", "--config", "FILE"): "runs/finetune_chameleon/config.yaml",
     ("pretrain", "--config", "FILE"): "configs/train/demo.yaml",
     ("pretrain", "--init_from", "FOLDER"): "runs/quickstart/export",
@@ -224,6 +229,24 @@ def shorten_quickstart(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(corpus, "find_emoji", find_few)
     monkeypatch.setattr(launching, "launch", run)
+
+
+def bring_the_hub_here(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
+    """Any id of the Hugging Face hub is this model, and what is pushed goes nowhere."""
+    import huggingface_hub
+
+    class Hub:
+        def __init__(self, **_: Any) -> None: ...
+
+        def create_repo(self, repo_id: str, **_: Any) -> Any:
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, folder_path: Path, **_: Any) -> str:
+            assert (Path(folder_path) / "config.json").is_file()
+            return "https://huggingface.co/OWNER/NAME/commit/1"
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(model))
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
 
 
 FEW = ("food & drink", "travel & places")

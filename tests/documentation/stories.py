@@ -100,6 +100,7 @@ STORIES: dict[str, Story] = {
         slow=False,
     ),
     "docs/tutorial.md": Story(slow=False),
+    "docs/api.md": Story(given=lambda root: {"MixedModal": MixedModal}),
     "docs/api_configs.md": Story(),
     "docs/checkpoints.md": Story(
         made=(
@@ -126,6 +127,7 @@ STORIES: dict[str, Story] = {
         ),
     ),
     "docs/evaluation.md": Story(links=(("runs/NAME", "runs/quickstart"),)),
+    "docs/extending.md": Story(),
     "docs/finetune.md": Story(
         made=(world.chameleon, world.conversations),
         first=(
@@ -171,13 +173,7 @@ STORIES: dict[str, Story] = {
         made=(world.prompt_files, world.lumina, world.chameleon, world.conversations, world.conversation_shards),
         links=(("runs/NAME", "runs/quickstart"),),
     ),
-    "configs/tasks": Story(
-        made=(world.conversations,),
-        links=(
-            ("runs/text_tokenizer", "runs/quickstart/text_tokenizer"),
-            ("runs/image_tokenizer", "runs/quickstart/image_tokenizer"),
-        ),
-    ),
+    "configs/tasks": Story(made=(world.chameleon, world.conversations)),
     "configs/tokenizers": Story(
         made=(world.other_downloads,),
         links=(
@@ -188,11 +184,12 @@ STORIES: dict[str, Story] = {
         first=(r"^python benchmarks/",),
     ),
     "configs/train": Story(
-        made=(world.meta_download, world.chameleon, world.conversations, world.shards_of_classes),
+        made=(world.meta_download, world.conversations, world.shards_of_classes),
         links=(
+            ("MODEL", "models/chameleon_7b"),
             ("TOKENS", "runs/quickstart/tokens/train"),
             ("runs/own/tokens", "runs/quickstart/tokens/train"),
-            ("runs/finetune_chameleon/export", "MODEL"),
+            ("runs/finetune_chameleon/export", "models/chameleon_7b"),
         ),
         first=(r"^mixmodal train-encoder", r"^python benchmarks/", r"^mixmodal (prepare|import)"),
     ),

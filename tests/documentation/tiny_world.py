@@ -146,20 +146,21 @@ def other_downloads(root: Path) -> None:
 
 
 def base_tokens(root: Path) -> None:
-    """The sources of configs/train/text_base.yaml, by tokenizers as those of the base that docs/checkpoints.md makes."""
+    """The sources of configs/train/text_base.yaml, by the tokenizers of a base as docs/checkpoints.md makes."""
     images = "runs/quickstart/image_tokenizer/export"
     main(["import", "TinyLlama-1.1B-Chat-v1.0", "--out", "base", "--image_tokenizer", images])
     corpora = ["--config", "configs/data/own_pictures.yaml", "--tokens.text_tokenizer", "base/text_tokenizer.json"]
+    corpora += ["--tokens.num_sentinels", "512", "--tokens.sequence_format", "chameleon"]
     for name in ("text", "pairs", "held_out"):
-        main(["prepare", *corpora, "--tokens.num_sentinels", "512", "--out", f"prepared/{name}"])
+        main(["prepare", *corpora, "--out", f"prepared/{name}"])
         link(root, f"data/tokens/{name}", f"prepared/{name}/tokens")
 
 
 def chameleon(root: Path) -> None:
-    """MODEL, an imported Chameleon, which is also models/chameleon_7b."""
+    """models/chameleon_7b, an imported Chameleon, which is also MODEL."""
     write_download(root / "download", LONG_ENOUGH)
-    main(["import", str(root / "download"), "--out", str(root / "MODEL")])
-    link(root, "models/chameleon_7b", "MODEL")
+    main(["import", "download", "--out", "models/chameleon_7b"])
+    link(root, "MODEL", "models/chameleon_7b")
 
 
 def conversations(root: Path) -> None:
