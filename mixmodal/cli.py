@@ -190,6 +190,8 @@ def _message(error: Exception) -> str:
         return one_line(str(error))
     if isinstance(error, ModuleNotFoundError):
         return f"{one_line(str(error))}; install what is missing with: pip install 'mixmodal[demo]'"
+    if isinstance(error, AssertionError) and "not compiled with CUDA" in str(error):
+        return "the torch that is installed here has no CUDA, which the chosen device needs; choose cpu"
     return f"{type(error).__name__}: {one_line(str(error))} (--debug shows where)"
 
 

@@ -209,6 +209,14 @@ def test_failures_are_one_line_unless_debugged(capsys: pytest.CaptureFixture[str
         call("--out", "x", "--debug", function=fail)
 
 
+def test_a_device_that_torch_was_not_built_for_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(config: OuterConfig) -> None:
+        raise AssertionError("Torch not compiled with CUDA enabled")
+
+    _, line = failure(capsys, "--out", "x", function=fail)
+    assert line.endswith("the torch that is installed here has no CUDA, which the chosen device needs; choose cpu")
+
+
 def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = tmp_path / "no-such-model" / "config.json"
     code, line = failure(capsys, "--out", "x", function=lambda config: missing.read_text())

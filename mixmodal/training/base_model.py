@@ -177,5 +177,8 @@ def fit_to_data(config: TransformerConfig, vocab_size: int, seq_len: int) -> Tra
             f"model.vocab_size is {config.vocab_size}, but the data's vocabulary has {vocab_size} ids; set it to 0"
         )
     if config.max_seq_len < seq_len:
-        raise ValueError(f"model.max_seq_len is {config.max_seq_len}, below data.seq_len {seq_len}; raise it")
+        raise ValueError(
+            f"model.max_seq_len is {config.max_seq_len}, below data.seq_len {seq_len}; lower data.seq_len, or raise "
+            "max_seq_len, which a model of init_from has once and for all"
+        )
     return config

@@ -17,7 +17,8 @@ import pytest
 import synthetic_checkpoints as synthetic
 import torch
 from PIL import Image as PIL
-from test_importing import fails, run, write_download
+from synthetic_download import write_download
+from test_importing import fails, run
 
 import mixmodal
 from mixmodal.document import build_format

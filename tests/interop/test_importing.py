@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import foreign
 import pytest
@@ -14,6 +13,7 @@ import torch
 from chameleon.synthetic_tokens import write_tokenizer
 from PIL import Image as PIL
 from safetensors.torch import load_file, save_file
+from synthetic_download import CODES, write_download
 
 import mixmodal
 from mixmodal.cli import main
@@ -23,22 +23,7 @@ from mixmodal.interop.vqgan import build_vqgan
 from mixmodal.pipeline import MixedModal
 from mixmodal.vocabulary import Vocabulary
 
-CODES = foreign.CODES
 GRID = (4, 4)
-
-
-def write_download(root: Path, size: synthetic.Size = synthetic.SMALL, **tokens: Any) -> synthetic.Size:
-    """A folder as Meta's download: `models/7b`, `tokenizer/text_tokenizer.json`, `vqgan.ckpt` and its YAML."""
-    path = root / "tokenizer" / "text_tokenizer.json"
-    names = write_tokenizer(path, num_codes=CODES, **tokens)
-    if len(names) % size.shards:  # shards have as many rows each
-        names = write_tokenizer(path, num_codes=CODES, num_reserved=4 + size.shards - len(names) % size.shards)
-    size = size._replace(vocab=len(names))
-    synthetic.write_meta(root / "models" / "7b", synthetic.draw_state(size), size)
-    torch.save({"state_dict": foreign.draw_state("taming")}, root / "tokenizer" / "vqgan.ckpt")
-    said = f"model: {{params: {{ddconfig: {{resolution: {foreign.SIZE}}}}}}}"
-    (root / "tokenizer" / "vqgan.yaml").write_text(said)
-    return size
 
 
 def run(*arguments: object) -> None:

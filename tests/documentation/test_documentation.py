@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import re
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
+from documented import PROGRAMS, ROOT, Shown, commands, known_command, words_of
 
 from mixmodal import config as config_module
 from mixmodal.cli import COMMANDS
 from mixmodal.config import UsageError, build_parser, parse
 
-ROOT = Path(__file__).parents[1]
-PAGES = [
-    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY")),
-    *sorted((ROOT / "docs").glob("*.md")),
-]
-PROGRAMS = ("mixmodal", "python", "deepspeed", "torchrun", "make", "pip", "docker")
 STAND_INS = {
     "pretrain": "configs/train/tiny.yaml",
     "finetune": "configs/train/finetune_chameleon.yaml",
@@ -34,8 +27,6 @@ STAND_INS = {
     "evaluate": "configs/sample/evaluate.yaml",
 }
 """What is read where a page says `--config FILE`, a file of the reader's own."""
-LAUNCHER_VALUES = ("--num_gpus", "--hostfile", "--node_rank", "--master_addr", "--master_port", "--nproc_per_node")
-"""Options of launchers that stand before the script and take a value; DeepSpeed and torchrun read them."""
 EXCEPTIONS = {
     "docker build -t mixmodal .": "no docker here: the page says that nobody has run it",
     "docker run --gpus all --ipc host -v '$PWD:/work' mixmodal deepspeed --num_gpus 8 "
@@ -45,89 +36,6 @@ EXCEPTIONS = {
     "--tasks piqa --batch_size 64": "lm_eval's own options",
 }
 """Commands that are not held to a parser, and why."""
-
-
-class Shown(NamedTuple):
-    """A command on a page: where, and its words."""
-
-    page: str
-    line: int
-    words: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        return shlex.join(self.words)
-
-
-def code_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Lines of fenced and indented blocks of a page, or of the comments of a YAML file, with continued ones joined."""
-    fenced, held, begun = False, "", 0
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if path.suffix == ".yaml":
-            code = line[1:] if line.startswith("#") else None
-        elif line.startswith("```"):
-            fenced, code = not fenced, None
-        else:
-            code = line if fenced or line.startswith("    ") else None
-        if code is None:
-            continue
-        begun, held = (begun if held else number), f"{held} {code.strip()}" if held else code.strip()
-        if held.endswith("\\"):
-            held = held[:-1].rstrip()
-            continue
-        yield begun, held
-        held = ""
-
-
-def spans(path: Path) -> Iterator[tuple[int, str]]:
-    """What stands between backticks in the text of a page."""
-    fenced = False
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        fenced ^= line.startswith("```")
-        if not fenced:
-            yield from ((number, code) for code in re.findall(r"`([^`]+)`", line))
-
-
-def words_of(code: str) -> tuple[str, ...] | None:
-    """The words of a command line without variables set before it; None for what is none."""
-    if code.partition(" ")[0].partition("=")[0] not in (*PROGRAMS, "DS_ACCELERATOR"):
-        return None
-    words = shlex.split(code, comments=True)
-    while words and re.match(r"[A-Z_]+=", words[0]):
-        words = words[1:]
-    return tuple(words) if len(words) > 1 else None
-
-
-@cache
-def commands() -> list[Shown]:
-    """All of them, each once; those of running text where they have options or a script."""
-    found: dict[tuple[str, ...], Shown] = {}
-    for path in [*PAGES, *sorted((ROOT / "configs").rglob("*.yaml"))]:
-        name = path.relative_to(ROOT).as_posix()
-        lines = [(number, code, False) for number, code in code_lines(path)]
-        lines += [(number, code, True) for number, code in spans(path)] if path.suffix == ".md" else []
-        for number, code, in_text in lines:
-            words = words_of(code)
-            if words and not (in_text and words[0] != "mixmodal" and len(words) < 3):
-                found.setdefault(words, Shown(name, number, words))
-    return [*found.values()]
-
-
-def known_command(words: Sequence[str]) -> tuple[str, list[str]] | None:
-    """The subcommand that a command line comes to, and its arguments; None for `make`, `pip` and other scripts."""
-    program, *rest = words
-    if program == "mixmodal":
-        return (rest[0], rest[1:]) if rest[0] in COMMANDS else pytest.fail(f"there is no command {rest[0]}")
-    while rest and rest[0].startswith("--"):
-        rest = rest[2:] if rest[0] in LAUNCHER_VALUES else rest[1:]
-    script = ROOT / rest[0]
-    assert script.is_file(), f"there is no script {rest[0]}"
-    if script.parent.name not in ("tokenizers", "train", "sample"):
-        return None
-    names = {name.name for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.ImportFrom)
-             for name in node.names}  # fmt: skip
-    (found,) = [command for command, entry in COMMANDS.items() if {entry.config, entry.function} <= names]
-    return found, rest[1:]
 
 
 def stand_in(command: str, arguments: Sequence[str]) -> list[str]:
