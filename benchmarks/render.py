@@ -46,7 +46,7 @@ TITLES = {
     "data": "Packed rows of a mixture: what they cost and how full they are",
     "decode": "Drawing pictures with guidance: codes a second, against transformers' Chameleon",
     "own_pictures": "A folder of 500 pictures, by the three commands of the tutorial",
-    "evaluation": "The quickstart's model under `mixmodal evaluate`",
+    "evaluation": "The quickstart's model, evaluated by tasks",
     "house": "The package: how it starts, what it weighs, how much of it the tests run",
     "mutations": "Places that were broken: how many the tests noticed",
     "import": "Importing a checkpoint of 7B: seconds and peak of memory",

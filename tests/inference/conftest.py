@@ -12,10 +12,11 @@ from PIL import Image as PIL
 
 from mixmodal.data.shards import PictureFile, Sample, write_shards
 from mixmodal.data.synthetic import synthetic_pairs
-from mixmodal.data.token_shards import build_manifest, write_manifest, write_token_shard
+from mixmodal.data.token_shards import build_manifest, write_token_shard
 from mixmodal.document import Document, Image, Mask, SequenceFormat, Text, build_format
 from mixmodal.evaluation.scenes import write_scenes
 from mixmodal.interop.export import load_export, save_export
+from mixmodal.manifests import write_manifest
 from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.sampling import engine
 from mixmodal.sampling.engine import FREE, Request
