@@ -100,8 +100,7 @@ def read_painting(value: Mapping[str, Any] | None, limits: Limits, size: int) ->
     for layer in value.get("layers") or []:
         if layer is not None:
             painted = layer.convert("RGBA").getchannel("A").point([255 * (alpha > 32) for alpha in range(256)])
-            fitted = painted if painted.size == picture.size else painted.resize(picture.size, Image.Resampling.NEAREST)
-            region.paste(255, mask=fitted)
+            region.paste(255, mask=painted.resize(picture.size, Image.Resampling.NEAREST))
     if region.getbbox() is None:
         raise ValueError("nothing is painted; paint over what is to be drawn anew")
     reduced = reduce_exactly(picture, size)
