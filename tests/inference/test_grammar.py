@@ -1,5 +1,6 @@
 """What may follow is what the sequence format can spell, in every mode and near every limit."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -23,20 +24,7 @@ from mixmodal.vocabulary import Vocabulary, VocabularyConfig
 LENGTH = 6
 
 
-def walk(form: SequenceFormat, output: str, prompts: list[np.ndarray], rooms: list[int], seed: int) -> list[np.ndarray]:
-    """Draws uniformly among the legal ids until every row is done."""
-    generator = torch.Generator().manual_seed(seed)
-    grammar = Grammar(form, output, form.vocabulary.size)
-    state = grammar.start(prompts, rooms)
-    drawn: list[list[int]] = [[] for _ in prompts]
-    while grammar.live(state).any():
-        legal = grammar.legal(state).double() + ~grammar.live(state)[:, None]
-        tokens = torch.multinomial(legal, 1, generator=generator)[:, 0]
-        for row, token in enumerate(tokens.tolist()):
-            if grammar.live(state)[row]:
-                drawn[row].append(token)
-        state = grammar.advance(state, tokens)
-    return [np.array(tokens, dtype=np.int64) for tokens in drawn]
+Walk = Callable[..., list[np.ndarray]]
 
 
 def whole(form: SequenceFormat, *ids: np.ndarray) -> Document:
@@ -46,7 +34,7 @@ def whole(form: SequenceFormat, *ids: np.ndarray) -> Document:
 
 @pytest.mark.parametrize("seed", range(8))
 def test_every_drawn_document_parses_whatever_room_it_has(
-    form: SequenceFormat, prompts: list[np.ndarray], seed: int
+    form: SequenceFormat, prompts: list[np.ndarray], seed: int, walk: Walk
 ) -> None:
     open_prompts = [*prompts, form.spell_prompt(Document([Text("abc")]), None), form.spell_prompt(Document([]), None)]
     rooms = np.random.default_rng(seed).integers(LENGTH + 1, 30, len(open_prompts)).tolist()
@@ -55,7 +43,7 @@ def test_every_drawn_document_parses_whatever_room_it_has(
         whole(form, prompt, ids)
 
 
-def test_mixed_output_reaches_text_images_and_the_end(form: SequenceFormat) -> None:
+def test_mixed_output_reaches_text_images_and_the_end(form: SequenceFormat, walk: Walk) -> None:
     seen = set()
     for seed in range(40):
         (ids,) = walk(form, "mixed", [np.array([0])], [40], seed)
@@ -64,7 +52,7 @@ def test_mixed_output_reaches_text_images_and_the_end(form: SequenceFormat) -> N
     assert {("text", "image"), ("image", "text"), ("image", "image")} <= seen
 
 
-def test_image_output_is_exactly_one_image(form: SequenceFormat, prompts: list[np.ndarray]) -> None:
+def test_image_output_is_exactly_one_image(form: SequenceFormat, prompts: list[np.ndarray], walk: Walk) -> None:
     close = form.blocks["image"].close_id
     closed = form.spell_prompt(Document([Text("abc")]), None)
     for prompt, ids in zip(prompts, walk(form, "image", prompts, [LENGTH + 2] * 4, 0)):
@@ -76,7 +64,9 @@ def test_image_output_is_exactly_one_image(form: SequenceFormat, prompts: list[n
     assert len(ids) == 1 + LENGTH + (close is not None)
 
 
-def test_text_output_is_text_up_to_the_end_or_to_where_a_picture_would_open(form: SequenceFormat, image: Image) -> None:
+def test_text_output_is_text_up_to_the_end_or_to_where_a_picture_would_open(
+    form: SequenceFormat, image: Image, walk: Walk
+) -> None:
     prompt = form.spell_prompt(Document([image]), "text")
     ends = {form.vocabulary.eos, form.blocks["image"].open_id}
     seen = set()
@@ -126,7 +116,7 @@ def test_a_second_break_needs_room_for_text_or_a_picture(form: SequenceFormat, i
     assert legal == ([False] + [True] * 7 if form.text_after_open else [False] * 7 + [True])
 
 
-def test_a_prompt_may_end_inside_an_image(form: SequenceFormat, image: Image) -> None:
+def test_a_prompt_may_end_inside_an_image(form: SequenceFormat, image: Image, walk: Walk) -> None:
     prompt = form.spell_prompt(Document([Text("abc"), image]), None)
     cut = prompt[: len(prompt) - 3 - (form.blocks["image"].close_id is not None)]
     (ids,) = walk(form, "image", [cut], [8], 0)
@@ -134,7 +124,7 @@ def test_a_prompt_may_end_inside_an_image(form: SequenceFormat, image: Image) ->
     assert whole(form, cut, ids).parts[-1].modality == "image"
 
 
-def test_masks_are_read_and_never_written(form: SequenceFormat) -> None:
+def test_masks_are_read_and_never_written(form: SequenceFormat, walk: Walk) -> None:
     (ids,) = walk(form, "image", [form.spell_prompt(Document([Mask(0)]), "image")], [8], 0)
     assert len(ids) >= LENGTH
 
@@ -183,7 +173,7 @@ def test_within_an_image_only_its_codes_may_follow(form: SequenceFormat, prompts
 
 
 @pytest.mark.parametrize("output", ["text", "image", "mixed"])
-def test_the_modality_at_a_node_is_that_of_all_that_may_follow(form: SequenceFormat, output: str) -> None:
+def test_the_modality_at_a_node_is_that_of_all_that_may_follow(form: SequenceFormat, output: str, walk: Walk) -> None:
     grammar, codes = Grammar(form, output, form.vocabulary.size), set(form.vocabulary.ids("image"))
     seen, prompt = set(), form.spell_prompt(Document([Text("abc")]), "text")
     for seed in range(20):
@@ -203,7 +193,7 @@ class Sound(Coded):
     modality = "sound"
 
 
-def test_a_further_coded_modality_needs_no_code_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_further_coded_modality_needs_no_code_here(monkeypatch: pytest.MonkeyPatch, walk: Walk) -> None:
     monkeypatch.setitem(PART_TYPES, "sound", Sound)
     sizes = VocabularyConfig(codebook_sizes={"image": 8, "sound": 5}, num_text_pieces=4, num_sentinels=2)
     form = build_format("cm3leon", Vocabulary(sizes), {"image": (2, 2), "sound": (3,)})

@@ -56,26 +56,12 @@ def legal(form: LuminaFormat, prompt: np.ndarray, room: int, output: str = "mixe
     return set(grammar.legal(grammar.start([prompt], [room]))[0].nonzero()[:, 0].tolist())
 
 
-def walk(form: LuminaFormat, output: str, prompts: list[np.ndarray], rooms: list[int], seed: int) -> list[np.ndarray]:
-    """Draws uniformly among the legal ids until every row is done."""
-    generator = torch.Generator().manual_seed(seed)
-    grammar = Grammar(form, output, form.vocabulary.size)
-    state = grammar.start(prompts, rooms)
-    drawn: list[list[int]] = [[] for _ in prompts]
-    while grammar.live(state).any():
-        weights = grammar.legal(state).double() + ~grammar.live(state)[:, None]
-        assert (weights.sum(dim=1) > 0).all()
-        tokens = torch.multinomial(weights, 1, generator=generator)[:, 0]
-        for row, token in enumerate(tokens.tolist()):
-            if grammar.live(state)[row]:
-                drawn[row].append(token)
-        state = grammar.advance(state, tokens)
-    return [np.array(tokens, dtype=np.int64) for tokens in drawn]
+Walk = Callable[..., list[np.ndarray]]
 
 
 @pytest.mark.parametrize("seed", range(12))
 def test_every_drawn_document_parses_whatever_room_it_has(
-    form: LuminaFormat, prompts: list[np.ndarray], seed: int
+    form: LuminaFormat, prompts: list[np.ndarray], seed: int, walk: Walk
 ) -> None:
     rng, least = np.random.default_rng(seed), [5, 9, 4, 7]
     open_prompts = [*prompts, form.spell_prompt(Document([Text("abc")]), None), np.array([0])]
@@ -86,7 +72,7 @@ def test_every_drawn_document_parses_whatever_room_it_has(
         form.parse(np.concatenate([prompt, ids, end]))
 
 
-def test_every_size_is_drawn_and_an_image_is_all_there_is(form: LuminaFormat) -> None:
+def test_every_size_is_drawn_and_an_image_is_all_there_is(form: LuminaFormat, walk: Walk) -> None:
     prompt, seen = form.spell_prompt(Document([Text("abc")]), "image"), set()
     for seed in range(60):
         (ids,) = walk(form, "image", [prompt], [11], seed)

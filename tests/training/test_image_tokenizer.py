@@ -58,18 +58,8 @@ def build_config(folder: Path, quantizer: QuantizerConfig = FSQ, **options) -> I
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory, write_shape_shards: WriteShards) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    write_shape_shards(folder / "train", 200, size=16)
-    write_shape_shards(folder / "held_out", 40, size=16, seed=1)
-    return folder
-
-
-@pytest.fixture
-def folder(shards: Path, tmp_path: Path) -> Path:
-    for name in ("train", "held_out"):
-        (tmp_path / name).symlink_to(shards / name)
-    return tmp_path
+def shards(write_splits: Callable[[int, int], Path]) -> Path:
+    return write_splits(200, 40)
 
 
 def build_batch(pixels: torch.Tensor) -> PictureBatch:
