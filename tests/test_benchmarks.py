@@ -18,6 +18,12 @@ ROOT = Path(__file__).parents[1]
 Load = Callable[[str], ModuleType]
 
 
+@pytest.fixture(autouse=True)
+def among_the_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They import each other."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
 def test_the_page_of_results_is_that_of_the_recorded_lines(load: Load) -> None:
     render = load("render")
     assert render.PAGE.read_text() == render.render(render.read_lines()), "run: python benchmarks/render.py"
@@ -37,7 +43,7 @@ def test_a_line_says_all_that_is_needed_and_the_newest_is_shown(
     assert {"commit", "command", "device", "versions", "config", "repeats", "median"} <= set(line)
     page = render.render(render.read_lines(tmp_path))
     assert "| ours | CPU | 40 | tokens/s | 3 | 1 |" in page.splitlines()
-    (note,) = [row for row in page.splitlines() if row.startswith("1. ")]
+    (note,) = [row for row in page.splitlines() if row.startswith("1. `python")]
     assert "decode.py --turns 3`" in note
     assert {line["device"], f"commit {line['commit'][:9]}"} <= set(note.split("; "))
 
@@ -101,10 +107,7 @@ def test_commit_is_unknown_outside_a_clone(tmp_path: Path, monkeypatch: pytest.M
     assert environment.commit() == "a" * 40
 
 
-def test_floors_hold_for_the_better_direction_and_not_without_a_figure(
-    load: Load, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+def test_bars_of_a_run_are_judged_and_undecided_without_a_figure(load: Load) -> None:
     record = load("record_quickstart")
     summary = {
         "seconds": 600.0,
@@ -112,11 +115,13 @@ def test_floors_hold_for_the_better_direction_and_not_without_a_figure(
         "classification": {"image_given_text_heldout": 0.2, "text_given_image_heldout": 0.35},
         "text_to_image": {"concept_accuracy_heldout": None},
     }
-    lines = {line.split()[0]: line for line in record.floor_lines(record.read_figures(summary))}
-    assert len(lines) == 10
-    met = [name for name, line in lines.items() if not line.endswith("NOT met")]
-    assert met == ["tokenizer.psnr_heldout", "classification.image_given_text_heldout"]
-    assert "none" in lines["text_to_image.concept_accuracy_heldout"]
+    lines = [*record.bar_lines(record.read_figures(summary))]
+    assert len(lines) == 11
+    (slow,) = [line for line in lines if line.endswith("not met")]
+    assert slow.split()[:4] == ["the", "whole", "run", "600"]
+    met = [line for line in lines if line.endswith(" met") and line != slow]
+    assert ["19" in met[0], "nine other concepts" in met[1], len(met)] == [True, True, 2]
+    assert "none" in next(line for line in lines if "held-out pairs, right concept" in line)
 
 
 def test_random_documents_have_the_sizes_of_the_packaged_recipe(load: Load) -> None:
@@ -176,7 +181,6 @@ def test_the_sheet_of_edits_shows_what_was_given_beside_what_was_drawn(load: Loa
 
 @pytest.fixture
 def compare(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     module = load("compare_image_tokenizers")
     monkeypatch.setattr(module, "RUNS", tmp_path)
     return module
@@ -251,7 +255,6 @@ def test_arms_are_recorded_as_they_were_trained(compare: ModuleType, monkeypatch
 def test_image_tokenizers_that_are_timed_hold_the_same_weights(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     measure, found = load("measure_image_tokenizer"), {}
     monkeypatch.setattr(measure, "record", lambda name, subject, values, *_: found.update({subject: values}))
     options = argparse.Namespace(repeats=2, image_size=32, channels=32, batch_size=2)
@@ -265,7 +268,6 @@ def test_image_tokenizers_that_are_timed_hold_the_same_weights(load: Load, monke
 def test_vectors_of_a_measured_memory_lie_in_clusters(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     measure = load("memory_search")
     contents = [(0, number) for number in range(200)]
     vectors = measure.draw_vectors(contents, 2, 512)
@@ -282,7 +284,6 @@ def test_vectors_of_a_measured_memory_lie_in_clusters(load: Load, monkeypatch: p
 
 @pytest.fixture
 def throughput(load: Load, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return load("train_throughput")
 
 
@@ -290,7 +291,6 @@ def throughput(load: Load, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_processes_that_share_a_batch_are_compared_with_one(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     ranks, record = load("measure_ranks"), sys.modules["record"]
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(ranks, "RANKS", (2,))
