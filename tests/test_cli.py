@@ -139,7 +139,7 @@ def test_deepspeed_is_the_trainers_file(tmp_path: Path) -> None:
     required = ["--trainer.run_dir", "r", "--trainer.max_steps", "1", "--trainer.micro_batch_size", "1"]
     for kind, data in (
         (PretrainConfig, ["--data.tokens=d", "--data.seq_len=8"]),
-        (ImageTokenizerTrainingConfig, ["--data.train=[d]", "--tokenizer.image_size=32"]),
+        (ImageTokenizerTrainingConfig, ["--data.train=[d]", "--tokenizer.quantizer.levels=[8,5,5]"]),
     ):
         arguments = [*data, *required]
         for given in (["--deepspeed", "z.json"], ["--deepspeed=z.json"], ["--trainer.deepspeed", "z.json"]):
