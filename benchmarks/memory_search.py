@@ -116,14 +116,11 @@ def measure(options: argparse.Namespace, folder: Path) -> None:
     queries = embed([(1, n) for n in range(options.queries)])
     exact = in_process(query, folder, queries, 1).numbers
     for kind in options.kinds:
-        config = IndexConfig(
-            kind=kind,
-            num_threads=options.link_threads,
-            hnsw_search_width=options.width,
-            ivf_probes=options.probes,
-            ivf_rerank=options.rerank,
-            seed=1,
-        )
+        searched = {
+            "hnsw": {"hnsw_search_width": options.width},
+            "ivf_pq": {"ivf_probes": options.probes, "ivf_rerank": options.rerank},
+        }
+        config = IndexConfig(kind=kind, num_threads=options.link_threads, seed=1, **searched.get(kind, {}))
         seconds, peak = in_process(build, folder, options.documents, options.dim, config)
         found = in_process(query, folder, queries, options.repeats)
         settings = {**shape, **vars(config), "queries": options.queries, "threads": num_cores()}

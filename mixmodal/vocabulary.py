@@ -95,7 +95,7 @@ class Vocabulary:
     def named(self, name: str) -> range:
         """Ids of a range, or the one id of a control token: `bos`, `pad`, `eos`, `unk`, `end_of_span`, `break` or
         `end_of_turn`."""
-        tokens = {name: getattr(self, name) for name in ("bos", "pad", "eos", "unk", "end_of_span", "end_of_turn")}
+        tokens = {one: getattr(self, one) for one in ("bos", "pad", "eos", "unk", "end_of_span", "end_of_turn")}
         tokens["break"] = self.break_
         if name in self._ranges:
             return self._ranges[name]

@@ -213,14 +213,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         if isinstance(found, dict) and isinstance(found.get(name), Mapping):
             found = found[name]
             break
-    tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor)} if _maps(found) else {}
+    named = found if isinstance(found, Mapping) else {}
+    tensors = {str(key): value for key, value in named.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"{path} holds no named tensors, neither alone nor under {', '.join(CONTAINERS)}")
     return tensors
-
-
-def _maps(value: Any) -> bool:
-    return isinstance(value, Mapping)
 
 
 def write_weights(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> int:

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 from itertools import islice
 
-from mixmodal.data.packing import Batch, Sample, build_batch, pack
+from mixmodal.data.packing import Batch, TrainingDocument, build_batch, pack
 from mixmodal.data.pipeline import DataConfig
 from mixmodal.data.source import Documents, loss_of
 from mixmodal.objectives.causal_masked import CausalMasked
@@ -34,16 +34,16 @@ def held_out_batches(
     vocabulary = objective.vocabulary
     too_long: list[str] = []
 
-    def samples() -> Iterator[Sample]:
+    def stored() -> Iterator[TrainingDocument]:
         for index in range(len(documents)):
             ids = documents[index]
             if len(ids) > config.seq_len:
                 too_long.append(documents.keys[index])
             else:
                 weights, loss = objective.weigh(ids), loss_of(documents, index)
-                yield Sample(documents.keys[index], ids, weights if loss is None else weights * loss)
+                yield TrainingDocument(documents.keys[index], ids, weights if loss is None else weights * loss)
 
-    rows = pack(samples(), config.seq_len)
+    rows = pack(stored(), config.seq_len)
     while chunk := list(islice(rows, micro_batch_size * world_size)):
         own = chunk[rank * micro_batch_size : (rank + 1) * micro_batch_size]
         own += [[] for _ in range(micro_batch_size - len(own))]

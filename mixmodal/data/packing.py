@@ -12,7 +12,7 @@ from torch import Tensor
 from mixmodal.document import SequenceError
 
 
-class Sample(NamedTuple):
+class TrainingDocument(NamedTuple):
     """One document as it is trained on.
 
     Args:
@@ -61,31 +61,31 @@ class Batch(NamedTuple):
         return (self.segment_ids != 0).sum()
 
 
-def pack(samples: Iterable[Sample], seq_len: int) -> Iterator[list[Sample]]:
-    """Fills rows of `seq_len` tokens in the order given (next fit): a row ends where the next sample does not fit.
+def pack(documents: Iterable[TrainingDocument], seq_len: int) -> Iterator[list[TrainingDocument]]:
+    """Fills rows of `seq_len` tokens in the order given (next fit): a row ends where the next document does not fit.
 
     Raises:
-        ValueError: for a sample of more than `seq_len` tokens.
+        ValueError: for a document of more than `seq_len` tokens.
     """
-    row: list[Sample] = []
+    row: list[TrainingDocument] = []
     used = 0
-    for sample in samples:
-        if len(sample.ids) > seq_len:
-            raise ValueError(f"document {sample.key}: {len(sample.ids)} tokens do not fit a row of {seq_len}")
-        if row and used + len(sample.ids) > seq_len:
+    for document in documents:
+        if len(document.ids) > seq_len:
+            raise ValueError(f"document {document.key}: {len(document.ids)} tokens do not fit a row of {seq_len}")
+        if row and used + len(document.ids) > seq_len:
             yield row
             row, used = [], 0
-        row.append(sample)
-        used += len(sample.ids)
+        row.append(document)
+        used += len(document.ids)
     if row:
         yield row
 
 
-def build_batch(rows: Sequence[Sequence[Sample]], seq_len: int, pad: int) -> Batch:
-    """Rows of samples to tensors.
+def build_batch(rows: Sequence[Sequence[TrainingDocument]], seq_len: int, pad: int) -> Batch:
+    """Rows of documents to tensors.
 
     Args:
-        rows: the samples of each row, at most `seq_len` tokens together; a row may be empty.
+        rows: the documents of each row, at most `seq_len` tokens together; a row may be empty.
         seq_len: T.
         pad: id of `<pad>`.
     """
@@ -97,16 +97,16 @@ def build_batch(rows: Sequence[Sequence[Sample]], seq_len: int, pad: int) -> Bat
     ramp = np.arange(seq_len)
     for index, row in enumerate(rows):
         start = 0
-        for segment, sample in enumerate(row, start=1):
-            stop = start + len(sample.ids)
-            tokens[index, start:stop] = sample.ids
+        for segment, document in enumerate(row, start=1):
+            stop = start + len(document.ids)
+            tokens[index, start:stop] = document.ids
             positions[index, start:stop] = ramp[: stop - start]
             segment_ids[index, start:stop] = segment
-            loss_weights[index, start:stop] = sample.loss_weights
+            loss_weights[index, start:stop] = document.loss_weights
             loss_weights[index, start] = 0  # nothing of this document stands before its first token
             start = stop
     arrays = (tokens, positions, segment_ids, loss_weights)
-    return Batch(*map(torch.from_numpy, arrays), keys=[[sample.key for sample in row] for row in rows])
+    return Batch(*map(torch.from_numpy, arrays), keys=[[document.key for document in row] for row in rows])
 
 
 def split_pairs(batch: Batch, bos: int) -> Batch:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from mixmodal.data.balance import build_mixture, build_sources, check_balance, weights_of
 from mixmodal.data.mixture import ShareLimits, StageConfig, check_mixture, weights_at
-from mixmodal.data.packing import Batch, Sample, build_batch
+from mixmodal.data.packing import Batch, TrainingDocument, build_batch
 from mixmodal.data.retrieved import NOTHING, DrawnDocuments, Retrieval, RetrievalConfig, check_retrieval, open_retrieval
 from mixmodal.data.source import (
     PLAIN,
@@ -218,7 +218,7 @@ class PackedDocuments:
         self.micro_batch_size, self.grad_accum_steps = micro_batch_size, grad_accum_steps
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self._pending: list[_Drawn] = []  # in the order drawn; the first of them begins the next row
-        self._rows: list[list[Sample]] = []  # this rank's rows of a step that has begun
+        self._rows: list[list[TrainingDocument]] = []  # this rank's rows of a step that has begun
         self._micro_batch = 0
         self._step = 0
         self._step_start = self._place()
@@ -334,9 +334,9 @@ class PackedDocuments:
         self._step += 1
         self._step_start = self._place()
 
-    def _next_row(self, is_own: bool) -> list[Sample]:
-        """The samples of the next row, or none of them where it is another rank's."""
-        row: list[Sample] = []
+    def _next_row(self, is_own: bool) -> list[TrainingDocument]:
+        """The documents of the next row, or none of them where it is another rank's."""
+        row: list[TrainingDocument] = []
         room, passed = self.config.seq_len, 0
         while passed <= self.config.lookahead:
             if passed == len(self._pending):
@@ -349,7 +349,7 @@ class PackedDocuments:
             room -= drawn.length
             drawn.source.use(drawn.length, drawn.retrieved)
             if is_own:
-                row.append(self._sample(drawn))
+                row.append(self._vary(drawn))
         return row
 
     def _draw(self) -> _Drawn:
@@ -368,7 +368,7 @@ class PackedDocuments:
             raise _bad_document(source, document, error) from error
         return _Drawn(source, epoch, document, length, randomness, retrieved)
 
-    def _sample(self, drawn: _Drawn) -> Sample:
+    def _vary(self, drawn: _Drawn) -> TrainingDocument:
         source = drawn.source
         key = source.documents.keys[drawn.document]
         key = f"{source.origin}:{key}" if source.origin else key
@@ -376,12 +376,12 @@ class PackedDocuments:
         try:
             own = drawn.randomness.of(drawn.document)
             loss = loss_of(source.documents, drawn.document) if self.config.loss_on == "flagged" else None
-            sample = self._variations[source.name].vary(key, source.documents[drawn.document], own, before, loss)
-            if len(sample.ids) > drawn.length:
+            document = self._variations[source.name].vary(key, source.documents[drawn.document], own, before, loss)
+            if len(document.ids) > drawn.length:
                 raise SequenceError("it is not spelled as this version spells it")
         except SequenceError as error:
             raise _bad_document(source, drawn.document, error) from error
-        return sample
+        return document
 
 
 def _bad_document(source: Source, document: int, error: SequenceError) -> SequenceError:

@@ -167,9 +167,11 @@ def _write_shard(samples: Iterator[Sample], path: Path) -> int:
                     raise ValueError(f"{path}: the key {sample.key!r} comes twice; keys of a shard must differ")
                 writer.write(_members(sample))
                 keys.add(sample.key)
-    except OSError:  # a full disk, say: what is there has no proper end
+    except OSError as error:  # a full disk, say, which names no file: what is there has no proper end
         part.unlink(missing_ok=True)
-        raise
+        if error.filename:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         if keys and part.exists():
             os.replace(part, path)
@@ -299,11 +301,7 @@ def _has_end(path: Path) -> bool:
 
 
 def _check_index(path: Path, found: int, counter: SkipCounter) -> None:
-    """Compares with the index of the folder, where there is one that lists the shard.
-
-    Raises:
-        ValueError: naming the index, where it is none.
-    """
+    """Compares with the index of the folder, where one lists the shard; a ValueError names it where it is none."""
     index = path.parent / INDEX_NAME
     if not index.is_file():
         return

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from mixmodal.data.packing import Sample
+from mixmodal.data.packing import TrainingDocument
 from mixmodal.data.source import Documents, LossDocuments, Randomness, Source
 from mixmodal.document import Run, SequenceFormat
 from mixmodal.objectives.causal_masked import TOKENS_PER_MASK, CausalMasked
@@ -125,7 +125,7 @@ class Variation:
         rng: np.random.Generator,
         before: Sequence[np.ndarray] = (),
         loss: np.ndarray | None = None,
-    ) -> Sample:
+    ) -> TrainingDocument:
         """Drops the caption, or changes the order and draws masks.
 
         Args:
@@ -149,8 +149,8 @@ class Variation:
         chain = self.sequence_format.chain([*before, ids]) if before else ids
         if masked:
             weights = self.objective.weigh(chain)
-            return Sample(key, chain, weights if factors is None else weights * factors)
-        return Sample(key, *self.objective.apply(chain, rng, self.seq_len, factors))
+            return TrainingDocument(key, chain, weights if factors is None else weights * factors)
+        return TrainingDocument(key, *self.objective.apply(chain, rng, self.seq_len, factors))
 
     def _draws_order(self, rng: np.random.Generator) -> tuple[bool, bool]:
         """Whether the caption is dropped and whether a pair is turned round."""

@@ -19,7 +19,7 @@ import numpy as np
 
 from mixmodal import manifests
 from mixmodal.files import replacing, sha256_of
-from mixmodal.manifests import MANIFEST_NAME, check_file
+from mixmodal.manifests import MANIFEST_NAME, check_file, reading
 from mixmodal.ragged import map_npy
 from mixmodal.retrieval.memory import Memory
 from mixmodal.retrieval.parts import PartsWriter
@@ -27,6 +27,7 @@ from mixmodal.retrieval.selection import Candidates
 
 FORMAT_VERSION = 1
 REMEDY = "retrieve again"
+WHAT = "candidates"
 KEYS = (
     "memory_digest",
     "tokens_digest",
@@ -103,15 +104,16 @@ def open_candidates(folder: Path | str, *, memory: Memory, tokens_digest: str) -
                 f"{path}: {key} is {manifest[key][:12]}..., not {own[:12]}...: the candidates were found {what}; "
                 f"{REMEDY}"
             )
-    found = sum(part["documents"] for part in manifest["parts"])
-    if found != manifest["num_documents"]:
-        raise ValueError(
-            f"{path}: it has candidates of {found} of {manifest['num_documents']} documents, so the job broke off; "
-            f"{REMEDY}, which goes on there"
-        )
-    for part in manifest["parts"]:
-        check_part(folder, part)
-    return CandidateStore(folder, manifest)
+    with reading(path, WHAT, REMEDY):
+        found = sum(part["documents"] for part in manifest["parts"])
+        if found != manifest["num_documents"]:
+            raise ValueError(
+                f"{path}: it has candidates of {found} of {manifest['num_documents']} documents, so the job broke off; "
+                f"{REMEDY}, which goes on there"
+            )
+        for part in manifest["parts"]:
+            check_part(folder, part)
+        return CandidateStore(folder, manifest)
 
 
 class CandidateWriter(PartsWriter):
@@ -165,7 +167,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming it, where it is missing or something else.
     """
-    return manifests.read_manifest(folder, "candidates", version=FORMAT_VERSION, keys=KEYS, remedy=REMEDY)
+    return manifests.read_manifest(folder, WHAT, version=FORMAT_VERSION, keys=KEYS, remedy=REMEDY)
 
 
 def check_part(folder: Path, part: Mapping[str, Any]) -> None:

@@ -26,6 +26,8 @@ MAX_FLAT, MAX_HNSW = 100_000, 5_000_000
 """Documents up to which `auto` takes these kinds."""
 NUM_CENTROIDS = 256
 """Of each byte of a product quantizer, so also the least number of vectors that it can learn from."""
+OWNERS = {"hnsw": "hnsw", "ivf": "ivf_pq", "pq": "ivf_pq"}
+"""Kinds by how the names of their options begin."""
 VECTORS_PER_LIST = 39
 """Least number of training vectors for a list, as faiss advises."""
 
@@ -65,6 +67,11 @@ class IndexConfig:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"index.kind is {self.kind!r}; choose one of {', '.join(KINDS)}")
+        if self.kind != "auto":
+            for name in vars(self):
+                owner = OWNERS.get(name.partition("_")[0], self.kind)
+                if owner != self.kind and getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                    raise ValueError(f"index.{name} can not act where index.kind is {self.kind}; leave it out")
         for name, value in vars(self).items():
             least = {"seed": 0, "hnsw_links": 2, "max_train_vectors": NUM_CENTROIDS}.get(name, 1)
             if name != "kind" and value is not None and value < least:

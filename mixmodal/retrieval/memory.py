@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mixmodal import manifests
-from mixmodal.manifests import MANIFEST_NAME, check_file
+from mixmodal.manifests import MANIFEST_NAME, check_file, reading
 from mixmodal.ragged import RaggedArray, RaggedShard, Strings, map_npy
 from mixmodal.retrieval.index import check_fits, read_index, search_index
 
@@ -42,6 +42,7 @@ TOKEN_KEYS = (
 """What the section `tokens` of the manifest holds, as in the manifest of token shards."""
 HAS_TEXT, HAS_IMAGE = 1, 2
 REMEDY = "index again"
+WHAT = "a memory"
 UNIT_TOLERANCE = 1e-3
 """How far from 1 the length of a vector may be; those of float32 are within 1e-6, those of float16 within 1e-3."""
 
@@ -260,6 +261,13 @@ def open_memory(
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
+    with reading(folder / MANIFEST_NAME, WHAT, REMEDY):
+        return _open(folder, manifest, encoder_identity, verify, mapped, searched)
+
+
+def _open(
+    folder: Path, manifest: dict[str, Any], encoder_identity: str | None, verify: bool, mapped: bool, searched: bool
+) -> Memory:
     path = folder / MANIFEST_NAME
     if encoder_identity is not None:
         check_encoder(path, manifest, encoder_identity)
@@ -289,8 +297,9 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: naming it, where it is missing or something else.
     """
-    manifest = manifests.read_manifest(folder, "a memory", version=FORMAT_VERSION, keys=KEYS, remedy=REMEDY)
-    missing = sorted(set(TOKEN_KEYS) - set(manifest["tokens"]))
+    manifest = manifests.read_manifest(folder, WHAT, version=FORMAT_VERSION, keys=KEYS, remedy=REMEDY)
+    with reading(folder / MANIFEST_NAME, WHAT, REMEDY):
+        missing = sorted(set(TOKEN_KEYS) - set(manifest["tokens"]))
     if missing:
         raise ValueError(f"{folder / MANIFEST_NAME}: the key tokens.{missing[0]} is missing; {REMEDY}")
     return manifest

@@ -19,7 +19,7 @@ from mixmodal.training.engine import init_distributed
 from mixmodal.training.metrics import MetricSums
 from mixmodal.training.precision import autocast, weight_dtype
 from mixmodal.training.pretrain import ModelLosses, PretrainConfig, PretrainTask, mean_norm
-from mixmodal.training.reference import PairBatch, Reference, load_reference, model_digest
+from mixmodal.training.reference import AnswerBatch, Reference, load_reference, model_digest
 from mixmodal.training.task import to_device
 
 REFERENCE_FILE = "reference.safetensors"
@@ -45,7 +45,7 @@ class PreferenceTuningConfig(PreferenceConfig):
             raise ValueError(f"preference: reference_file is {self.reference_file}; its name must end in .safetensors")
 
 
-class PairLoader:
+class AnswerLoader:
     """Micro-batches of pairs with their reference, from rows that have each pair as one document.
 
     Args:
@@ -59,10 +59,10 @@ class PairLoader:
         self._rows, self._bos, self._reference = rows, bos, reference
         self._model_sha256 = model_sha256
 
-    def __iter__(self) -> Iterator[PairBatch]:
+    def __iter__(self) -> Iterator[AnswerBatch]:
         return self
 
-    def __next__(self) -> PairBatch:
+    def __next__(self) -> AnswerBatch:
         return self._reference.attach(split_pairs(next(self._rows), self._bos))
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class PreferenceTask(PretrainTask):
         device, precision = init_distributed().device, self.config.trainer.precision
         model = super().build_model().to(device, weight_dtype(precision)).eval()
         for batch in self._stored(shards, rank, world_size):
-            blank = PairBatch(batch, torch.zeros(len(batch.keys), 2 * max([1, *map(len, batch.keys)])))
+            blank = AnswerBatch(batch, torch.zeros(len(batch.keys), 2 * max([1, *map(len, batch.keys)])))
             with torch.no_grad(), autocast(precision, device.type):
                 _, (_, logps), _ = self._call_pairs(model, to_device(blank, device))
             yield batch.keys, logps
@@ -142,14 +142,14 @@ class PreferenceTask(PretrainTask):
         )
         return (split_pairs(batch, self.vocabulary.bos) for batch in batches)
 
-    # training; a batch is a `PairBatch`
+    # training; a batch is a `AnswerBatch`
 
     def build_loader(self, micro_batch_size: int, grad_accum_steps: int, rank: int, world_size: int) -> Any:
         rows = super().build_loader(micro_batch_size, grad_accum_steps, rank, world_size)
         if self._reference is None:
             self._load_reference()
         assert self._reference
-        return PairLoader(rows, self.vocabulary.bos, self._reference, self._model_sha256)
+        return AnswerLoader(rows, self.vocabulary.bos, self._reference, self._model_sha256)
 
     def batch_weight(self, batch: Any) -> Tensor:
         return batch.pairs.exist.sum()
@@ -171,7 +171,7 @@ class PreferenceTask(PretrainTask):
             metrics["output_norm"] = mean_norm(hidden, batch.rows.segment_ids)
         return ModelLosses(reduced[0], metrics)
 
-    def _call_pairs(self, model: nn.Module, batch: PairBatch) -> tuple[PreferenceLoss, Reduced, Tensor]:
+    def _call_pairs(self, model: nn.Module, batch: AnswerBatch) -> tuple[PreferenceLoss, Reduced, Tensor]:
         rows = batch.rows
         loss = PreferenceLoss(batch.pairs, self.vocabulary, self.preference, chunk_elements=self.chunk_elements)
         reduced, hidden = model(rows.tokens, rows.positions, rows.segment_ids, return_hidden=True, reduce=loss)

@@ -28,7 +28,7 @@ Score = Callable[[TokenShards, int, int], Iterable[tuple[list[list[str]], Tensor
 """Keys of the pairs of each row, and log-probabilities `(B, S)` of their answers, for one rank's part of the shards."""
 
 
-class PairBatch(NamedTuple):
+class AnswerBatch(NamedTuple):
     """Rows of pairs, and what the reference thinks of them.
 
     Args:
@@ -59,7 +59,7 @@ class Reference:
         self._values = {name: value.numpy() for name, value in values.items()}
         self._rows = {name: number_keys(found) for name, found in shards.items()}
 
-    def attach(self, rows: Batch, name: str | None = None) -> PairBatch:
+    def attach(self, rows: Batch, name: str | None = None) -> AnswerBatch:
         """A batch with its reference.
 
         Args:
@@ -72,7 +72,7 @@ class Reference:
             for number, key in enumerate(keys):
                 folder, own = (name, key) if name is not None else self._place(key)
                 found[row, 2 * number : 2 * number + 2] = self._values[folder][self._rows[folder][own]]
-        return PairBatch(rows, torch.from_numpy(found))
+        return AnswerBatch(rows, torch.from_numpy(found))
 
     def _place(self, key: str) -> tuple[str, str]:
         folder, _, own = key.partition(":")

@@ -1,16 +1,22 @@
 """Small pictures, shards and tokenizers that the tests of this folder share."""
 
 import io
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from mixmodal.data.corpora import PrepareConfig, prepare
 from mixmodal.data.pretokenize import PretokenizeConfig, Pretokenizer
-from mixmodal.data.shards import PictureFile, Sample, write_shards
+from mixmodal.data.shards import PictureFile, Sample, read_samples, write_shards
 from mixmodal.data.skipping import SampleLimits
 from mixmodal.retrieval.encoder import combine, normalise
+from mixmodal.tokenization.autoencoder import AutoencoderConfig
+from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
+from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.tokenization.text import TextTokenizer, train_text_tokenizer
 
 
@@ -24,6 +30,50 @@ def build_picture():
         return PictureFile(stream.getvalue(), "png", f"picture {seed}")
 
     return build
+
+
+@pytest.fixture(scope="session")
+def shape_shards(tmp_path_factory, write_shape_shards):
+    """Eleven pictures of shapes of 16 x 16 pixels with captions, in shards of four."""
+    folder = tmp_path_factory.mktemp("shapes")
+    write_shape_shards(folder, 11, size=16, shard_size=4)
+    return folder
+
+
+class Prepared(NamedTuple):
+    report: dict[str, Any]
+    samples: list[Sample]
+    path: Path
+
+
+@pytest.fixture
+def prepare_file(tmp_path, build_picture):
+    """Prepares a corpus in a file, beside which the pictures a.png and b.png lie; all its samples may be bad."""
+    for number, name in enumerate("ab"):
+        (tmp_path / f"{name}.png").write_bytes(build_picture(number).data)
+
+    def prepare_file(corpus, **options):
+        limits = SampleLimits(max_skipped_share=1.0)
+        config = PrepareConfig(corpora=(corpus,), out=tmp_path / "out", limits=limits, **options)
+        return Prepared(prepare(config), list(read_samples(config.out / "shards")), corpus.path)
+
+    return prepare_file
+
+
+@pytest.fixture
+def save_image_tokenizer():
+    """A function of (folder, image_size): saves a small image tokenizer of 16 codes, untrained, and gives it."""
+
+    def save(folder, image_size):
+        torch.manual_seed(0)
+        autoencoder = AutoencoderConfig(channels=8, channel_multipliers=(1, 1), norm_groups=4, mid_blocks=())
+        quantizer = QuantizerConfig(kind="fsq", levels=(4, 4))
+        config = ImageTokenizerConfig(image_size=image_size, autoencoder=autoencoder, quantizer=quantizer)
+        tokenizer = ImageTokenizer(config)
+        tokenizer.save(folder)
+        return tokenizer
+
+    return save
 
 
 class BrightnessTokenizer:

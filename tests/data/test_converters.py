@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from mixmodal.data.conversations import Message
 from mixmodal.data.corpora import CorpusConfig, CorpusKind, PrepareConfig, prepare
-from mixmodal.data.shards import PictureFile, Sample, read_samples
-from mixmodal.data.skipping import SampleLimits
+from mixmodal.data.shards import PictureFile, Sample
 
 EDIT = (Message("user", (False, False)), Message("assistant", (True,)))
 ASKED = {"from": "human", "value": "<image>"}
@@ -30,31 +29,17 @@ GOOD = {
 Row = dict[str, Any]
 
 
-class Prepared(NamedTuple):
-    report: dict[str, Any]
-    samples: list[Sample]
-    path: Path
-
-
-Build = Callable[..., Prepared]
+Build = Callable[..., Any]
 
 
 @pytest.fixture
-def build(tmp_path: Path, build_picture: Callable[[int], PictureFile]) -> Build:
+def build(tmp_path: Path, prepare_file: Build) -> Build:
     """Prepares a file of rows beside the pictures a.png and b.png."""
-    for number, name in enumerate("ab"):
-        (tmp_path / f"{name}.png").write_bytes(build_picture(number).data)
 
-    def build(kind: CorpusKind, rows: list[Row], *, listed: bool = False, **options: Any) -> Prepared:
+    def build(kind: CorpusKind, rows: list[Row], *, listed: bool = False, **options: Any) -> Any:
         path = tmp_path / ("rows.json" if listed else "rows.jsonl")
         path.write_text(json.dumps(rows) if listed else "\n".join(map(json.dumps, rows)))
-        config = PrepareConfig(
-            corpora=(CorpusConfig(kind=kind, path=path),),
-            out=tmp_path / "out",
-            limits=SampleLimits(max_skipped_share=1.0),
-            **options,
-        )
-        return Prepared(prepare(config), list(read_samples(config.out / "shards")), path)
+        return prepare_file(CorpusConfig(kind=kind, path=path), **options)
 
     return build
 

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 from PIL import Image
 
 from mixmodal.config import load_config
@@ -14,9 +13,6 @@ from mixmodal.data.shards import INDEX_NAME, Sample, mark_unfinished, read_sampl
 from mixmodal.data.skipping import SampleLimits, TooManySkipped
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.document import Document, Text
-from mixmodal.tokenization.autoencoder import AutoencoderConfig
-from mixmodal.tokenization.image import ImageTokenizer, ImageTokenizerConfig
-from mixmodal.tokenization.quantizer_base import QuantizerConfig
 from mixmodal.tokenization.text import TextTokenizer
 
 
@@ -258,16 +254,8 @@ def test_corpus_that_is_not_there_is_named(build, folder, tmp_path, kind, path, 
         build(kind, tmp_path / path)
 
 
-def test_token_shards_follow_once_there_are_tokenizers(tmp_path, folder, text_tokenizer_path):
-    torch.manual_seed(0)
-    tokenizer = ImageTokenizer(
-        ImageTokenizerConfig(
-            image_size=8,
-            autoencoder=AutoencoderConfig(channels=8, channel_multipliers=(1, 1), norm_groups=4, mid_blocks=()),
-            quantizer=QuantizerConfig(kind="fsq", levels=(4, 4)),
-        )
-    )
-    tokenizer.save(tmp_path / "image")
+def test_token_shards_follow_once_there_are_tokenizers(tmp_path, folder, text_tokenizer_path, save_image_tokenizer):
+    save_image_tokenizer(tmp_path / "image", 8)
     corpora = (CorpusConfig(kind="folder", path=folder),)
     assert prepare(PrepareConfig(corpora=corpora, out=tmp_path / "out"))["tokens"] is None
     tokens = TokensConfig(

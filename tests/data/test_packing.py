@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixmodal.data.packing import Batch, Sample, build_batch, pack
+from mixmodal.data.packing import Batch, TrainingDocument, build_batch, pack
 from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.objectives.loss import TokenLosses, token_losses
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
@@ -17,12 +17,12 @@ VOCABULARY = Vocabulary(VocabularyConfig(codebook_sizes={"image": 8}, num_text_p
 PAD = VOCABULARY.pad
 
 
-def sample(key: str, length: int) -> Sample:
+def sample(key: str, length: int) -> TrainingDocument:
     """A document without content of its own: random ids, seeded by its key."""
     rng = np.random.default_rng(sum(map(ord, key)))
     ids = np.concatenate([[0], rng.integers(4, VOCABULARY.size, length - 2), [2]])
     weights = rng.integers(0, 3, length).astype(np.float32) / 2
-    return Sample(key, ids, weights)
+    return TrainingDocument(key, ids, weights)
 
 
 @given(lengths=st.lists(st.integers(2, 10), max_size=20))
@@ -41,8 +41,8 @@ def test_a_document_longer_than_a_row_is_named() -> None:
 
 
 def test_a_row_says_what_stands_where() -> None:
-    a = Sample("a", np.array([0, 7, 2]), np.array([1, 1, 0.5], dtype=np.float32))
-    b = Sample("b", np.array([0, 9, 9, 2]), np.array([1, 0, 1, 1], dtype=np.float32))
+    a = TrainingDocument("a", np.array([0, 7, 2]), np.array([1, 1, 0.5], dtype=np.float32))
+    b = TrainingDocument("b", np.array([0, 9, 9, 2]), np.array([1, 0, 1, 1], dtype=np.float32))
     batch = build_batch([[a, b], [], [b]], 9, PAD)
     assert batch.tokens.tolist() == [[0, 7, 2, 0, 9, 9, 2, 1, 1], [1] * 9, [0, 9, 9, 2, 1, 1, 1, 1, 1]]
     assert batch.positions[0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 0]

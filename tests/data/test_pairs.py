@@ -21,16 +21,9 @@ CAPTIONS = {f"{pair.key}.png": pair.caption for pair in synthetic_pairs(11, SIZE
 WriteShards = Callable[..., None]
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory, write_shape_shards: WriteShards) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_shape_shards(folder, 11, size=SIZE, shard_size=4)
-    return folder
-
-
 @pytest.fixture(params=[100, 0], ids=["cached", "streamed"])
-def config(request: pytest.FixtureRequest, shards: Path) -> PairDataConfig:
-    return PairDataConfig(train=(shards,), max_cached_pictures=request.param, shuffle_window=5)
+def config(request: pytest.FixtureRequest, shape_shards: Path) -> PairDataConfig:
+    return PairDataConfig(train=(shape_shards,), max_cached_pictures=request.param, shuffle_window=5)
 
 
 def encode(captions: list[str]) -> torch.Tensor:
@@ -117,10 +110,10 @@ def test_shards_without_captions_are_refused(tmp_path: Path) -> None:
         read_captions(PairDataConfig(train=(tmp_path,), limits=SampleLimits(max_skipped_share=1.0)))
 
 
-def test_held_out_pairs_are_the_first_ones(shards: Path) -> None:
-    pairs = decode_first_pairs([shards], SIZE, SampleLimits(), 3, "transformers")
+def test_held_out_pairs_are_the_first_ones(shape_shards: Path) -> None:
+    pairs = decode_first_pairs([shape_shards], SIZE, SampleLimits(), 3, "transformers")
     assert [pair.caption for pair in pairs] == list(CAPTIONS.values())[:3]
-    assert len(decode_first_pairs([shards], SIZE, SampleLimits(), 100, "transformers")) == 11
+    assert len(decode_first_pairs([shape_shards], SIZE, SampleLimits(), 100, "transformers")) == 11
 
 
 def test_config_errors_name_the_key(tmp_path: Path) -> None:
@@ -145,10 +138,10 @@ def test_a_run_does_not_go_on_with_captions_of_another_end(config: PairDataConfi
     build_loader(config).load_state_dict(state)
 
 
-def test_a_picture_that_stands_in_brings_its_own_caption(tmp_path: Path, shards: Path) -> None:
+def test_a_picture_that_stands_in_brings_its_own_caption(tmp_path: Path, shape_shards: Path) -> None:
     write_shards([Sample(f"bad{number}", ("broken", picture())) for number in range(3)], tmp_path)
     limits = SampleLimits(max_skipped_share=0.5)
-    config = PairDataConfig(train=(shards, tmp_path), max_cached_pictures=0, limits=limits, shuffle_window=20)
+    config = PairDataConfig(train=(shape_shards, tmp_path), max_cached_pictures=0, limits=limits, shuffle_window=20)
     for batch in islice(build_loader(config), 7):
         found = [bytes(row.tolist()).decode().strip() for row in batch.tokens]
         assert found == [CAPTIONS[key.rsplit(":", 1)[1]] for key in batch.keys]

@@ -14,6 +14,7 @@ from PIL import Image
 
 from mixmodal.data.augment import AugmentConfig, augment, draw_changes, turn_hue
 from mixmodal.data.pictures import (
+    PictureBatch,
     PictureDataConfig,
     PictureLoader,
     StreamedPictures,
@@ -31,16 +32,9 @@ Draw = Callable[..., torch.Tensor]
 WriteShards = Callable[..., None]
 
 
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory, write_shape_shards: WriteShards) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_shape_shards(folder, 11, size=SIZE, shard_size=4)
-    return folder
-
-
 @pytest.fixture(params=[100, 0], ids=["cached", "streamed"])
-def config(request: pytest.FixtureRequest, shards: Path) -> PictureDataConfig:
-    return PictureDataConfig(train=(shards,), max_cached_pictures=request.param, shuffle_window=5)
+def config(request: pytest.FixtureRequest, shape_shards: Path) -> PictureDataConfig:
+    return PictureDataConfig(train=(shape_shards,), max_cached_pictures=request.param, shuffle_window=5)
 
 
 def build_loader(config: PictureDataConfig, size: int = 4, **options: Any) -> PictureLoader:
@@ -58,6 +52,18 @@ def is_broken(key: str) -> bool:
 
 def keys(loader: PictureLoader, batches: int) -> list[str]:
     return [key for batch in islice(loader, batches) for key in batch.keys]
+
+
+def check_split(config: PictureDataConfig, steps: list[PictureBatch], size: int, accumulation: int, world: int) -> None:
+    """Whether the ranks of a world have the pictures of these steps, with the same changes."""
+    loaders = [
+        build_loader(config, size, grad_accum_steps=accumulation, rank=rank, world_size=world) for rank in range(world)
+    ]
+    for step in steps:
+        parts = [next(loader) for _ in range(accumulation) for loader in loaders]
+        assert [key for part in parts for key in part.keys] == step.keys
+        assert torch.equal(torch.cat([part.pixels for part in parts]), step.pixels)
+        assert torch.equal(torch.cat([part.draws for part in parts]), step.draws)
 
 
 def test_pixels_become_the_images_of_preprocessing(draw_shapes: Draw) -> None:
@@ -79,15 +85,7 @@ def test_each_epoch_shows_every_picture_once_in_a_new_order(config: PictureDataC
 def test_a_step_has_the_same_pictures_however_it_is_spread(config: PictureDataConfig) -> None:
     whole = [next(loader) for loader in [build_loader(config, size=8)] for _ in range(4)]
     for size, accumulation, world in [(4, 2, 1), (4, 1, 2), (2, 2, 2)]:
-        loaders = [
-            build_loader(config, size, grad_accum_steps=accumulation, rank=rank, world_size=world)
-            for rank in range(world)
-        ]
-        for step in whole:
-            parts = [next(loader) for _ in range(accumulation) for loader in loaders]
-            assert [key for part in parts for key in part.keys] == step.keys
-            assert torch.equal(torch.cat([part.pixels for part in parts]), step.pixels)
-            assert torch.equal(torch.cat([part.draws for part in parts]), step.draws)
+        check_split(config, whole, size, accumulation, world)
 
 
 @pytest.mark.parametrize("done", [1, 2, 5])
@@ -169,15 +167,7 @@ def test_another_picture_stands_in_for_a_bad_one(damaged: PictureDataConfig) -> 
 def test_bad_pictures_do_not_depend_on_how_a_step_is_spread(damaged: PictureDataConfig) -> None:
     whole = [next(loader) for loader in [build_loader(damaged, size=4)] for _ in range(9)]
     for size, accumulation, world in [(1, 4, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)]:
-        loaders = [
-            build_loader(damaged, size, grad_accum_steps=accumulation, rank=rank, world_size=world)
-            for rank in range(world)
-        ]
-        for step in whole:
-            parts = [next(loader) for _ in range(accumulation) for loader in loaders]
-            assert [key for part in parts for key in part.keys] == step.keys
-            assert torch.equal(torch.cat([part.pixels for part in parts]), step.pixels)
-            assert torch.equal(torch.cat([part.draws for part in parts]), step.draws)
+        check_split(damaged, whole, size, accumulation, world)
 
 
 @pytest.mark.parametrize("size", [1, 3])
@@ -273,18 +263,27 @@ def test_augmentation_errors_name_the_key(fields: dict) -> None:
         AugmentConfig(**fields)
 
 
-def test_what_was_written_is_what_is_decoded(shards: Path, draw_shapes: Draw) -> None:
-    names, pixels = decode_first([shards], SIZE, SampleLimits(), 3)
+@pytest.mark.parametrize(
+    ("name", "share"), [("max_shift", "move"), ("max_scale", "move"), ("max_hue", "hue"), ("min_crop_area", "crop")]
+)
+def test_how_far_pictures_are_changed_needs_a_share_of_them(name: str, share: str) -> None:
+    AugmentConfig(**{name: 0.25, f"{share}_share": 0.1})
+    with pytest.raises(ValueError, match=f"augment.{name} can not act where augment.{share}_share is 0"):
+        AugmentConfig(**{name: 0.25, "flip_share": 0.5})
+
+
+def test_what_was_written_is_what_is_decoded(shape_shards: Path, draw_shapes: Draw) -> None:
+    names, pixels = decode_first([shape_shards], SIZE, SampleLimits(), 3)
     assert torch.equal(pixels, draw_shapes(3, SIZE))
     assert len(names) == 3
 
 
-def test_all_pictures_are_decoded_or_none_is_kept(shards: Path) -> None:
-    names, pixels = decode_first([shards], SIZE, SampleLimits(), 100)
-    found = decode_all([shards], SIZE, SampleLimits(), 11)
+def test_all_pictures_are_decoded_or_none_is_kept(shape_shards: Path) -> None:
+    names, pixels = decode_first([shape_shards], SIZE, SampleLimits(), 100)
+    found = decode_all([shape_shards], SIZE, SampleLimits(), 11)
     assert found is not None
     assert [picture.key for picture in found] == names
     assert torch.equal(torch.stack([picture.pixels for picture in found]), pixels)
     assert len(names) == 11
-    assert decode_all([shards], SIZE, SampleLimits(), 10) is None
-    assert decode_all([shards], SIZE, SampleLimits(), 0) is None
+    assert decode_all([shape_shards], SIZE, SampleLimits(), 10) is None
+    assert decode_all([shape_shards], SIZE, SampleLimits(), 0) is None

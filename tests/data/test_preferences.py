@@ -14,7 +14,7 @@ import torch
 from mixmodal.data.augment import AugmentConfig
 from mixmodal.data.corpora import CorpusConfig, CorpusKind, PrepareConfig, prepare
 from mixmodal.data.inspect import InspectConfig, inspect
-from mixmodal.data.packing import Sample as Row
+from mixmodal.data.packing import TrainingDocument as Row
 from mixmodal.data.packing import build_batch, split_pairs
 from mixmodal.data.preferences import is_pair
 from mixmodal.data.shards import PictureFile, Sample, read_samples, write_shards

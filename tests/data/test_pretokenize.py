@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from mixmodal.data.augment import AugmentConfig
 from mixmodal.data.pretokenize import PretokenizeConfig, Pretokenizer, pretokenize
@@ -338,17 +337,11 @@ def test_progress_counts_shards(build, build_shards):
     assert seen == [(1, 3), (2, 3), (3, 3)]
 
 
-def test_saved_image_tokenizer_is_loaded_and_named_in_the_manifest(build_shards, text_tokenizer_path, tmp_path):
-    torch.manual_seed(0)
+def test_saved_image_tokenizer_is_loaded_and_named_in_the_manifest(
+    build_shards, text_tokenizer_path, tmp_path, save_image_tokenizer
+):
     shards = build_shards(2)
-    tokenizer = ImageTokenizer(
-        ImageTokenizerConfig(
-            image_size=16,
-            autoencoder=AutoencoderConfig(channels=8, channel_multipliers=(1, 1), norm_groups=4, mid_blocks=()),
-            quantizer=QuantizerConfig(kind="fsq", levels=(4, 4)),
-        )
-    )
-    tokenizer.save(tmp_path / "image_tokenizer")
+    tokenizer = save_image_tokenizer(tmp_path / "image_tokenizer", 16)
     config = PretokenizeConfig(
         shards=(shards,), out=tmp_path / "tokens", text_tokenizer=text_tokenizer_path,
         image_tokenizer=tmp_path / "image_tokenizer",

@@ -122,8 +122,9 @@ def test_full_disk_leaves_no_half_shard(tmp_path):
         yield pair(0)
         raise OSError("No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as caught:
         write_shards(failing(), tmp_path)
+    assert caught.value.filename == str(tmp_path / "00000.tar")
     assert [path.name for path in tmp_path.iterdir()] == [UNFINISHED_NAME]
 
 

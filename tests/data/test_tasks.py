@@ -8,16 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
 from mixmodal.data.conversations import Message, parse_messages, turns_of
-from mixmodal.data.corpora import CorpusConfig, PrepareConfig, describe, prepare
-from mixmodal.data.shards import PictureFile, Sample, read_samples
-from mixmodal.data.skipping import SampleError, SampleLimits
+from mixmodal.data.corpora import CorpusConfig, describe
+from mixmodal.data.shards import PictureFile
+from mixmodal.data.skipping import SampleError
 from mixmodal.data.tasks import TasksConfig, TaskTemplates, spell_objects
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.document import Image, Part, SequenceFormat, Text, build_format, spell_turns
@@ -234,32 +234,19 @@ def test_a_box_without_area_or_name_is_named(box: Any, said: str) -> None:
     assert caught.value.reason == "broken box"
 
 
-class Prepared(NamedTuple):
-    report: dict[str, Any]
-    samples: list[Sample]
-    path: Path
-
-
-Build = Callable[..., Prepared]
+Build = Callable[..., Any]
 
 
 @pytest.fixture
-def build(tmp_path: Path, build_picture: Callable[[int], PictureFile]) -> Build:
+def build(tmp_path: Path, prepare_file: Build) -> Build:
     """Prepares records beside the pictures a.png and b.png, with templates of two tasks."""
-    for number, name in enumerate("ab"):
-        (tmp_path / f"{name}.png").write_bytes(build_picture(number).data)
 
-    def build(rows: list[dict[str, Any]], tasks: dict[str, Any] | None = None) -> Prepared:
+    def build(rows: list[dict[str, Any]], tasks: dict[str, Any] | None = None) -> Any:
         path, file = tmp_path / "rows.jsonl", tmp_path / "tasks.yaml"
         questions = {"questions": [[{"user": "{image} {question}"}, {"assistant": "It is {reply}."}]]}
         path.write_text("\n".join(map(json.dumps, rows)))
         file.write_text(json.dumps({"tasks": tasks or {**EDITS, **questions, "infilling": ["{answer} {image}"]}}))
-        config = PrepareConfig(
-            corpora=(CorpusConfig(kind="tasks", path=path, templates=file),),
-            out=tmp_path / "out",
-            limits=SampleLimits(max_skipped_share=1.0),
-        )
-        return Prepared(prepare(config), list(read_samples(config.out / "shards")), path)
+        return prepare_file(CorpusConfig(kind="tasks", path=path, templates=file))
 
     return build
 

@@ -83,6 +83,7 @@ def test_what_does_not_belong_to_it_is_named(tmp_path: Path) -> None:
     manifest = json.loads(path.read_bytes())
     for change, message in (
         ({"format_version": 9}, "format_version is 9, this version reads 1; retrieve again"),
+        ({"parts": 3}, "not the manifest of candidates"),
         ({"selection": None}, r"not the manifest of candidates \(the key selection is missing\); retrieve again"),
     ):
         found = {key: value for key, value in {**manifest, **change}.items() if value is not None}

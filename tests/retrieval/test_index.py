@@ -31,6 +31,9 @@ def test_the_kind_follows_from_the_size() -> None:
         ({"hnsw_links": 1}, "index.hnsw_links is 1; it must be at least 2"),
         ({"num_threads": 0}, "index.num_threads is 0; it must be at least 1"),
         ({"seed": -1}, "index.seed is -1; it must be at least 0"),
+        ({"kind": "flat", "hnsw_links": 8}, "index.hnsw_links can not act where index.kind is flat"),
+        ({"kind": "hnsw", "ivf_probes": 8}, "index.ivf_probes can not act where index.kind is hnsw"),
+        ({"kind": "hnsw", "pq_bytes": 8}, "index.pq_bytes can not act where index.kind is hnsw"),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:

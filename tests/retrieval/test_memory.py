@@ -344,6 +344,11 @@ def test_empty_and_foreign_folders_are_named(copy: Path, tmp_path: Path) -> None
         (lambda found: found.update(format_version=9), "format_version is 9, this version reads 2"),
         (lambda found: found.pop("dim"), r"not the manifest of a memory \(the key dim is missing\)"),
         (lambda found: found.clear(), "not the manifest of a memory"),
+        (lambda found: found.update(parts=None, tokens=None), "not the manifest of a memory"),
+        (
+            lambda found: found["parts"][0].pop("sha256"),
+            r"not the manifest of a memory \(KeyError\('sha256'\)\); index",
+        ),
     ]
     for change, message in changes:
         found = json.loads(json.dumps(manifest))

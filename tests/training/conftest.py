@@ -34,6 +34,29 @@ def fit(tmp_path: Path) -> Callable[..., FitResult]:
     return fit
 
 
+@pytest.fixture(scope="session")
+def write_splits(
+    tmp_path_factory: pytest.TempPathFactory, write_shape_shards: Callable[..., None]
+) -> Callable[[int, int], Path]:
+    """A function of two numbers: writes so many captioned shapes of 16 x 16 pixels to `train` and to `held_out`."""
+
+    def write(train: int, held_out: int) -> Path:
+        folder = tmp_path_factory.mktemp("splits")
+        write_shape_shards(folder / "train", train, size=16)
+        write_shape_shards(folder / "held_out", held_out, size=16, seed=1)
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def folder(shards: Path, tmp_path: Path) -> Path:
+    """A folder of the test's own with what lies in its module's `shards`."""
+    for path in shards.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    return tmp_path
+
+
 @pytest.fixture
 def exported(tmp_path: Path) -> Callable[[str], dict[str, Tensor]]:
     """Weights that the run `name` exported."""

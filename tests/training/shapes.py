@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from mixmodal.manifests import write_manifest
 from mixmodal.models.transformer import TransformerConfig
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
 from mixmodal.training.config import TrainerConfig
+from mixmodal.training.finetune import FinetuneConfig, FinetuneDataConfig
 from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.pretrain import PretrainConfig
 from mixmodal.vocabulary import Vocabulary, VocabularyConfig
@@ -94,4 +95,22 @@ def tiny_config(root: Path, max_steps: int, **trainer: object) -> PretrainConfig
         objective=CausalMaskedConfig(min_masks=0, max_masks=4),
         optimizer=OptimizerConfig(lr=3e-3, warmup_steps=5, min_lr_ratio=0.1),
         trainer=TrainerConfig(max_steps=max_steps, **{"run_dir": root / "run", **defaults, **trainer}),  # type: ignore[arg-type]
+    )
+
+
+def tiny_tuning(
+    root: Path,
+    run_dir: Path,
+    max_steps: int,
+    data: Mapping[str, object] | None = None,
+    trainer: Mapping[str, object] | None = None,
+    **options: object,
+) -> FinetuneConfig:
+    """Tunes the model of `root / "run/export"` on the conversations in `root / "talk"`, 4 rows of 64 tokens a step."""
+    settings = {"run_dir": run_dir, "micro_batch_size": 4, "log_every": 1, "tensorboard": False, **(trainer or {})}
+    given = {"init_from": root / "run/export", "optimizer": OptimizerConfig(lr=5e-3, warmup_steps=2), **options}
+    return FinetuneConfig(
+        data=FinetuneDataConfig(**{"tokens": root / "talk", "seq_len": 64, **(data or {})}),  # type: ignore[arg-type]
+        trainer=TrainerConfig(max_steps=max_steps, **settings),  # type: ignore[arg-type]
+        **given,  # type: ignore[arg-type]
     )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shapes import tiny_config, write_conversations, write_shapes
+from shapes import tiny_config, tiny_tuning, write_conversations, write_shapes
 from test_launcher import pretrain_on_ranks
 from torch import Tensor
 
@@ -21,9 +21,8 @@ from mixmodal.interop.adapters import merge, unmerge
 from mixmodal.interop.export import load_transformer
 from mixmodal.models.transformer import Transformer
 from mixmodal.training.adapter import AdapterConfig, AdapterTask
-from mixmodal.training.config import TrainerConfig
-from mixmodal.training.finetune import FinetuneConfig, FinetuneDataConfig, finetune
-from mixmodal.training.optimizer import OptimizerConfig, parameter_groups
+from mixmodal.training.finetune import FinetuneConfig, finetune
+from mixmodal.training.optimizer import parameter_groups
 from mixmodal.training.plan import PlanConfig, build_plan
 from mixmodal.training.pretrain import PretrainConfig, pretrain
 from mixmodal.training.trainable import TrainableConfig
@@ -51,14 +50,8 @@ def config(root: Path, tmp_path: Path) -> Callable[..., FinetuneConfig]:
     """Tunes an adapter on the conversations, in a run folder of its own; weight decay is 0.1."""
 
     def build(max_steps: int = 3, base: str = "run", trainer: Any = None, **adapter: Any) -> FinetuneConfig:
-        settings = {"micro_batch_size": 4, "log_every": 1, "tensorboard": False, "run_dir": tmp_path / "run"}
-        return FinetuneConfig(
-            init_from=root / base / "export",
-            data=FinetuneDataConfig(tokens=root / "talk", seq_len=64),
-            optimizer=OptimizerConfig(lr=5e-3, warmup_steps=2),
-            adapter=AdapterConfig(**{"rank": 4, **adapter}),
-            trainer=TrainerConfig(max_steps=max_steps, **{**settings, **(trainer or {})}),
-        )
+        options = {"init_from": root / base / "export", "adapter": AdapterConfig(**{"rank": 4, **adapter})}
+        return tiny_tuning(root, tmp_path / "run", max_steps, trainer=trainer, **options)
 
     return build
 

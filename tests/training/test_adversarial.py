@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_image_tokenizer import FSQ, VQ_EMA, WriteShards, build_batch, build_config
+from test_image_tokenizer import FSQ, VQ_EMA, build_batch, build_config
 from torch import nn
 
 from mixmodal.data.pictures import to_images
@@ -35,11 +35,8 @@ Draw = Callable[..., torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, write_shape_shards: WriteShards) -> Path:
-    found = tmp_path_factory.mktemp("pictures")
-    write_shape_shards(found / "train", 40, size=16)
-    write_shape_shards(found / "held_out", 10, size=16, seed=1)
-    return found
+def folder(write_splits: Callable[[int, int], Path]) -> Path:
+    return write_splits(40, 10)
 
 
 def contest(folder: Path, adversarial: AdversarialConfig = ADVERSARIAL, **options: Any) -> ImageTokenizerTrainingConfig:

@@ -26,18 +26,8 @@ KINDS = pytest.mark.parametrize("kind", ["clip", "siglip"])
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory, write_shape_shards: WriteShards) -> Path:
-    folder = tmp_path_factory.mktemp("pairs")
-    write_shape_shards(folder / "train", 400, size=16)
-    write_shape_shards(folder / "held_out", 100, size=16, seed=1)
-    return folder
-
-
-@pytest.fixture
-def folder(shards: Path, tmp_path: Path) -> Path:
-    for name in ("train", "held_out"):
-        (tmp_path / name).symlink_to(shards / name)
-    return tmp_path
+def shards(write_splits: Callable[[int, int], Path]) -> Path:
+    return write_splits(400, 100)
 
 
 def curve(run: Path, *names: str) -> list[float]:

@@ -49,13 +49,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def folder(shards: Path, tmp_path: Path) -> Path:
-    for path in shards.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    return tmp_path
-
-
 def curve(run: Path) -> list[float]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in lines if "loss" in line]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from shapes import tiny_config, write_conversations, write_shapes
+from shapes import tiny_config, tiny_tuning, write_conversations, write_shapes
 from torch import Tensor, nn
 
 from mixmodal.cli import main
@@ -25,7 +25,6 @@ from mixmodal.data.skipping import SampleLimits, SkipCounter
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.interop.export import load_export, load_transformer
 from mixmodal.models.transformer import Transformer, TransformerConfig
-from mixmodal.training.config import TrainerConfig
 from mixmodal.training.finetune import FinetuneConfig, FinetuneDataConfig, finetune
 from mixmodal.training.optimizer import OptimizerConfig, lr_at
 from mixmodal.training.plan import PlanConfig, build_plan, load_training
@@ -51,13 +50,8 @@ def config(root: Path, tmp_path: Path) -> Callable[..., FinetuneConfig]:
     """Tunes on the conversations, in a run folder of its own."""
 
     def build(max_steps: int = 1, data: dict[str, Any] | None = None, **trainer: Any) -> FinetuneConfig:
-        settings = {"micro_batch_size": 4, "log_every": 1, "tensorboard": False, "run_dir": tmp_path / "run"}
-        return FinetuneConfig(
-            init_from=root / "run/export",
-            data=FinetuneDataConfig(**{"tokens": root / "talk", "seq_len": 64, **(data or {})}),
-            optimizer=OptimizerConfig(lr=5e-3, warmup_steps=5),
-            trainer=TrainerConfig(max_steps=max_steps, **{**settings, **trainer}),
-        )
+        optimizer = OptimizerConfig(lr=5e-3, warmup_steps=5)
+        return tiny_tuning(root, tmp_path / "run", max_steps, data, trainer, optimizer=optimizer)
 
     return build
 

@@ -58,18 +58,8 @@ def build_config(folder: Path, quantizer: QuantizerConfig = FSQ, **options) -> I
 
 
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory, write_shape_shards: WriteShards) -> Path:
-    folder = tmp_path_factory.mktemp("pictures")
-    write_shape_shards(folder / "train", 200, size=16)
-    write_shape_shards(folder / "held_out", 40, size=16, seed=1)
-    return folder
-
-
-@pytest.fixture
-def folder(shards: Path, tmp_path: Path) -> Path:
-    for name in ("train", "held_out"):
-        (tmp_path / name).symlink_to(shards / name)
-    return tmp_path
+def shards(write_splits: Callable[[int, int], Path]) -> Path:
+    return write_splits(200, 40)
 
 
 def build_batch(pixels: torch.Tensor) -> PictureBatch:
@@ -133,6 +123,8 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(tmp_path: Path, draw_shapes: 
 
 
 def test_augmentation_ends_where_it_should(tmp_path: Path, draw_shapes: Draw) -> None:
+    with pytest.raises(ValueError, match="augment_until can not act without a share of augment"):
+        replace(build_config(tmp_path), augment=AugmentConfig(), augment_until=0.5)
     config = replace(build_config(tmp_path), augment=AugmentConfig(flip_share=1.0), augment_until=0.5)
     task = ImageTokenizerTask(config)
     torch.manual_seed(0)

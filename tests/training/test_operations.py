@@ -14,7 +14,7 @@ import pytest
 from shapes import tiny_config, write_shapes
 from toy_task import ToyTask
 
-from mixmodal.data.packing import Sample, build_batch
+from mixmodal.data.packing import TrainingDocument, build_batch
 from mixmodal.models.transformer import TransformerConfig
 from mixmodal.training.operations import Operations
 from mixmodal.training.pretrain import PretrainTask
@@ -45,8 +45,8 @@ def test_operations_count_the_matrices_and_attention(shapes: Path, tied: bool) -
     assert PretrainTask(config).flops_per_token() == 6 * (matrices + norms) + 12 * 2 * 64 * 128
 
 
-def document(num_tokens: int) -> Sample:
-    return Sample(f"of{num_tokens}", np.arange(num_tokens), np.ones(num_tokens, dtype=np.float32))
+def document(num_tokens: int) -> TrainingDocument:
+    return TrainingDocument(f"of{num_tokens}", np.arange(num_tokens), np.ones(num_tokens, dtype=np.float32))
 
 
 def test_operations_of_a_batch_count_attention_within_documents(shapes: Path) -> None:

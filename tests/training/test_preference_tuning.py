@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from shapes import tiny_config, write_conversations, write_shapes
+from shapes import tiny_config, tiny_tuning, write_conversations, write_shapes
 from test_launcher import pretrain_on_ranks
 
 from mixmodal.data.source import SourceConfig
@@ -23,8 +23,7 @@ from mixmodal.models.transformer import Transformer
 from mixmodal.objectives.causal_masked import CausalMaskedConfig
 from mixmodal.training import adapter, preference
 from mixmodal.training.adapter import AdapterConfig
-from mixmodal.training.config import TrainerConfig
-from mixmodal.training.finetune import FinetuneConfig, FinetuneDataConfig, finetune
+from mixmodal.training.finetune import FinetuneConfig, finetune
 from mixmodal.training.optimizer import OptimizerConfig
 from mixmodal.training.preference import PreferenceTask, PreferenceTuningConfig
 from mixmodal.training.pretrain import PretrainTask, pretrain
@@ -53,15 +52,13 @@ def config(root: Path, tmp_path: Path) -> Build:
         max_steps: int = 1, data: dict[str, Any] | None = None, beta: float = 0.1, reference: Path | None = None,
         **trainer: Any,
     ) -> FinetuneConfig:  # fmt: skip
-        settings = {"micro_batch_size": 4, "log_every": 1, "tensorboard": False, "run_dir": tmp_path / "run"}
-        return FinetuneConfig(
-            init_from=root / "run/export",
-            data=FinetuneDataConfig(**{"tokens": root / "pairs", "seq_len": 96, **(data or {})}),
-            optimizer=OptimizerConfig(lr=3e-3, warmup_steps=5),
-            trainer=TrainerConfig(max_steps=max_steps, **{**settings, **trainer}),
-            preference=PreferenceTuningConfig(beta=beta, reference_file=reference),
-            z_loss_weight=0.0,
-        )
+        data = {"tokens": root / "pairs", "seq_len": 96, **(data or {})}
+        options = {
+            "optimizer": OptimizerConfig(lr=3e-3, warmup_steps=5),
+            "preference": PreferenceTuningConfig(beta=beta, reference_file=reference),
+            "z_loss_weight": 0.0,
+        }
+        return tiny_tuning(root, tmp_path / "run", max_steps, data, trainer, **options)
 
     return build
 

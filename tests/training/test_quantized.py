@@ -10,15 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from shapes import tiny_config, write_conversations, write_shapes
+from shapes import tiny_config, tiny_tuning, write_conversations, write_shapes
 
 from mixmodal.interop.adapter_files import load_adapter
 from mixmodal.interop.adapters import merge
 from mixmodal.interop.export import load_transformer
 from mixmodal.training.adapter import AdapterConfig, AdapterTask
-from mixmodal.training.config import TrainerConfig
-from mixmodal.training.finetune import FinetuneConfig, FinetuneDataConfig, finetune
-from mixmodal.training.optimizer import OptimizerConfig
+from mixmodal.training.finetune import FinetuneConfig, finetune
 from mixmodal.training.plan import PlanConfig, build_plan
 from mixmodal.training.pretrain import pretrain
 
@@ -33,14 +31,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(root: Path, run_dir: Path, max_steps: int = 4, trainer: Any = None, **adapter: Any) -> FinetuneConfig:
-    settings = {"micro_batch_size": 4, "log_every": 1, "tensorboard": False, "run_dir": run_dir}
-    return FinetuneConfig(
-        init_from=root / "run/export",
-        data=FinetuneDataConfig(tokens=root / "talk", seq_len=64),
-        optimizer=OptimizerConfig(lr=5e-3, warmup_steps=2),
-        adapter=AdapterConfig(**{"rank": 4, "quantize": "nf4", **adapter}),
-        trainer=TrainerConfig(max_steps=max_steps, **{**settings, **(trainer or {})}),
-    )
+    config = AdapterConfig(**{"rank": 4, "quantize": "nf4", **adapter})
+    return tiny_tuning(root, run_dir, max_steps, trainer=trainer, adapter=config)
 
 
 def losses(run_dir: Path) -> list[float]:
