@@ -35,6 +35,8 @@ from mixmodal.tokenization.preprocessing import to_tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_PICTURES, DRAWN_EACH, VIEWS = 500, 8, 6
+SHOWN_OF = {"trained": 3, "held out": 1}
+"""Of so many prompts the sheet shows one."""
 ROTATED = 0x0112, 6
 """The EXIF tag of orientation, and the value of a picture that is to be turned by 90 degrees clockwise."""
 
@@ -129,7 +131,7 @@ if __name__ == "__main__":
         record("own_pictures", f"{words[1]}: time", [time.perf_counter() - start], "s", "cpu", settings)
     model = MixedModal.from_pretrained(arguments.work / "runs" / "own" / "pretrain" / "export", "cpu")
     unseen, columns = held_out(), {}
-    for split in ("trained", "held out"):
+    for split in SHOWN_OF:
         things = [scene.first for scene in all_scenes(1) if (scene.first in unseen) == (split == "held out")]
         prompts = [f"a {thing}" for thing in things]
         drawn = model.generate_batch(prompts, "image", num=DRAWN_EACH, seed=0)
@@ -144,6 +146,7 @@ if __name__ == "__main__":
         for name, hits in rates.items():
             of = {**settings, "drawn": len(hits), "kinds": len(things)}
             record("own_pictures", f"right {name}, {split}", [float(np.mean(hits))], "share", "cpu", of)
-        columns |= {f"{prompt} ({split})": own[:3] for prompt, own in list(zip(prompts, drawn, strict=True))[::3]}
+        chosen = list(zip(prompts, drawn, strict=True))[:: SHOWN_OF[split]]
+        columns |= {f"{prompt} ({split})": own[:3] for prompt, own in chosen}
     if arguments.sheet is not None:
         draw_captioned([*columns], *zip(*columns.values(), strict=True)).save(arguments.sheet, optimize=True)

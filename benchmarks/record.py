@@ -1,4 +1,4 @@
-"""One JSON line a measurement, with all that is needed to judge it and to repeat it."""
+"""One JSON line a measurement, with all that is needed to judge it and to repeat it: written and read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import datetime
 import json
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,17 @@ def append(**fields: Any) -> dict[str, Any]:
         file.write(json.dumps(line) + "\n")
     print(f"{line['benchmark']}, {line['subject']}: {line['median']:,.4g} {line['unit']}")
     return line
+
+
+def read_lines(folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """All measurements, oldest first."""
+    lines = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    return sorted(lines, key=lambda line: line["date"])
+
+
+def newest(lines: Iterable[dict[str, Any]]) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Of measurements, oldest first, the last of each benchmark, subject and kind of device."""
+    return {(line["benchmark"], line["subject"], line["device_kind"]): line for line in lines}
 
 
 def command() -> str:

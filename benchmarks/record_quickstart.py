@@ -1,4 +1,4 @@
-"""Records the figures of a quickstart run and says which floors they meet.
+"""Records the figures of a quickstart run and says which bars they reach.
 
 python benchmarks/record_quickstart.py runs/quickstart
 """
@@ -9,53 +9,25 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
 
+from bars import judge, load_bars
 from record import append
 
 UNITS = {"seconds": "s", "peak_memory_bytes": "bytes", "psnr_heldout": "dB", "ssim_heldout": "SSIM"}
 LEFT_OUT = ("versions", "commit", "counts", "stages")
 
 
-class Floor(NamedTuple):
-    """What a run must reach: the largest of the figures `names` at or above `bound`, or under it where `below`."""
-
-    names: tuple[str, ...]
-    bound: float
-    below: bool = False
-
-    def value(self, figures: Mapping[str, float]) -> float | None:
-        """None where the figures are missing, or null for want of samples."""
-        return max((figures[name] for name in self.names if name in figures), default=None)
-
-    def met(self, figures: Mapping[str, float]) -> bool:
-        value = self.value(figures)
-        return value is not None and (value < self.bound if self.below else value >= self.bound)
-
-
-FLOORS = (
-    Floor(("seconds",), 600, below=True),
-    Floor(("peak_memory_bytes",), 6e9, below=True),
-    Floor(("tokenizer.psnr_heldout",), 19),
-    Floor(("tokenizer.codebook_usage",), 0.8),
-    Floor(("text_to_image.concept_accuracy_trained",), 0.9),
-    Floor(("text_to_image.style_accuracy_trained",), 0.98),
-    Floor(("text_to_image.style_accuracy_heldout",), 0.75),
-    Floor(("text_to_image.concept_accuracy_heldout",), 0.25),
-    Floor(("image_to_text.concept_accuracy_trained",), 0.9),
-    Floor(("classification.image_given_text_heldout", "classification.text_given_image_heldout"), 0.35),
-)
-
-
-def floor_lines(figures: Mapping[str, float]) -> Iterator[str]:
-    """A table of the floors with the value found and whether it is met."""
-    for floor in FLOORS:
-        first, *others = floor.names
-        name = " or ".join([first, *(other.rpartition(".")[2] for other in others)])
-        value = floor.value(figures)
-        shown = "none" if value is None else f"{value:.4g}"
-        bound = f"{'<' if floor.below else '>='} {floor.bound:g}"
-        yield f"{name:<68} {shown:>10}  {bound:<8} {'met' if floor.met(figures) else 'NOT met'}"
+def bar_lines(figures: Mapping[str, float]) -> Iterator[str]:
+    """A table of the claims about this run, with the value found and whether it reaches the bar."""
+    lines = {
+        ("quickstart", name, "cpu"): {"median": value, "repeats": [value], "unit": ""}
+        for name, value in figures.items()
+    }
+    rows = [row for _, group in load_bars().values() for row in group]
+    for row in rows:
+        if row.checks and all(check.benchmark == "quickstart" for check in row.checks):
+            found = judge(row, lines)
+            yield f"{row.claim:<64} {found.measured or 'none':>20}  {row.stated:<20} {found.verdict}"
 
 
 def read_figures(summary: dict[str, object], prefix: str = "") -> dict[str, float]:
@@ -90,4 +62,4 @@ if __name__ == "__main__":
             command="make quickstart",
             config=summary["counts"],
         )
-    print("\n".join(floor_lines(figures)))
+    print("\n".join(bar_lines(figures)))

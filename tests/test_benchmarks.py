@@ -36,7 +36,7 @@ def test_a_line_says_all_that_is_needed_and_the_newest_is_shown(
     assert {"commit", "command", "device", "versions", "config", "repeats", "median"} <= set(line)
     page = render.render(render.read_lines(tmp_path))
     assert "| ours | CPU | 40 | tokens/s | 3 | 1 |" in page.splitlines()
-    (note,) = [row for row in page.splitlines() if row.startswith("1. ")]
+    (note,) = [row for row in page.splitlines() if row.startswith("1. `python")]
     assert "decode.py --turns 3`" in note
     assert {line["device"], f"commit {line['commit'][:9]}"} <= set(note.split("; "))
 
@@ -93,7 +93,7 @@ def test_commit_is_unknown_outside_a_clone(tmp_path: Path, monkeypatch: pytest.M
     assert environment.commit() == "a" * 40
 
 
-def test_floors_hold_for_the_better_direction_and_not_without_a_figure(load: Load) -> None:
+def test_bars_of_a_run_are_judged_and_undecided_without_a_figure(load: Load) -> None:
     record = load("record_quickstart")
     summary = {
         "seconds": 600.0,
@@ -101,11 +101,13 @@ def test_floors_hold_for_the_better_direction_and_not_without_a_figure(load: Loa
         "classification": {"image_given_text_heldout": 0.2, "text_given_image_heldout": 0.35},
         "text_to_image": {"concept_accuracy_heldout": None},
     }
-    lines = {line.split()[0]: line for line in record.floor_lines(record.read_figures(summary))}
-    assert len(lines) == 10
-    met = [name for name, line in lines.items() if not line.endswith("NOT met")]
-    assert met == ["tokenizer.psnr_heldout", "classification.image_given_text_heldout"]
-    assert "none" in lines["text_to_image.concept_accuracy_heldout"]
+    lines = [*record.bar_lines(record.read_figures(summary))]
+    assert len(lines) == 11
+    (slow,) = [line for line in lines if line.endswith("not met")]
+    assert slow.split()[:4] == ["the", "whole", "run", "600"]
+    met = [line for line in lines if line.endswith(" met") and line != slow]
+    assert ["19" in met[0], "nine other concepts" in met[1], len(met)] == [True, True, 2]
+    assert "none" in next(line for line in lines if "held-out pairs, right concept" in line)
 
 
 def test_random_documents_have_the_sizes_of_the_packaged_recipe(load: Load) -> None:

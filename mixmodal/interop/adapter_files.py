@@ -30,7 +30,7 @@ from mixmodal.interop.adapters import (
     MergedWeights,
     merge,
 )
-from mixmodal.interop.export import CARD, CONFIG, IMAGE_TOKENIZER, TEXT_TOKENIZERS, staged
+from mixmodal.interop.export import CARD, CONFIG, CONVERSATIONS, IMAGE_TOKENIZER, TEXT_TOKENIZERS, staged
 from mixmodal.models.transformer import TOKEN_MATRICES
 from mixmodal.records import write_json
 from mixmodal.weights import open_safetensors, read_weights, save_tensors, write_weights
@@ -73,6 +73,8 @@ def save_adapter(folder: Path, adapter: Adapter, card: str = "") -> None:
         "inference_mode": True,
     }
     base: dict[str, Any] = {"format_version": 1, "base_model": adapter.base, "weights_sha256": adapter.base_sha256}
+    if adapter.conversations:
+        base[CONVERSATIONS] = True
     with staged(folder) as staging:
         save_tensors(adapter.tensors, staging / ADAPTER_WEIGHTS)
         if adapter.rows:
@@ -115,6 +117,9 @@ def load_adapter(folder: Path) -> Adapter:
     name, sha256 = (base.get(key) for key in ("base_model", "weights_sha256"))
     if base.get("format_version") != 1 or not isinstance(name, str) or not isinstance(sha256, str):
         raise AdapterError(f"{folder / BASE_MODEL} needs format_version 1, base_model and weights_sha256")
+    conversations = base.get(CONVERSATIONS, False)
+    if not isinstance(conversations, bool):
+        raise AdapterError(f"{folder / BASE_MODEL}: {CONVERSATIONS} is {conversations!r}; it must be true or false")
     spans = read_spans(base.get("rows", []), folder / BASE_MODEL)
     count = sum(map(len, spans))
     if not spans and (folder / ROWS).exists():
@@ -129,7 +134,14 @@ def load_adapter(folder: Path) -> Adapter:
     if spans and TOKEN_MATRICES[0] not in rows:
         raise AdapterError(f"{folder / ROWS}: {TOKEN_MATRICES[0]} is missing")
     return Adapter(
-        settings=settings, tensors=tensors, spans=spans, rows=rows, base=name, base_sha256=sha256, folder=folder
+        settings=settings,
+        tensors=tensors,
+        spans=spans,
+        rows=rows,
+        base=name,
+        base_sha256=sha256,
+        folder=folder,
+        conversations=conversations,
     )
 
 
@@ -157,7 +169,10 @@ def save_merged(base: Path, adapter: Adapter, folder: Path) -> int:
     """
     adapter.check_base(base)
     with staged(folder) as staging:
-        for name in (CONFIG, *TEXT_TOKENIZERS.values()):
+        tuned = {CONVERSATIONS: True} if adapter.conversations else {}
+        config = json.dumps({**read_object(base / CONFIG), **tuned}, indent=2) + "\n"
+        write_whole(staging / CONFIG, config.encode())
+        for name in TEXT_TOKENIZERS.values():
             if (base / name).is_file():
                 shutil.copyfile(base / name, staging / name)
         if (base / IMAGE_TOKENIZER).is_dir():

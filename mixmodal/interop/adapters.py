@@ -65,6 +65,7 @@ class Adapter:
         base: name of the model that it was trained on.
         base_sha256: of that model's weights, see `weights_sha256`.
         folder: that it was read from, for messages.
+        conversations: whether it was trained on them, see `Codec`.
     """
 
     settings: AdapterSettings
@@ -74,6 +75,7 @@ class Adapter:
     base: str
     base_sha256: str
     folder: Path = Path("adapter")
+    conversations: bool = False
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
         """The weight that stands in for the base model's: itself where the adapter says nothing of it, else a new one.

@@ -44,6 +44,8 @@ CARD_SECTIONS = {
     "figures": "Figures",
     "limits": "Limits",
 }
+CONVERSATIONS = "conversations"
+"""Key of `config.json`: true where the model was tuned on conversations, see `Codec`."""
 NOT_STATED = "Not stated."
 
 
@@ -75,6 +77,7 @@ def save_export(
     text_tokenizer: Path | str,
     image_tokenizer: Path | str,
     card: Mapping[str, Any] | str,
+    conversations: bool = False,
 ) -> None:
     """Writes the folder beside its place and then renames it: what stood there stays in force until all is written.
 
@@ -85,12 +88,13 @@ def save_export(
         image_tokenizer: folder with the image tokenizer's `config.json` and `model.safetensors`.
         card: `data`, `attribution`, `figures` and `limits` of the model card: text, a list, or a mapping of names to
             values; `title` is optional. Or a whole card in Markdown, which gets what its front matter lacks.
+        conversations: whether the model was tuned on them, see `Codec`.
 
     Raises:
         ExportError: for a tokenizer that is not there, or a card with unknown fields or a broken front matter.
         OSError: where the disk is full; an older export is untouched then.
     """
-    config = describe_model(model.config, format)
+    config = describe_model(model.config, format) | ({CONVERSATIONS: True} if conversations else {})
     text, text_tokenizer = finish_card(card, config), Path(text_tokenizer)
     text_name = TEXT_TOKENIZERS.get(text_tokenizer.suffix, TEXT_TOKENIZER)
     with staged(folder) as staging:
@@ -172,7 +176,7 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu", dtype: t
             raise ExportError(f"{folder / CONFIG}: section 'sequence_format' needs name and grids; it is {spelled!r}")
         format = build_format(vocabulary=vocabulary, text_tokenizer=text_tokenizer, **spelled)
         image_tokenizer = ImageTokenizer.load(folder / IMAGE_TOKENIZER).to(device).eval()
-        codec = Codec(text_tokenizer, image_tokenizer, format)
+        codec = Codec(text_tokenizer, image_tokenizer, format, conversations=read_conversations(folder))
     except KeyError as error:
         raise ExportError(f"{folder / CONFIG}: the key {error} is missing; export the model again") from error
     except ExportError:
@@ -184,6 +188,18 @@ def load_export(folder: Path | str, device: torch.device | str = "cpu", dtype: t
             f"{folder / CONFIG}: model.vocab_size is {model.config.vocab_size}, the vocabulary {vocabulary.size}"
         )
     return Export(model=model, codec=codec, vocabulary=vocabulary, format=codec.format)
+
+
+def read_conversations(folder: Path) -> bool:
+    """Whether the model in `folder` was tuned on conversations.
+
+    Raises:
+        ExportError: where the config is missing or broken.
+    """
+    found = _read_config(folder).get(CONVERSATIONS, False)
+    if not isinstance(found, bool):
+        raise ExportError(f"{folder / CONFIG}: {CONVERSATIONS} is {found!r}; it must be true or false")
+    return found
 
 
 def load_transformer(

@@ -68,7 +68,8 @@ class HubModel(Mixin):
             text = card.read_text(encoding="utf-8") if card.is_file() else {}
             if self.adapter and isinstance(text, str):
                 text = tell_of(self.adapter, text)
-            save_export(folder, self.model, self.format, find_text_tokenizer(source), source / IMAGE_TOKENIZER, text)
+            images, is_tuned = source / IMAGE_TOKENIZER, self.codec.conversations
+            save_export(folder, self.model, self.format, find_text_tokenizer(source), images, text, is_tuned)
 
     def push_to_hub(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
 
@@ -22,8 +23,9 @@ class MixedModalLM(LM):
 
     Args:
         pretrained: folder of an exported model, or an id on the Hugging Face hub.
-        device: `auto` takes the accelerator where there is one.
-        batch_size: sequences in one forward.
+        device: `auto` takes the accelerator where there is one, and so does `cuda`, of which the harness says `cuda:0`
+            where nothing is said.
+        batch_size: sequences in one forward; the harness says 1 where nothing is said.
         dtype: of the weights: `stored`, `float32` or `bfloat16`.
         adapter: folder of an adapter of the model.
         max_batch_size: of the harness; it can not act, and must be left out.
@@ -46,6 +48,8 @@ class MixedModalLM(LM):
             raise ValueError(f"batch_size is {batch_size!r}; give a number, and no max_batch_size")
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}; choose {', '.join(DTYPES)}")
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            device = "cpu"  # the harness says cuda:0 where nobody has said anything
         model = MixedModal.from_pretrained(pretrained, device, DTYPES[dtype], int(batch_size), adapter)
         self.harness = TextHarness(model)
 

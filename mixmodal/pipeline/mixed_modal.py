@@ -108,7 +108,9 @@ class MixedModal(Infilling, Scoring, HubModel):
         folder = find_export(source, hub)
         export = load_export(folder, choose_device(str(device)), dtype)
         model = cls(export.model, export.codec, batch_size, folder=folder)
-        model.adapter = apply_adapter(export.model, folder, Path(adapter)) if adapter else None
+        if adapter:
+            model.adapter = apply_adapter(export.model, folder, Path(adapter))
+            model.codec.conversations |= model.adapter.conversations
         return model
 
     def accelerate(self, *, cuda_graphs: bool = False, compile: bool = False) -> None:
@@ -304,6 +306,11 @@ class MixedModal(Infilling, Scoring, HubModel):
         if output == INFILL:
             return FillingQueue(*common, order, max_new_tokens, retrieve).draw(prompts)
         return SampleQueue(*common, output, best_of, self._rank).draw(prompts)
+
+    def room_left(self, prompt: str | Sequence[Content], output: str = "mixed") -> int:
+        """Tokens of the model's context that are free beside a prompt and its output; below 0 it does not fit."""
+        (spelled,) = spell_prompts(self.codec, [prompt], output)
+        return self.model.config.max_seq_len - len(spelled.ids) - output_room(self.format, output, None)
 
     def stream(
         self,

@@ -34,6 +34,13 @@ class Read(NamedTuple):
     parts: list[Content]
 
 
+class Exchange(NamedTuple):
+    """What was asked, and the answer to it."""
+
+    asked: list[Content]
+    answered: list[Content]
+
+
 class Drawn(NamedTuple):
     """A whole picture, and the words under it in the gallery."""
 
@@ -84,11 +91,11 @@ class Turn:
                 if isinstance(part, Picture) and self.is_whole(number, place):
                     yield part
 
-    def document(self) -> list[Content]:
-        """The prompt and its first sample, as later turns read it; empty where there is none."""
+    def exchange(self) -> Exchange | None:
+        """The prompt and its first sample, as later turns read it; None where there is none."""
         if self.state != "done" or not self.samples or not self.samples[0]:
-            return []
-        return [part for part in (*self.prompt, *self.samples[0]) if part != ""]
+            return None
+        return Exchange(*([part for part in parts if part != ""] for parts in (self.prompt, self.samples[0])))
 
 
 class Conversation:
@@ -159,9 +166,9 @@ class Conversation:
         """Puts pictures into the gallery."""
         self.drawn.extend(Drawn(picture, words) for picture in pictures)
 
-    def documents(self, count: int) -> list[list[Content]]:
+    def exchanges(self, count: int) -> list[Exchange]:
         """The last `count` answered turns, oldest first."""
-        answered = [document for turn in self.turns if (document := turn.document())]
+        answered = [exchange for turn in self.turns if (exchange := turn.exchange())]
         return answered[-count:] if count else []
 
     def clear(self) -> None:

@@ -40,6 +40,8 @@ class ServeConfig:
         max_pixels: largest picture that may be uploaded, width times height.
         max_num: most samples of a request.
         preview_every: codes after which an unfinished picture is shown again; null shows it 16 times.
+        turns: whether a prompt ends its turn and earlier ones stand before it in one conversation; null does so where
+            the model was tuned on conversations. Otherwise earlier turns are documents that are read first.
         batch_size: samples in one forward; they do not depend on it.
         device: `auto` takes the accelerator where there is one.
         dtype: of the weights.
@@ -56,6 +58,7 @@ class ServeConfig:
     max_pixels: int = 1 << 25
     max_num: int = 4
     preview_every: int | None = None
+    turns: bool | None = None
     batch_size: int = 64
     device: str = "auto"
     dtype: Literal["stored", "float32", "bfloat16"] = "stored"
@@ -80,7 +83,7 @@ def serve(config: ServeConfig) -> None:
     if config.memory is not None:
         model.attach_memory(config.memory, config.encoder)
     limits = Limits(max_pixels=config.max_pixels, max_num=config.max_num)
-    launch(Studio(model, limits, config.preview_every), config)
+    launch(Studio(model, limits, config.preview_every, turns=config.turns), config)
 
 
 def check_gradio() -> None:

@@ -10,9 +10,10 @@ from typing import Any, cast
 
 from PIL.Image import Image as Picture
 
+from mixmodal.document import EndOfTurn
 from mixmodal.pipeline.drawing import Piece
 from mixmodal.pipeline.mixed_modal import MixedModal
-from mixmodal.serve.conversation import Content, Conversation, Read, Turn
+from mixmodal.serve.conversation import Content, Conversation, Exchange, Read, Turn
 from mixmodal.serve.settings import Settings
 from mixmodal.serve.uploads import Limits, check_text, read_painting, read_prompt
 
@@ -30,6 +31,8 @@ class Studio:
         limits: of a request.
         preview_every: codes after which an unfinished picture is shown again; None shows it `PREVIEWS` times.
         interval_s: least seconds between two views of an answer that grows; 0 shows every piece.
+        turns: whether a prompt ends its turn, and earlier ones stand before it in the same conversation, as a model
+            reads them that was tuned on conversations; None does so for such a model. Otherwise they are documents.
     """
 
     def __init__(
@@ -38,7 +41,9 @@ class Studio:
         limits: Limits | None = None,
         preview_every: int | None = None,
         interval_s: float = 0.1,
+        turns: bool | None = None,
     ) -> None:
+        self.turns = model.codec.conversations if turns is None else turns
         self.model, self.limits, self.interval_s = model, Limits() if limits is None else limits, interval_s
         height, width = model.format.grids["image"]
         self.preview_every = max(1, height * width // PREVIEWS) if preview_every is None else preview_every
@@ -105,8 +110,9 @@ class Studio:
     def _answer(self, conversation: Conversation, turn: Turn, text: str | None, files: Sequence[str]) -> Iterator[Turn]:
         settings = turn.settings
         self._check(settings)
-        turn.prompt = read_prompt(text, files, self.limits, self.model.codec)
-        before: list[Any] = list(conversation.documents(settings.remember))
+        turn.prompt = read_prompt(text, files, self.limits, self.model.codec, padded=self.turns)
+        earlier = conversation.exchanges(settings.remember)
+        before: list[Any] = [] if self.turns else [[*one.asked, *one.answered] for one in earlier]
         options, turn.notes = settings.options(turn.prompt)
         yield turn
         if settings.retrieve and self.has_memory:
@@ -117,7 +123,18 @@ class Studio:
                 turn.documents.append(Read(one.key, one.score, parts))
             before += found
         more: dict[str, Any] = {"before": before} if before else {}
-        yield from self._grow(turn, self.model.stream, turn.prompt, settings.output, **more, **options)
+        prompt = self._speak(earlier, turn.prompt, settings.output) if self.turns else turn.prompt
+        yield from self._grow(turn, self.model.stream, prompt, settings.output, **more, **options)
+
+    def _speak(self, earlier: Sequence[Exchange], prompt: Sequence[Content], output: str) -> list[Any]:
+        """A conversation that is open for the model's turn; the oldest exchanges are left out where not all fit."""
+        said: list[Any] = []
+        for start in range(len(earlier) + 1):
+            turns = [turn for one in earlier[start:] for turn in one] + [prompt]
+            said = [part for turn in turns for part in (*turn, EndOfTurn())]
+            if start == len(earlier) or self.model.room_left(said, output) >= 0:
+                break
+        return said
 
     def _redraw(self, turn: Turn, painting: Mapping[str, Any] | None) -> Iterator[Turn]:
         self._check(turn.settings)

@@ -34,7 +34,7 @@ class Limits(NamedTuple):
     max_retrieve: int = 4
 
 
-def read_prompt(text: str | None, files: Sequence[str], limits: Limits, codec: Codec) -> list[Any]:
+def read_prompt(text: str | None, files: Sequence[str], limits: Limits, codec: Codec, *, padded: bool) -> list[Any]:
     """The pictures, then the text: parts of a prompt.
 
     Pictures are brought to the size that the model's encoder takes, which changes no code of theirs.
@@ -42,6 +42,7 @@ def read_prompt(text: str | None, files: Sequence[str], limits: Limits, codec: C
     Args:
         files: paths of uploaded pictures.
         codec: of the model.
+        padded: whether the prompt is a turn of a conversation: a model that was tuned on such is shown whole pictures.
 
     Raises:
         ValueError: for an empty prompt, or what is broken or exceeds a limit.
@@ -55,7 +56,7 @@ def read_prompt(text: str | None, files: Sequence[str], limits: Limits, codec: C
     parts: list[Any] = []
     for number, file in enumerate(files, 1):
         opened = open_picture(Path(file).read_bytes(), f"picture {number}", limits.max_pixels)
-        parts.append(codec.fit(opened))
+        parts.append(codec.fit(opened, padded=padded and codec.conversations))
     return [*parts, text] if text else parts
 
 

@@ -43,6 +43,9 @@ class Codec:
         text_tokenizer: its pieces fill the vocabulary's text range.
         image_tokenizer: gives the image size, the grid of codes and the codebook.
         format: the sequence format, with or without a text tokenizer of its own; `codec.format` has this one.
+        batch_size: pictures that pass the image tokenizer together.
+        conversations: whether the model was tuned on conversations. Pictures of the human's turns are then kept as a
+            whole, between borders, as they were in its training; all others are cropped to their centre.
 
     Raises:
         ValueError: where a tokenizer and the vocabulary or the grid disagree.
@@ -54,6 +57,7 @@ class Codec:
         image_tokenizer: ImageTokenizer,
         format: SequenceFormat,
         batch_size: int = 64,
+        conversations: bool = False,
     ) -> None:
         vocabulary, grid = format.vocabulary, tuple(image_tokenizer.grid)
         wanted = {
@@ -72,7 +76,7 @@ class Codec:
         self.text_tokenizer = text_tokenizer
         self.image_tokenizer = image_tokenizer
         self.format = format.with_text_tokenizer(text_tokenizer)
-        self.batch_size = batch_size
+        self.batch_size, self.conversations = batch_size, conversations
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +85,7 @@ class Codec:
         return next(tensors).device
 
     def to_document(self, parts: Sequence[Content]) -> Document:
-        """The parts in order; pictures are resized, cropped and encoded.
+        """The parts in order; pictures are resized, cropped (or padded, see `conversations`) and encoded.
 
         Raises:
             SequenceError: for an empty string.
@@ -91,8 +95,14 @@ class Codec:
 
     def to_documents(self, documents: Sequence[Sequence[Content]]) -> list[Document]:
         """`to_document` for many; the pictures of all of them pass the encoder together, `batch_size` at a time."""
-        pictures = [part for parts in documents for part in parts if isinstance(part, Picture)]
-        images = iter(self.encode_pictures(pictures))
+        pictures: list[Picture] = []
+        padded: list[bool] = []
+        for parts in documents:
+            for part, asked in zip(parts, self._are_asked(parts), strict=True):
+                if isinstance(part, Picture):
+                    pictures.append(part)
+                    padded.append(asked)
+        images = iter(self.encode_pictures(pictures, padded))
         found = []
         for parts in documents:
             found.append(Document(next(images) if isinstance(part, Picture) else _part(part) for part in parts))
@@ -114,13 +124,26 @@ class Codec:
                 found[-1].append(content.text if isinstance(content, Text) else content)
         return found
 
+    def _are_asked(self, parts: Sequence[Content]) -> list[bool]:
+        """Whether each part belongs to a turn of the human in a conversation, in which human and model take turns."""
+        turn, asked = 0, []
+        for part in parts:
+            asked.append(turn % 2 == 0)
+            turn += isinstance(part, EndOfTurn)
+        return asked if turn and self.conversations else [False] * len(asked)
+
     @torch.inference_mode()
-    def encode_pictures(self, pictures: Sequence[Picture]) -> list[Image]:
-        """Pictures of any size and mode to their codes; those of one grid pass the encoder together."""
+    def encode_pictures(self, pictures: Sequence[Picture], padded: Sequence[bool] = ()) -> list[Image]:
+        """Pictures of any size and mode to their codes; those of one grid pass the encoder together.
+
+        Args:
+            padded: of each, whether it is kept as a whole, see `fit`; by default none is.
+        """
         images: list[Image] = []
+        padded = padded or [False] * len(pictures)
         for start in range(0, len(pictures), self.batch_size):
-            chunk = enumerate(pictures[start : start + self.batch_size], start)
-            fitted = [self.fit(picture, f"picture {index}") for index, picture in chunk]
+            chunk = range(start, min(start + self.batch_size, len(pictures)))
+            fitted = [self.fit(pictures[index], f"picture {index}", padded=padded[index]) for index in chunk]
             images += map_alike(fitted, [picture.size for picture in fitted], self._encode)
         return images
 

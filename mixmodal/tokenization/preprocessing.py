@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import torch
@@ -80,6 +80,8 @@ def _open(source: bytes | Path | Image.Image, key: str) -> Image.Image:
         raise PictureError(f"{key}: refused before decoding, too many pixels ({error})") from error
     except FileNotFoundError as error:
         raise PictureError(f"{key}: there is no file {source}") from error
+    except UnidentifiedImageError as error:  # whose own words name an object in memory
+        raise PictureError(f"{key}: not a picture that can be read ({', '.join(FORMATS)} are)") from error
     except DECODING_ERRORS as error:
         raise PictureError(f"{key}: not a picture that can be read ({error})") from error
 

@@ -175,6 +175,7 @@ class AdapterTask(PretrainTask):
             rows={name: torch.cat([t[ids.start : ids.stop] for ids in spans]) for name, t in kept.items()},
             base=self.base.name,
             base_sha256=self._base_sha256,
+            conversations=self.conversations,
         )
 
 

@@ -17,6 +17,7 @@ from mixmodal.interop.export import (
     NOT_STATED,
     fill_transformer,
     find_text_tokenizer,
+    read_conversations,
     read_format_name,
     read_transformer_config,
     read_vocabulary,
@@ -46,6 +47,7 @@ class BaseModel:
         self.folder = folder
         self.config = read_transformer_config(folder)
         self.vocabulary = read_vocabulary(folder)
+        self.conversations = read_conversations(folder)
 
     def shape(self, own: TransformerConfig) -> TransformerConfig:
         """The folder's shape with the dropout of `own`.

@@ -364,7 +364,12 @@ class PretrainTask(Task):
         card = {"title": self.config.trainer.run_dir.name, "data": dict(data), "figures": figures, **self.config.card}
         if self.base:
             card |= self.base.extend_card(self.config.card)
-        save_export(folder, model, self.shards.build_format(), text, image, card)
+        save_export(folder, model, self.shards.build_format(), text, image, card, self.conversations)
+
+    @property
+    def conversations(self) -> bool:
+        """Whether conversations are trained on, or were in the base model."""
+        return any(shards.has_loss for shards in self.sources.values()) or bool(self.base and self.base.conversations)
 
 
 @torch.no_grad()

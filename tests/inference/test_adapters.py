@@ -102,9 +102,19 @@ def test_a_model_with_an_adapter_is_the_merged_one(exported: Path, adapter: Path
     merged = load_export(tmp_path / "merged")
     assert same(merged.model, plain)
     assert "## Adapter" in (tmp_path / "merged/README.md").read_text()
+    assert used.codec.conversations is merged.codec.conversations is False
     used.save_pretrained(tmp_path / "saved")
     assert same(load_transformer(tmp_path / "saved"), plain)
     assert "## Adapter" in (tmp_path / "saved/README.md").read_text()
+
+
+def test_an_adapter_of_conversations_makes_a_model_of_them(exported: Path, tmp_path: Path) -> None:
+    save_adapter(tmp_path / "talk", replace(draw_adapter(exported), conversations=True))
+    used = MixedModal.from_pretrained(exported, "cpu", adapter=tmp_path / "talk")
+    assert used.codec.conversations
+    used.save_pretrained(tmp_path / "saved")
+    main(["export", str(exported), str(tmp_path / "merged"), "--adapter", str(tmp_path / "talk"), "--to", "mixmodal"])
+    assert all(load_export(tmp_path / name).codec.conversations for name in ("saved", "merged"))
 
 
 def test_weights_of_16_bits_are_rounded_once(exported: Path, tmp_path: Path) -> None:
@@ -224,6 +234,7 @@ def test_other_shapes_are_refused_before_anything_changes(
         ("adapter_config.json", {"target_modules": [TARGETS[0]]}, "blocks.1.ffn.out.lora_A.weight' is not of"),
         ("adapter_config.json", {"use_dora": True}, "lora_magnitude_vector' is missing"),
         ("base_model.json", {"format_version": 2}, "needs format_version 1, base_model and weights_sha256"),
+        ("base_model.json", {"conversations": "yes"}, "conversations is 'yes'; it must be true or false"),
         ("base_model.json", {"weights_sha256": 1}, "needs format_version 1, base_model and weights_sha256"),
         ("base_model.json", {"rows": [[9, 11], [4, 7]]}, "rows is [[9, 11], [4, 7]]"),
         ("base_model.json", {"rows": [[4, "7"]]}, "rows is [[4, '7']]"),

@@ -140,6 +140,7 @@ def test_weights_of_other_shapes_name_the_tensor(folder: Path) -> None:
     [
         ("model", {"depth": 3}, r"config\.json: section 'model' has unknown keys \['depth'\]"),
         ("model", {"num_heads": 5}, r"config\.json: section 'model' can not be used"),
+        (None, {"conversations": 1}, r"config\.json: conversations is 1; it must be true or false"),
         (None, {"format_version": 2}, r"config\.json: format_version is not 1"),
         (None, {"vocabulary": {"num_words": 3}}, "can not be loaded: .*num_words"),
         ("sequence_format", {"name": "emu"}, "'emu' is unknown"),

@@ -84,7 +84,9 @@ def test_the_harness_calls_our_model(exported: Path) -> None:
     from mixmodal.pipeline.lm_eval_model import MixedModalLM
 
     assert get_model("mixmodal") is MixedModalLM
-    language_model = MixedModalLM.create_from_arg_string(f"pretrained={exported},batch_size=4,device=cpu")
+    said = {"device": "cuda:0", "batch_size": 4, "max_batch_size": None}  # the device of who says nothing
+    language_model = MixedModalLM.create_from_arg_string(f"pretrained={exported}", said)
+    assert language_model.harness.model.batch_size == 4
     harness = TextHarness(MixedModal.from_pretrained(exported, "cpu"))
     ((total, greedy),) = language_model.loglikelihood([Request(("a red", " circle"))])
     assert (total, greedy) == tuple(harness.score([("a red", " circle")])[0])

@@ -43,6 +43,19 @@ def test_each_output_has_its_type(model: MixedModal, picture: PIL.Image) -> None
     assert all(isinstance(part, (str, PIL.Image)) for part in mixed)
 
 
+def test_an_output_fits_where_room_is_left(model: MixedModal) -> None:
+    prompt = "a red apple"
+    while model.room_left(f"{prompt} pear", "image") >= 0:
+        prompt += " pear"
+    model.generate(prompt, "image")
+    while (
+        model.room_left(prompt, "image") >= -2
+    ):  # the end of the document, which may be missing, and what opens a picture
+        prompt += " pear"
+    with pytest.raises(SequenceError, match="image"):
+        model.generate(prompt, "image")
+
+
 def test_samples_are_what_was_generated_and_not_the_prompt(model: MixedModal, picture: PIL.Image) -> None:
     for seed in range(2):
         (mixed,) = model.generate(["a red apple", picture, "pear"], output="mixed", seed=seed)

@@ -21,7 +21,7 @@ from mixmodal.data.pretokenize import PretokenizeConfig, pretokenize
 from mixmodal.data.shards import write_shards
 from mixmodal.data.skipping import SampleLimits, SkipCounter
 from mixmodal.data.token_shards import TokenShards
-from mixmodal.document import Document, Image, Text, build_format
+from mixmodal.document import Document, EndOfTurn, Image, Text, build_format
 from mixmodal.interop.export import save_export
 from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.pipeline import prefer as module
@@ -262,6 +262,32 @@ def test_a_question_is_spelled_as_prepared_conversations_are(
     assert (ids[: len(prepared)] == prepared).all()
     cropped, padded = (part.codes for part in model.format.parse(prepared).parts if isinstance(part, Image))
     assert (cropped != padded).any()
+
+
+def test_a_prompt_of_a_tuned_model_is_spelled_as_prepared_conversations_are(
+    config: PreferConfig, tokenizers: Path, tmp_path: Path
+) -> None:
+    """Pictures of the human's turns are padded, those of the model's cropped, and all without turns."""
+    wide = Pictures.fromarray(np.tile(np.uint8([[0, 250, 40]]).repeat(16), (16, 1))).convert("RGB")
+    wide.save(tmp_path / "wide.png")
+    said = [{"image": "wide.png"}, {"text": "a red apple"}], [{"image": "wide.png"}], [{"image": "wide.png"}]
+    roles = ("user", "assistant", "user")
+    talk = [{"role": role, "parts": parts} for role, parts in zip(roles, said, strict=True)]
+    talk.append({"role": "assistant", "parts": [{"text": "a blue pear"}]})
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": talk}))
+    samples = read_conversations(tmp_path / "talk.jsonl", SkipCounter(), SampleLimits())
+    write_shards([replace(one, key="0") for one in samples], tmp_path / "shards")
+    given = {"text_tokenizer": tokenizers / "text.model", "image_tokenizer": tokenizers / "image"}
+    settings = PretokenizeConfig(
+        shards=(tmp_path / "shards",), out=tmp_path / "tokens", sequence_format="chameleon", num_sentinels=2, **given
+    )
+    prepared, codec = pretokenize(settings)[0], MixedModal.from_pretrained(config.model, "cpu").codec
+    parts = [wide, "a red apple", EndOfTurn(), wide, EndOfTurn(), wide, EndOfTurn(), "a blue pear", EndOfTurn()]
+    assert not np.array_equal(codec.format.spell(codec.to_document(parts)), prepared)  # it was tuned on nothing
+    codec.conversations = True
+    assert np.array_equal(codec.format.spell(codec.to_document(parts)), prepared)
+    first, second = codec.to_document(parts[:2]).parts[0], codec.to_document([wide]).parts[0]
+    assert first == second == codec.to_document(parts).parts[3]
 
 
 def test_a_model_wins_half_against_itself_and_by_its_scores_against_another(config: PreferConfig, folder: Path) -> None:

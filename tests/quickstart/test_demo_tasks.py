@@ -11,6 +11,7 @@ from PIL import Image
 
 from mixmodal.data.shards import PictureFile, Sample, write_shards
 from mixmodal.data.tasks import TaskTemplates
+from mixmodal.quickstart.art import find_translations
 from mixmodal.quickstart.demo_tasks import DemoTasksConfig, Shown, build_tasks, write_tasks
 from mixmodal.quickstart.recipe import read_packaged
 
@@ -135,3 +136,16 @@ def test_what_can_not_be_asked_is_named() -> None:
         DemoTasksConfig(kinds={"plant": "("})
     with pytest.raises(ValueError, match="comparisons is -1"):
         DemoTasksConfig(comparisons=-1)
+
+
+def test_names_in_other_languages_are_those_of_the_fully_qualified_spelling() -> None:
+    emoji = pytest.importorskip("emoji")
+
+    found = find_translations(["de", "es"])
+    assert found["1f34e"] == {"de": "roter apfel", "es": "manzana roja"}
+    assert all(found.values())
+    for characters, entry in emoji.EMOJI_DATA.items():
+        if entry["status"] == 2 and "de" in entry:
+            code_point = "-".join(f"{ord(one):x}" for one in characters if ord(one) != 0xFE0F)
+            assert found[code_point]["de"] == entry["de"].strip(":").replace("_", " ").replace("\u2019", "'").lower()
+    assert find_translations([]) == {}

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mixmodal.pipeline.drawing import Piece
 from mixmodal.retrieval.retriever import Retrieved
-from mixmodal.tokenization.preprocessing import resize_and_crop
+from mixmodal.tokenization.preprocessing import resize_and_crop, resize_and_pad
 
 GRID = (4, 4)
 
@@ -26,20 +26,32 @@ class StubModel:
         steps: previews before a picture is whole.
         step_s: seconds that each takes.
         has_memory: whether it has documents.
+        conversations: whether it was tuned on such.
     """
 
-    def __init__(self, size: int = 32, steps: int = 4, step_s: float = 0.0, has_memory: bool = False) -> None:
+    def __init__(
+        self,
+        size: int = 32,
+        steps: int = 4,
+        step_s: float = 0.0,
+        has_memory: bool = False,
+        conversations: bool = False,
+    ) -> None:
         self.size, self.steps, self.step_s = size, steps, step_s
         config = SimpleNamespace(image_size=size, preprocess="meta")
         tokenizer = SimpleNamespace(config=config)
         self.codec = SimpleNamespace(image_tokenizer=tokenizer, from_documents=list, fit=self._fit)
+        self.codec.conversations = conversations
         self.format = SimpleNamespace(grids={"image": GRID}, allowed_grids=lambda _: (GRID,), parse=self._parse)
         self.retriever = object() if has_memory else None
         self.calls: list[dict[str, Any]] = []
         self.open = self.most_open = self.num_closed = self.num_finished = self.num_infilled = 0
 
-    def _fit(self, picture: Image.Image) -> Image.Image:
-        return resize_and_crop(picture, self.size)
+    def _fit(self, picture: Image.Image, *, padded: bool) -> Image.Image:
+        return (resize_and_pad if padded else resize_and_crop)(picture, self.size)
+
+    def room_left(self, prompt: Sequence[Any], output: str) -> int:
+        return 8 - len(prompt)
 
     def _parse(self, ids: np.ndarray) -> list[Any]:
         return [self.picture(int(ids[0])), f"document {int(ids[0])}"]

@@ -65,9 +65,9 @@ def test_what_is_kept_is_bounded_and_can_be_forgotten(stub: StubModel) -> None:
         talk.settle()
     assert [turn.prompt[0] for turn in talk.turns] == ["apple 3", "apple 4"]
     assert len(talk.drawn) == 3
-    assert [document[0] for document in talk.documents(1)] == ["apple 4"]
-    assert talk.documents(0) == []
-    assert len(talk.documents(9)) == 2
+    assert [one.asked for one in talk.exchanges(1)] == [["apple 4"]]
+    assert talk.exchanges(0) == []
+    assert len(talk.exchanges(9)) == 2
     talk.clear()
     assert not talk.turns
     assert not talk.drawn

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from stub_model import StubModel
 
+from mixmodal.document import EndOfTurn
 from mixmodal.serve.conversation import Conversation, Turn
 from mixmodal.serve.html import conversation_html, edit_html
 from mixmodal.serve.settings import Settings
@@ -76,6 +77,25 @@ def test_retrieved_documents_are_read_behind_earlier_turns_and_shown() -> None:
     assert [one.key for one in found] == ["key 0", "key 1"]
     assert [one.parts[1] for one in turn.documents] == ["document 0", "document 1"]
     assert "before" not in stub.calls[0]
+
+
+def test_a_tuned_model_is_asked_in_turns(photo: str) -> None:
+    """The photo is wide: whole within borders in a turn, cropped otherwise."""
+    stub, talk = StubModel(conversations=True), Conversation()
+    for text in ("one", "two", "three"):
+        ask(build(stub), text, talk=talk, output="text", remember=0)
+    assert stub.calls[-1]["prompt"] == ["three", EndOfTurn()]
+    ask(build(stub), "four", (photo,), talk=talk, output="text", remember=2)
+    said = stub.calls[-1]["prompt"]
+    picture = said.pop(4)
+    assert said == ["three", EndOfTurn(), "word " * 4, EndOfTurn(), "four", EndOfTurn()]  # all three do not fit
+    assert "before" not in stub.calls[-1]
+    ask(build(stub, turns=False), "five", (photo,), talk=talk, output="text", remember=1)
+    cropped, *rest = stub.calls[-1]["prompt"]
+    assert rest == ["five"]
+    assert stub.calls[-1]["before"] == [[picture, "four", "word " * 4]]
+    assert picture.getpixel((0, 0)) == (255, 255, 255) != cropped.getpixel((0, 0))
+    assert stub.calls[-1]["prompt"][0].size == picture.size
 
 
 def test_without_a_memory_none_is_asked(stub: StubModel) -> None:

@@ -132,6 +132,12 @@ def test_truncated_file_is_refused_by_name(format):
         open_picture(data[: len(data) // 2], "shelf/7")
 
 
+@pytest.mark.parametrize("data", [b"", b"<html>404</html>"])
+def test_what_is_no_picture_is_told_what_is_one(data):
+    with pytest.raises(PictureError, match=r"^page: not a picture that can be read \(PNG, JPEG, .* TIFF are\)$"):
+        open_picture(data, "page")
+
+
 def test_corrupt_bytes_never_give_another_error():
     """Files broken at one random place decode or raise PictureError, nothing else."""
     rng = np.random.default_rng(1)

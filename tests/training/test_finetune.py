@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from mixmodal.cli import main
 from mixmodal.config import load_config
 from mixmodal.data.conversations import Message
+from mixmodal.data.converters import read_conversations
 from mixmodal.data.packing import Batch
 from mixmodal.data.pretokenize import PretokenizeConfig, pretokenize
 from mixmodal.data.shards import Sample, read_samples, write_shards
+from mixmodal.data.skipping import SampleLimits, SkipCounter
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.interop.export import load_export, load_transformer
-from mixmodal.models.transformer import Transformer
+from mixmodal.models.transformer import Transformer, TransformerConfig
 from mixmodal.training.config import TrainerConfig
 from mixmodal.training.finetune import FinetuneConfig, FinetuneDataConfig, finetune
 from mixmodal.training.optimizer import OptimizerConfig, lr_at
@@ -167,9 +169,21 @@ def test_the_export_keeps_tokenizers_and_attribution_of_the_base_model(
     )
     finetune(tuned)
     out = tmp_path / "tuned/export"
-    load_export(out)
+    assert not load_export(out).codec.conversations  # pairs alone
     for name in ("text_tokenizer.model", "image_tokenizer/config.json", "image_tokenizer/model.safetensors"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
+    talk = [{"role": "user", "content": "a red"}, {"role": "assistant", "content": "apple"}]
+    (tmp_path / "talk.jsonl").write_text(json.dumps({"messages": talk}) + "\n")
+    samples = read_conversations(tmp_path / "talk.jsonl", SkipCounter(), SampleLimits())
+    write_shards([replace(one, key="0") for one in samples], tmp_path / "talk")
+    pretokenize(PretokenizeConfig(shards=(tmp_path / "talk",), out=tmp_path / "talk_tokens", **files))
+    data = replace(tuned.data, tokens=tmp_path / "talk_tokens")
+    talking = replace(tuned, data=data, trainer=replace(base.trainer, run_dir=tmp_path / "talking"))
+    finetune(talking)
+    assert load_export(tmp_path / "talking/export").codec.conversations
+    more = replace(base, **files, init_from=tmp_path / "talking/export", model=TransformerConfig())
+    pretrain(replace(more, trainer=replace(base.trainer, run_dir=tmp_path / "more")))
+    assert load_export(tmp_path / "more/export").codec.conversations  # what it was tuned on before
     card = (out / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: mixmodal\n")
     assert card.count("library_name") == 1
