@@ -13,7 +13,7 @@ from rich.progress import track
 from mixmodal.classification.classifier import PictureClassifier
 from mixmodal.classification.datasets import NamedClass, Read, read_classes, read_cues
 from mixmodal.classification.evaluate import BROKEN, Recorder, check_share
-from mixmodal.classification.known_sets import choose_classes, find_set, read_set
+from mixmodal.classification.known_sets import KnownSet, choose_classes, find_set, read_set
 from mixmodal.classification.measured import Wanted, read_measured, read_or_measure
 from mixmodal.classification.summary import describe_drop, draw_figures, summarise, summarise_cues
 from mixmodal.data.skipping import SkipCounter
@@ -37,21 +37,23 @@ RACING = 8
 
 
 class PictureSet(NamedTuple):
-    """One of the sets of pictures that a call is about: what reads it, and the folder for its records."""
+    """One of the sets of pictures that a call is about: what reads it, its layout, and the folder for its records."""
 
     name: str
     path: Path
     read: Read
+    known: KnownSet | None
     folder: Path
 
 
 def list_sets(config: ClassifyConfig) -> list[PictureSet]:
     """The pictures in `out` itself, others in folders of their own."""
-    found = [PictureSet("data", config.data, read_set, config.out)]
+    found = [PictureSet("data", config.data, read_set, find_set(config.data), config.out)]
     if config.shift is not None:
-        found.append(PictureSet("shift", config.shift, partial(read_set, option="shift"), config.out / "shift"))
+        read, folder = partial(read_set, option="shift"), config.out / "shift"
+        found.append(PictureSet("shift", config.shift, read, find_set(config.shift), folder))
     if config.cues is not None:
-        found.append(PictureSet("cues", config.cues, read_cues, config.out / "cues"))
+        found.append(PictureSet("cues", config.cues, read_cues, None, config.out / "cues"))
     return found
 
 
@@ -63,17 +65,16 @@ def classify(config: ClassifyConfig) -> None:
             pictures.
     """
     sets, templates = list_sets(config), config.read_templates()
-    known = {one.name: found for one in sets if one.name != "cues" and (found := find_set(one.path))}
-    for name, found in known.items():
-        print(f"{name}: found {found.layout}")
+    for one in sets:
+        if one.known:
+            print(f"{one.name}: found {one.known.layout}")
     own = config.classes
-    classes = choose_classes(config.data, known.get("data")) if own is None else read_classes(own)
+    classes = choose_classes(config.data, sets[0].known) if own is None else read_classes(own)
     for one in sets:  # before the model is loaded
         if next(one.read(one.path, classes, SkipCounter(1.0)), None) is None:
             raise ValueError(f"{one.name}: {one.path} holds no pictures that can be read")
-    chosen, settings = choose_pictures(config, classes), describe(config, classes, templates)
-    if chosen is not None:
-        settings["measured"] = chosen.describe()
+    chosen = choose_pictures(config, classes)
+    settings = describe(config, classes, templates, chosen)
     build = cache(lambda: build_classifier(config, classes, templates, sets, chosen, settings))
     shard, labels = Shard.choose(config.shard), [one.label for one in classes]
     recorded = [(one, record(config, one, classes, settings, shard, build)) for one in sets]
@@ -81,8 +82,6 @@ def classify(config: ClassifyConfig) -> None:
         print(shard.describe_end(config.out))
         return
     results = {one.name: sum_up(config, one, recorder, labels) for one, recorder in recorded}
-    for name, found in known.items():
-        results[name]["layout"] = found.layout
     if "shift" in results:
         results["shift"]["drop"] = describe_drop(results["data"], results["shift"])
     summary = {"model": config.model, "settings": settings, "settings_sha256": hash_settings(settings), **results}
@@ -123,7 +122,9 @@ def build_classifier(
     return classifier
 
 
-def describe(config: ClassifyConfig, classes: Sequence[NamedClass], templates: Sequence[str]) -> dict[str, Any]:
+def describe(
+    config: ClassifyConfig, classes: Sequence[NamedClass], templates: Sequence[str], chosen: Chosen | None
+) -> dict[str, Any]:
     """What scores depend on, as plain data."""
     adapted = {}
     if config.adapt.denoiser is not None:  # records without one stay valid
@@ -141,6 +142,7 @@ def describe(config: ClassifyConfig, classes: Sequence[NamedClass], templates: S
         "classes": [one._asdict() for one in classes],
         **config.describe(),
         **adapted,
+        **({} if chosen is None else {"measured": chosen.describe()}),
     }
 
 
@@ -193,7 +195,8 @@ def sum_up(config: ClassifyConfig, pictures: PictureSet, recorder: Recorder, lab
     found["skipped"] = dict(sorted({**found["skipped"], **lost}.items()))
     examples = recorder.counter.examples or [f"see {recorder.lines.path}"]
     check_share(config.max_skipped_share, found["num_pictures"], found["skipped"], examples)
-    return {"path": str(pictures.path), **found}
+    layout = {} if pictures.known is None else {"layout": pictures.known.layout}
+    return {"path": str(pictures.path), **found, **layout}
 
 
 def report(results: dict[str, Any], num_classes: int, path: Path) -> str:

@@ -13,7 +13,7 @@ from mixmodal.pipeline.drawing import Plan, Sample
 from mixmodal.pipeline.holes import Holes, PartialPicture
 from mixmodal.pipeline.infilling import Order, cells_of, fill_region, merge_region
 from mixmodal.pipeline.masked_text import MaskedText
-from mixmodal.pipeline.options import SamplingOptions, build_guidance, build_sampling, is_guided, refuse_size
+from mixmodal.pipeline.options import SamplingOptions, is_guided, refuse_size
 from mixmodal.pipeline.queue import Ask, Drawn, Queue, open_parts
 from mixmodal.sampling.engine import Request
 from mixmodal.sampling.generator import SequenceGenerator
@@ -92,12 +92,10 @@ class FillingQueue(Queue[FillingJob]):
         retrieve: int,
     ) -> None:
         refuse_size(options, "holes, of which a region has its picture's")
-        sampling = build_sampling(codec.format.vocabulary.modalities, options)
-        super().__init__(generator, sampling, build_guidance(options, follows_text=True))
+        super().__init__(generator, codec, options, follows_text=True)
         self.is_guided = is_guided(options)
-        self.codec, self.max_new_tokens = codec, max_new_tokens
         self.order: Order = order
-        self._requests, self.retrieve = plan, retrieve
+        self._requests, self.max_new_tokens, self.retrieve = plan, max_new_tokens, retrieve
 
     def plan(self, number: int, ask: Ask) -> list[FillingJob]:
         """The first request of each sample."""

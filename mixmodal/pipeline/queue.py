@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -17,8 +17,6 @@ from mixmodal.pipeline.prompts import Before, check_guided, check_output, grid_a
 from mixmodal.pipeline.reranking import Rank, check_best_of, keep_best, texts_of
 from mixmodal.sampling.engine import Request
 from mixmodal.sampling.generator import SequenceGenerator
-from mixmodal.sampling.guidance import Guidance
-from mixmodal.sampling.rules import TokenSampling
 from mixmodal.tokenization.codec import Codec, Content
 
 WINDOW_BATCHES = 8
@@ -84,12 +82,20 @@ class Queue(ABC, Generic[JobT]):
 
     Args:
         generator: draws.
-        sampling: settings by modality.
-        guidance: of pictures.
+        codec: encodes and decodes.
+        options: how tokens are drawn.
+        follows_text: whether a picture may follow a text, so that there is guidance where none is asked for.
+
+    Raises:
+        ValueError: for settings that can not act on any prompt.
     """
 
-    def __init__(self, generator: SequenceGenerator, sampling: Mapping[str, TokenSampling], guidance: Guidance) -> None:
-        self.generator, self.sampling, self.guidance = generator, sampling, guidance
+    def __init__(
+        self, generator: SequenceGenerator, codec: Codec, options: SamplingOptions, *, follows_text: bool
+    ) -> None:
+        self.generator, self.codec = generator, codec
+        self.sampling = build_sampling(codec.format.vocabulary.modalities, options)
+        self.guidance = build_guidance(options, follows_text)
 
     @abstractmethod
     def plan(self, number: int, ask: Ask) -> Sequence[JobT]:
@@ -200,12 +206,11 @@ class SampleQueue(Queue[Candidate]):
         if best_of < 1:
             raise ValueError(f"best_of is {best_of}; it must be at least 1")
         check_output(codec.format, output)
-        sampling = build_sampling(codec.format.vocabulary.modalities, options)
-        super().__init__(generator, sampling, build_guidance(options, follows_text=output != "text"))
+        super().__init__(generator, codec, options, follows_text=output != "text")
         check_guided(self.guidance, output)
         grid_asked_for(codec, output, options)
         check_best_of(codec.format, output, self.sampling, best_of)
-        self.rank, self.codec, self.output, self.best_of, self._requests = rank, codec, output, best_of, plan
+        self.rank, self.output, self.best_of, self._requests = rank, output, best_of, plan
         self._found: dict[tuple[int, int], dict[int, tuple[Candidate, Document]]] = {}
 
     def plan(self, number: int, ask: Ask) -> list[Candidate]:
