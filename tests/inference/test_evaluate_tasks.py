@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pictures
 
-from mixmodal.data.shards import read_samples
+from mixmodal.data.shards import PictureFile, Sample, read_samples, write_shards
 from mixmodal.document import Image
 from mixmodal.interop.export import load_export
 from mixmodal.pipeline.evaluate import evaluate
@@ -20,6 +20,7 @@ from mixmodal.pipeline.evaluating.image_to_text import ImageToTextOptions
 from mixmodal.pipeline.evaluating.memorisation import MemorisationOptions
 from mixmodal.pipeline.evaluating.questions import QuestionsOptions
 from mixmodal.pipeline.evaluating.text_to_image import TextToImageOptions
+from mixmodal.pipeline.mixed_modal import MixedModal
 
 
 @pytest.fixture
@@ -211,3 +212,38 @@ def test_objects_are_asked_for_by_all_three_kinds_of_negatives(
     assert [found["metrics"][f"pope_random_{name}"] for name in names] == [1, 1, 0.5, 0]
     assert [found["metrics"][f"pope_popular_{name}"] for name in names] == [0.5, pytest.approx(2 / 3), 1, 0]
     assert not any(row["right"] for row in found["shown"])
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_a_tuned_model_is_asked_about_the_whole_picture_which_the_page_shows(
+    tuned: bool,
+    measured: Callable[..., dict[str, Any]],
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wide = Pictures.effect_noise((48, 16), 80).convert("RGB")
+    wide.save(tmp_path / "wide.png")
+    picture = PictureFile((tmp_path / "wide.png").read_bytes(), "png", "wide")
+    samples = [Sample(name, ("a", picture), {"objects": [name]}) for name in ("cat", "dog")]
+    write_shards(samples, tmp_path / "wide")
+    load, asked = MixedModal.from_pretrained, []
+
+    def load_tuned(*arguments: Any) -> MixedModal:
+        model = load(*arguments)
+        model.codec.conversations = tuned
+        draw = model.generate_each
+
+        def watch(asks: Any, *more: Any, **options: Any) -> Any:
+            return draw((asked.append(ask.prompt[0]) or ask for ask in asks), *more, **options)
+
+        monkeypatch.setattr(model, "generate_each", watch)
+        return model
+
+    monkeypatch.setattr(MixedModal, "from_pretrained", load_tuned)
+    measured(hallucination=HallucinationOptions(data=(tmp_path / "wide",), num_pairs=1, max_new_tokens=2))
+    codec = load_export(exported, "cpu", None).codec
+    fitted = codec.fit(wide, padded=tuned)
+    (wanted,) = codec.encode_pictures([wide], [tuned])
+    assert asked == [wanted] * 4
+    assert Pictures.open(tmp_path / "out" / "hallucination" / "000000.png").tobytes() == fitted.tobytes()
