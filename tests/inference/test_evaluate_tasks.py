@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image as Pictures
 
+from mixmodal.cli import main
 from mixmodal.data.shards import PictureFile, Sample, read_samples, write_shards
 from mixmodal.document import Image
 from mixmodal.interop.export import load_export
@@ -21,6 +22,8 @@ from mixmodal.pipeline.evaluating.memorisation import MemorisationOptions
 from mixmodal.pipeline.evaluating.questions import QuestionsOptions
 from mixmodal.pipeline.evaluating.text_to_image import TextToImageOptions
 from mixmodal.pipeline.mixed_modal import MixedModal
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -190,6 +193,31 @@ def test_scenes_are_answered_by_kind_beside_what_is_most_frequent_in_training(
     assert '<th class="number">without the picture</th><th class="number">most frequent answer</th>' in page
     assert "vqa_accuracy_count</td>" in page
     assert "vqa_accuracy_count_blind" not in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exported", ["cm3leon"], indirect=True)
+def test_the_commands_of_scenes_prepare_tune_and_evaluate(exported: Path, scenes: Path, tmp_path: Path) -> None:
+    tokenizers = {name: str(exported / name) for name in ("text_tokenizer.model", "image_tokenizer")}
+    prepare = ["--corpora", f"[{{kind: conversations, path: {scenes / 'training.jsonl'}}}]", "--image_size", "16"]
+    prepare += ["--out", str(tmp_path / "data"), "--tokens.num_sentinels", "8"]
+    prepare += ["--tokens.text_tokenizer", tokenizers["text_tokenizer.model"]]
+    prepare += ["--tokens.image_tokenizer", tokenizers["image_tokenizer"]]
+    tune = ["--init_from", str(exported), "--data.tokens", str(tmp_path / "data/tokens"), "--data.seq_len", "96"]
+    tune += ["--trainer.run_dir", str(tmp_path / "tuned"), "--trainer.max_steps", "2", "--optimizer.warmup_steps", "1"]
+    asked = ["--model", str(tmp_path / "tuned/export"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    for split, option in (("held_out", "data"), ("training", "training")):
+        asked += [f"--tasks.questions.{option}", f"[{scenes / split}.jsonl]"]
+    for command, config, options in (
+        ("prepare", "data/scenes", prepare),
+        ("finetune", "train/scenes", tune),
+        ("evaluate", "sample/evaluate_scenes", asked),
+    ):
+        main([command, "--config", str(ROOT / f"configs/{config}.yaml"), *options])
+    assert json.loads((tmp_path / "data/report.json").read_text())["shards"]["corpora"][0]["used"] == 6
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())["tasks"]["questions"]
+    kinds = ("", "_attribute", "_count", "_relation")
+    assert set(found["metrics"]) == {f"vqa_accuracy{k}{end}" for k in kinds for end in ("", "_blind", "_frequent")}
 
 
 def test_objects_are_asked_for_by_all_three_kinds_of_negatives(
