@@ -85,10 +85,19 @@ def test_planted_repeats_of_training_are_found_beside_those_of_held_out_pictures
     shown = found["shown"]
     assert shown[2]["pictures"]["000002.nearest.png"] == "nearest in training, 94% of the codes equal"
     assert (tmp_path / "out" / "evaluation.html").read_text().count("data:image/png") == 14
+    named = [json.loads(line) for line in (folder / "nearest.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in named] == [f"{place:06d}" for place in range(7)]
+    assert (named[2]["training"], named[2]["equal_codes"]) == ("p1#0", 15 / 16)
+    assert (named[4]["training"], named[4]["equal_codes"]) == ("p2#0", 1)
     other = replace(asked, memorisation=MemorisationOptions(training=(second,)))
     less = measured(text_to_image=other)
     assert less["metrics"]["repeats_near"] == pytest.approx(1 / 7)
     assert less["training_sha256"] != found["training_sha256"]
+    records = records_of(folder)
+    records[0]["codes"] = records[0]["codes"][:2]
+    rewrite(folder, records)
+    with pytest.raises(ValueError, match=r"memorisation: drawn pictures have grids of 2x4, 4x4 codes"):
+        measured(text_to_image=other)
 
 
 def test_token_shards_of_another_tokenizer_are_told_before_anything_is_drawn(
