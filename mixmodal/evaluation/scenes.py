@@ -84,7 +84,7 @@ def scene_questions(num_questions: int, size: int, seed: int = 0, split: Split =
 
 
 def write_scenes(
-    folder: Path | str, num_training: int = 3000, num_held_out: int = 300, size: int = 64, seed: int = 0
+    folder: Path | str, num_training: int = 12000, num_held_out: int = 300, size: int = 64, seed: int = 0
 ) -> None:
     """Writes questions of both splits as conversations, to tune on the one and evaluate on the other.
 

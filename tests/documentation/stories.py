@@ -40,7 +40,9 @@ NEEDS = (
     Need(r"^deepspeed tokenizers/train_image.py ", "a machine with GPUs", r"Hardware: .*GPUs"),
     Need(r"^python -m mixmodal.pipeline.lm_eval_model ", "data sets from the network", r"fetches its data sets"),
 )
-MEASURED = Need(r"^(python benchmarks/|mixmodal (quickstart|evaluate))", "minutes to hours", r"; commit [0-9a-f]{9}; python ")
+MEASURED = Need(
+    r"^(python benchmarks/|mixmodal (quickstart|evaluate))", "minutes to hours", r"; commit [0-9a-f]{9}; python "
+)
 """How a figure was measured, as its footnote tells; the footnote has the machine, the date and the commit."""
 
 

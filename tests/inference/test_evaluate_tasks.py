@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image as Pictures
 
-from mixmodal.data.shards import read_samples
+from mixmodal.cli import main
+from mixmodal.data.shards import PictureFile, Sample, read_samples, write_shards
 from mixmodal.document import Image
 from mixmodal.interop.export import load_export
 from mixmodal.pipeline.evaluate import evaluate
@@ -20,6 +21,9 @@ from mixmodal.pipeline.evaluating.image_to_text import ImageToTextOptions
 from mixmodal.pipeline.evaluating.memorisation import MemorisationOptions
 from mixmodal.pipeline.evaluating.questions import QuestionsOptions
 from mixmodal.pipeline.evaluating.text_to_image import TextToImageOptions
+from mixmodal.pipeline.mixed_modal import MixedModal
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -81,10 +85,19 @@ def test_planted_repeats_of_training_are_found_beside_those_of_held_out_pictures
     shown = found["shown"]
     assert shown[2]["pictures"]["000002.nearest.png"] == "nearest in training, 94% of the codes equal"
     assert (tmp_path / "out" / "evaluation.html").read_text().count("data:image/png") == 14
+    named = [json.loads(line) for line in (folder / "nearest.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in named] == [f"{place:06d}" for place in range(7)]
+    assert (named[2]["training"], named[2]["equal_codes"]) == ("p1#0", 15 / 16)
+    assert (named[4]["training"], named[4]["equal_codes"]) == ("p2#0", 1)
     other = replace(asked, memorisation=MemorisationOptions(training=(second,)))
     less = measured(text_to_image=other)
     assert less["metrics"]["repeats_near"] == pytest.approx(1 / 7)
     assert less["training_sha256"] != found["training_sha256"]
+    records = records_of(folder)
+    records[0]["codes"] = records[0]["codes"][:2]
+    rewrite(folder, records)
+    with pytest.raises(ValueError, match=r"memorisation: drawn pictures have grids of 2x4, 4x4 codes"):
+        measured(text_to_image=other)
 
 
 def test_token_shards_of_another_tokenizer_are_told_before_anything_is_drawn(
@@ -191,6 +204,31 @@ def test_scenes_are_answered_by_kind_beside_what_is_most_frequent_in_training(
     assert "vqa_accuracy_count_blind" not in page
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("exported", ["cm3leon"], indirect=True)
+def test_the_commands_of_scenes_prepare_tune_and_evaluate(exported: Path, scenes: Path, tmp_path: Path) -> None:
+    tokenizers = {name: str(exported / name) for name in ("text_tokenizer.model", "image_tokenizer")}
+    prepare = ["--corpora", f"[{{kind: conversations, path: {scenes / 'training.jsonl'}}}]", "--image_size", "16"]
+    prepare += ["--out", str(tmp_path / "data"), "--tokens.num_sentinels", "8"]
+    prepare += ["--tokens.text_tokenizer", tokenizers["text_tokenizer.model"]]
+    prepare += ["--tokens.image_tokenizer", tokenizers["image_tokenizer"]]
+    tune = ["--init_from", str(exported), "--data.tokens", str(tmp_path / "data/tokens"), "--data.seq_len", "96"]
+    tune += ["--trainer.run_dir", str(tmp_path / "tuned"), "--trainer.max_steps", "2", "--optimizer.warmup_steps", "1"]
+    asked = ["--model", str(tmp_path / "tuned/export"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    for split, option in (("held_out", "data"), ("training", "training")):
+        asked += [f"--tasks.questions.{option}", f"[{scenes / split}.jsonl]"]
+    for command, config, options in (
+        ("prepare", "data/scenes", prepare),
+        ("finetune", "train/scenes", tune),
+        ("evaluate", "sample/evaluate_scenes", asked),
+    ):
+        main([command, "--config", str(ROOT / f"configs/{config}.yaml"), *options])
+    assert json.loads((tmp_path / "data/report.json").read_text())["shards"]["corpora"][0]["used"] == 6
+    found = json.loads((tmp_path / "out/evaluation.json").read_text())["tasks"]["questions"]
+    kinds = ("", "_attribute", "_count", "_relation")
+    assert set(found["metrics"]) == {f"vqa_accuracy{k}{end}" for k in kinds for end in ("", "_blind", "_frequent")}
+
+
 def test_objects_are_asked_for_by_all_three_kinds_of_negatives(
     measured: Callable[..., dict[str, Any]], shapes: Path, tmp_path: Path
 ) -> None:
@@ -211,3 +249,38 @@ def test_objects_are_asked_for_by_all_three_kinds_of_negatives(
     assert [found["metrics"][f"pope_random_{name}"] for name in names] == [1, 1, 0.5, 0]
     assert [found["metrics"][f"pope_popular_{name}"] for name in names] == [0.5, pytest.approx(2 / 3), 1, 0]
     assert not any(row["right"] for row in found["shown"])
+
+
+@pytest.mark.parametrize("tuned", [True, False])
+def test_a_tuned_model_is_asked_about_the_whole_picture_which_the_page_shows(
+    tuned: bool,
+    measured: Callable[..., dict[str, Any]],
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    wide = Pictures.effect_noise((48, 16), 80).convert("RGB")
+    wide.save(tmp_path / "wide.png")
+    picture = PictureFile((tmp_path / "wide.png").read_bytes(), "png", "wide")
+    samples = [Sample(name, ("a", picture), {"objects": [name]}) for name in ("cat", "dog")]
+    write_shards(samples, tmp_path / "wide")
+    load, asked = MixedModal.from_pretrained, []
+
+    def load_tuned(*arguments: Any) -> MixedModal:
+        model = load(*arguments)
+        model.codec.conversations = tuned
+        draw = model.generate_each
+
+        def watch(asks: Any, *more: Any, **options: Any) -> Any:
+            return draw((asked.append(ask.prompt[0]) or ask for ask in asks), *more, **options)
+
+        monkeypatch.setattr(model, "generate_each", watch)
+        return model
+
+    monkeypatch.setattr(MixedModal, "from_pretrained", load_tuned)
+    measured(hallucination=HallucinationOptions(data=(tmp_path / "wide",), num_pairs=1, max_new_tokens=2))
+    codec = load_export(exported, "cpu", None).codec
+    fitted = codec.fit(wide, padded=tuned)
+    (wanted,) = codec.encode_pictures([wide], [tuned])
+    assert asked == [wanted] * 4
+    assert Pictures.open(tmp_path / "out" / "hallucination" / "000000.png").tobytes() == fitted.tobytes()

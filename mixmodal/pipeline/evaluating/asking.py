@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mixmodal.document import EndOfTurn
 from mixmodal.pipeline.evaluating.task import SHOWN, Item, Setup, Shown, TaskOptions, open_first, save, skipped
 from mixmodal.pipeline.options import sampling_options
 from mixmodal.pipeline.queue import Ask, Failed
@@ -51,9 +52,11 @@ def ask_each(
     def asks() -> Iterator[Ask | Failed]:
         for item in items:
             try:
-                if item.place < SHOWN:
-                    save(setup, model.codec.fit(open_first(item, setup.limits)), item.key)
                 found = prompts(item)
+                if item.place < SHOWN:
+                    in_turns = any(isinstance(part, EndOfTurn) for prompt in found for part in prompt)
+                    padded = in_turns and model.codec.conversations  # as the model sees it
+                    save(setup, model.codec.fit(open_first(item, setup.limits), padded=padded), item.key)
             except ValueError as error:
                 known[item.key] = item, []
                 yield Failed(f"{item.key} 0", error)

@@ -46,7 +46,7 @@ class Hallucination(Task[HallucinationOptions]):
             return list(dict.fromkeys(probe.question for _, probe in probes.get(item.place, [])))
 
         def prompts(item: Item) -> list[list[Content]]:
-            (coded,) = setup.load().codec.encode_pictures([open_first(item, setup.limits)])
+            coded = setup.load().codec.to_document([open_first(item, setup.limits), *end]).parts[0]  # for all questions
             return [[coded, question, *end] for question in questions(item)]
 
         def record(item: Item, said: list[str]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -15,11 +16,15 @@ from PIL.Image import Image as Picture
 from mixmodal.data.token_shards import TokenShards
 from mixmodal.document import Image
 from mixmodal.evaluation.memorisation import CodeBlock, Repeats, find_repeats, training_codes
+from mixmodal.files import write_whole
 from mixmodal.interop.export import IMAGE_TOKENIZER
 from mixmodal.pipeline.evaluating.task import SHOWN, Item, Setup, batches, open_first, save
 from mixmodal.pipeline.mixed_modal import MixedModal
 from mixmodal.tokenization.image import ImageTokenizer
 from mixmodal.tokenization.preprocessing import PictureError
+
+NEAREST = "nearest.jsonl"
+"""A line for each drawn picture: the key of the nearest training document, and the share of equal codes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,20 +78,21 @@ def open_training(options: MemorisationOptions, model: MixedModal) -> list[Token
 def find_nearest_training(
     options: MemorisationOptions, setup: Setup, entries: Sequence[Mapping[str, Any]], held_out: Iterable[Item]
 ) -> NearestTraining:
-    """Compares the codes of records with all of training, and of the first ones draws the nearest training picture.
+    """Compares the codes of records with all of training; names the nearest training picture, and draws the first ones.
 
     Args:
         options: which training pictures.
-        setup: PNG files are written into its folder.
+        setup: PNG files and `nearest.jsonl` are written into its folder.
         entries: records with the `codes` (h, w) that were drawn.
         held_out: samples whose pictures are encoded and compared, too.
 
     Raises:
-        ValueError: as `open_training` does, or where training has no picture of so many codes.
+        ValueError: as `open_training` does, where training has no picture of so many codes, or for drawn pictures of
+            several sizes.
     """
     model = setup.load()
     shards = open_training(options, model)
-    drawn = np.array([entry["codes"] for entry in entries])
+    drawn = stack_codes(entries)
     encoded = (model.codec.encode_pictures(batch) for batch in batches(_open(held_out, setup), model.codec.batch_size))
     alike = [image.codes for images in encoded for image in images if image.codes.shape == drawn.shape[1:]]
 
@@ -99,20 +105,50 @@ def find_nearest_training(
         for name in ("exact", "near"):
             metrics[f"repeats_{name}{ending}"] = None if repeats is None else getattr(repeats, name)
         metrics[f"repeats_equal_codes{ending}"] = None if repeats is None else float(repeats.equal.mean())
-    nearest = [Image(codes.reshape(drawn.shape[1:])) for codes in found.codes[:SHOWN]]
-    pictures = {
-        entry["key"]: {
-            save(setup, picture, f"{entry['key']}.nearest"): f"nearest in training, {equal:.0%} of the codes equal"
-        }
-        for entry, picture, equal in zip(entries, model.codec.decode_images(nearest), found.equal)
-    }
+    name_nearest(setup, entries, found)
     note = (
         f"The codes that were drawn are compared with those of {found.num_training} training pictures at equal places, "
         f"beside those of {len(alike)} held-out pictures as the image tokenizer encodes them. The nearest training "
-        "picture is the one with the most equal codes, decoded from them."
+        f"picture is the one with the most equal codes, decoded from them; {NEAREST} names that of every sample."
     )
     digest = hashlib.sha256("".join(one.digest for one in shards).encode()).hexdigest()
-    return NearestTraining(metrics, pictures, note, digest)
+    return NearestTraining(metrics, draw_nearest(setup, entries, found), note, digest)
+
+
+def stack_codes(entries: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """Codes of records, int64 `(records, h, w)`.
+
+    Raises:
+        ValueError: where they are of several sizes.
+    """
+    sizes = sorted({np.shape(entry["codes"]) for entry in entries})
+    if len(sizes) > 1:
+        grids = ", ".join("x".join(map(str, size)) for size in sizes)
+        raise ValueError(
+            f"memorisation: drawn pictures have grids of {grids} codes; only one is compared: leave it out"
+        )
+    return np.array([entry["codes"] for entry in entries])
+
+
+def name_nearest(setup: Setup, entries: Sequence[Mapping[str, Any]], found: Repeats) -> None:
+    """Writes which training document is nearest to each record."""
+    lines = [
+        json.dumps({"key": entry["key"], "sample": entry["sample"], "training": key, "equal_codes": float(equal)})
+        for entry, key, equal in zip(entries, found.keys, found.equal, strict=True)
+    ]
+    write_whole(setup.folder / NEAREST, "".join(f"{line}\n" for line in lines).encode())
+
+
+def draw_nearest(setup: Setup, entries: Sequence[Mapping[str, Any]], found: Repeats) -> dict[str, dict[str, str]]:
+    """PNG files of the training pictures nearest to the first records, each with its words, by key of the record."""
+    grid = np.shape(entries[0]["codes"])
+    nearest = setup.load().codec.decode_images([Image(codes.reshape(grid)) for codes in found.codes[:SHOWN]])
+    return {
+        entry["key"]: {
+            save(setup, picture, f"{entry['key']}.nearest"): f"nearest in training, {equal:.0%} of the codes equal"
+        }
+        for entry, picture, equal in zip(entries, nearest, found.equal)
+    }
 
 
 def _open(items: Iterable[Item], setup: Setup) -> Iterator[Picture]:

@@ -36,6 +36,10 @@ def _body(result: Mapping[str, Any], titles: Mapping[str, tuple[str, str]], out:
         if summary["skipped"]:
             counts += ", skipped " + ", ".join(f"{count} {reason}" for reason, count in summary["skipped"].items())
         parts = [paragraph(note, "note") for note in (counts, *summary["notes"])]
+        if any(one["wanted"] for one in summary["shown"]):
+            parts.append(
+                paragraph("Below each picture stands what the model says, and smaller what is wanted.", "note")
+            )
         if summary["shown"]:
             cells = [_tile(one, out / name) for one in summary["shown"]]
             parts.append(tiles(cells, TILES, "more"))

@@ -148,7 +148,9 @@ class TextToImage(Task[TextToImageOptions]):
         model, end = setup.load(), [EndOfTurn()] if asked.turns else []
         pairs: list[tuple[list[Content], list[Content]]] = []
         for item, picture in drawn:
-            (coded,) = model.codec.encode_pictures([picture])  # one by one: how codes round must not depend on others
+            coded = model.codec.to_document([picture, *end]).parts[
+                0
+            ]  # alone: how codes round must not depend on others
             context = [coded, asked.text.replace("{}", item.sample.texts[0]), *end]
             pairs += [(context, [answer, *end]) for answer in (asked.yes, asked.no)]
         found = [one.total for one in model.log_likelihoods(pairs)]
