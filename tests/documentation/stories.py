@@ -59,6 +59,7 @@ class Story(NamedTuple):
         links: names that stand on the page, and what they are in the world.
         first: patterns of commands that are run before the others, in their order: a page does not tell all in order.
         given: names that Python blocks use and a page leaves to its reader.
+        modules: without which the story is skipped.
         slow: whether `make slow` runs it, and not `make test`.
     """
 
@@ -66,6 +67,7 @@ class Story(NamedTuple):
     links: tuple[tuple[str, str], ...] = ()
     first: tuple[str, ...] = ()
     given: Callable[[Path], dict[str, Any]] = lambda root: {}
+    modules: tuple[str, ...] = ()
     slow: bool = True
 
 
@@ -115,6 +117,7 @@ STORIES: dict[str, Story] = {
     ),
     "docs/classifiers.md": Story(
         made=(world.labelled_pictures, world.compositions, world.diffusers_folder),
+        modules=("diffusers",),
         links=(("EXPORT", EXPORT), ("CLIP_FOLDER", "runs/quickstart/encoder/export")),
         given=lambda root: {"pictures": [picture("PICTURES/circle/0.png", root)]},
     ),
@@ -152,10 +155,11 @@ STORIES: dict[str, Story] = {
             ("FILE", "classes.txt"),
         ),
     ),
+    "docs/results.md": Story(),
     "docs/sampling.md": Story(
         made=(world.prompt_files, world.lumina), links=(("EXPORT", EXPORT),), given=names_of_sampling
     ),
-    "docs/serve.md": Story(),
+    "docs/serve.md": Story(modules=("gradio",)),
     "docs/stability.md": Story(),
     "docs/tokenizers.md": Story(made=(world.other_downloads,)),
     "configs/classify": Story(made=(world.labelled_pictures,), links=(("runs/NAME", "runs/quickstart"),)),

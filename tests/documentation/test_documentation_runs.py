@@ -50,6 +50,8 @@ def stories(*, slow: bool) -> list[str]:
 def tell(name: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs a story in its world, to its end; what failed is told by page, line and command, with its message."""
     story = STORIES[name]
+    for module in story.modules:
+        pytest.importorskip(module)
     for make in story.made:
         make(root)
     for link, target in story.links:
