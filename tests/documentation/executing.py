@@ -73,7 +73,7 @@ FILLED = {
     ("import", "", "FILE"): "vqgan.ckpt",
     ("export", "", "DIR"): "runs/quickstart/export",
     ("prefer", "--prompts", "FILE"): "conversations/drawn.jsonl",
-    ("plan", "--config", "FILE"): "configs/train/125m.yaml",
+    ("plan", "--config", "FILE"): "configs/train/demo.yaml",
     ("plan of docs/finetune.md", "--config", "FILE"): "runs/finetune_chameleon/config.yaml",
     ("pretrain", "--config", "FILE"): "configs/train/demo.yaml",
     ("pretrain", "--init_from", "FOLDER"): "runs/quickstart/export",

@@ -61,6 +61,8 @@ class Story(NamedTuple):
         links: names that stand on the page, and what they are in the world.
         first: patterns of commands that are run before the others, in their order: a page does not tell all in order.
         given: names that Python blocks use and a page leaves to its reader.
+        leaves: files that are there in the end, as the page says.
+        modules: without which the story is skipped.
         slow: whether `make slow` runs it, and not `make test`.
     """
 
@@ -68,7 +70,9 @@ class Story(NamedTuple):
     links: tuple[tuple[str, str], ...] = ()
     first: tuple[str, ...] = ()
     given: Callable[[Path], dict[str, Any]] = lambda root: {}
-    slow: bool = True
+    leaves: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    slow: bool = False
 
 
 EXPORT = "runs/quickstart/export"
@@ -94,17 +98,33 @@ def names_of_sampling(root: Path) -> dict[str, Any]:
 
 STORIES: dict[str, Story] = {
     "README.md": Story(
+        leaves=(
+            "runs/quickstart/report.html",
+            "runs/quickstart/summary.json",
+            "runs/own/samples/results.json",
+        ),
         made=(
             *(world.own_pictures, world.prompt_files, world.labelled_pictures, world.compositions),
             *(world.meta_download, world.conversations),
         ),
         given=lambda root: {"other_image": picture("apple.png", root)},
-        slow=False,
     ),
-    "docs/tutorial.md": Story(slow=False),
+    "docs/tutorial.md": Story(
+        leaves=(
+            "runs/own/tokens/manifest.json",
+            "runs/own/pretrain/metrics.jsonl",
+            "runs/own/samples/contact_sheet.png",
+            "runs/mine/samples/results.json",
+        ),
+    ),
     "docs/api.md": Story(given=lambda root: {"MixedModal": MixedModal}),
     "docs/api_configs.md": Story(),
     "docs/checkpoints.md": Story(
+        leaves=(
+            "data/pairs/tokens/manifest.json",
+            "runs/text_base/export/config.json",
+            "out/model.safetensors",
+        ),
         made=(
             world.own_pictures,
             world.meta_download,
@@ -116,21 +136,48 @@ STORIES: dict[str, Story] = {
         first=(r"^mixmodal (import|export) ",),
     ),
     "docs/classifiers.md": Story(
+        leaves=(
+            "under_shift/shift/records.jsonl",
+            "under_shift/cues/records.jsonl",
+            "under_shift/confusion.png",
+            "weighted/measured.json",
+            "matched/summary.json",
+        ),
+        slow=True,
         made=(world.labelled_pictures, world.compositions, world.diffusers_folder),
+        modules=("diffusers",),
         links=(("EXPORT", EXPORT), ("CLIP_FOLDER", "runs/quickstart/encoder/export")),
         given=lambda root: {"pictures": [picture("PICTURES/circle/0.png", root)]},
     ),
     "docs/configs.md": Story(made=(world.own_pictures,), links=(("runs/own/tokens", "runs/quickstart/tokens/train"),)),
     "docs/data.md": Story(
+        leaves=(
+            "runs/memory/part_00000.vectors.npy",
+            "runs/candidates/manifest.json",
+        ),
         links=(
             ("runs/shards", "runs/quickstart/data/train"),
             ("runs/tokens", "runs/quickstart/tokens/train"),
             ("runs/encoder", "runs/quickstart/encoder"),
         ),
     ),
-    "docs/evaluation.md": Story(links=(("runs/NAME", "runs/quickstart"),)),
+    "docs/evaluation.md": Story(
+        leaves=(
+            "runs/NAME/evaluation/evaluation.html",
+            "runs/NAME/evaluation/evaluation.json",
+        ),
+        slow=True,
+        links=(("runs/NAME", "runs/quickstart"),),
+    ),
     "docs/extending.md": Story(),
     "docs/finetune.md": Story(
+        leaves=(
+            "runs/quickstart/finetune.html",
+            "runs/finetune_lora/adapter/rows.safetensors",
+            "runs/dpo_chameleon/reference.json",
+            "runs/preferences/preferences.jsonl",
+        ),
+        slow=True,
         made=(world.chameleon, world.conversations),
         first=(
             r"^mixmodal prepare",
@@ -141,8 +188,14 @@ STORIES: dict[str, Story] = {
         given=lambda root: {"MixedModal": MixedModal},
     ),
     "docs/formats.md": Story(),
-    "docs/launching.md": Story(),
+    "docs/launching.md": Story(
+        slow=True,
+    ),
     "docs/retrieval.md": Story(
+        leaves=(
+            "worth.json",
+            "samples/results.json",
+        ),
         made=(world.labelled_pictures, world.training_file),
         links=(
             ("EXPORT", EXPORT),
@@ -154,11 +207,22 @@ STORIES: dict[str, Story] = {
             ("FILE", "classes.txt"),
         ),
     ),
+    "docs/results.md": Story(),
     "docs/sampling.md": Story(
-        made=(world.prompt_files, world.lumina), links=(("EXPORT", EXPORT),), given=names_of_sampling
+        leaves=(
+            "samples/results.jsonl",
+            "samples/apple_0000.png",
+            "filled/results.json",
+        ),
+        slow=True,
+        made=(world.prompt_files, world.lumina),
+        links=(("EXPORT", EXPORT),),
+        given=names_of_sampling,
     ),
-    "docs/serve.md": Story(),
-    "docs/stability.md": Story(),
+    "docs/serve.md": Story(slow=True, modules=("gradio",)),
+    "docs/stability.md": Story(
+        slow=True,
+    ),
     "docs/tokenizers.md": Story(made=(world.other_downloads,)),
     "configs/classify": Story(made=(world.labelled_pictures,), links=(("runs/NAME", "runs/quickstart"),)),
     "configs/data": Story(
@@ -172,6 +236,7 @@ STORIES: dict[str, Story] = {
         ),
     ),
     "configs/sample": Story(
+        slow=True,
         made=(world.prompt_files, world.lumina, world.chameleon, world.conversations, world.conversation_shards),
         links=(("runs/NAME", "runs/quickstart"),),
     ),
@@ -186,6 +251,7 @@ STORIES: dict[str, Story] = {
         first=(r"^python benchmarks/",),
     ),
     "configs/train": Story(
+        slow=True,
         made=(world.meta_download, world.conversations, world.shards_of_classes),
         links=(
             ("MODEL", "models/chameleon_7b"),

@@ -50,6 +50,8 @@ def stories(*, slow: bool) -> list[str]:
 def tell(name: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs a story in its world, to its end; what failed is told by page, line and command, with its message."""
     story = STORIES[name]
+    for module in story.modules:
+        pytest.importorskip(module)
     for make in story.made:
         make(root)
     for link, target in story.links:
@@ -71,17 +73,18 @@ def tell(name: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         with capsys.disabled():
             if "STORIES" in os.environ:
                 print(f"{time.monotonic() - begun:.1f} s {what}")
+    failures += [f"{name}: there is no {path}" for path in story.leaves if not (root / path).is_file()]
     assert not failures, "\n\n" + "\n\n".join(failures)
 
 
 @pytest.mark.parametrize("name", stories(slow=False))
-def test_first_pages_run(name: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_page_runs(name: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tell(name, root, capsys)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", stories(slow=True))
-def test_pages_run(name: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_longer_page_runs(name: str, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tell(name, root, capsys)
 
 
