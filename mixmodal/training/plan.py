@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from mixmodal.config import UsageError, parse, read_yaml
+from mixmodal.config import UsageError, parse
 from mixmodal.files import write_whole
 from mixmodal.training.budget import Budget, build_budget, describe
 from mixmodal.training.deepspeed_config import read_zero_file
@@ -178,11 +178,15 @@ def load_training(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
     Raises:
         UsageError: naming the file, for one that is neither, or the key that is wrong.
     """
+    import yaml
+
     try:
-        data = read_yaml(path)
-    except UsageError as error:
-        raise UsageError(f"--config {error}") from error
-    given = data if "trainer" in data else {}
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not valid YAML") from error
+    given = data if isinstance(data, dict) and "trainer" in data else {}
     kinds = {
         ImageTokenizerTrainingConfig: isinstance(given.get("tokenizer"), dict),
         PretrainConfig: isinstance(given.get("model"), dict) or "init_from" in given,
