@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -84,6 +84,12 @@ def sha256_of(path: Path) -> str:
         while count := file.readinto(block):
             digest.update(block[:count])
     return digest.hexdigest()
+
+
+def hash_files(files: Iterable[tuple[str, Path]]) -> str:
+    """SHA-256 over names and contents of files, in this order, hexadecimal."""
+    lines = [f"{name} {sha256_of(path)}\n" for name, path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def read_object(path: Path) -> dict[str, Any]:

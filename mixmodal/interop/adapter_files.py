@@ -8,7 +8,6 @@ without the rows.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixmodal.files import read_object, sha256_of, write_whole
+from mixmodal.files import hash_files, read_object, write_whole
 from mixmodal.interop.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -196,11 +195,8 @@ def hash_adapter(folder: Path) -> str:
         AdapterError: where it is none.
     """
     check_whole(folder)
-    digest = hashlib.sha256()
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROWS, BASE_MODEL):
-        if (folder / name).is_file():
-            digest.update(f"{name} {sha256_of(folder / name)}\n".encode())
-    return digest.hexdigest()
+    names = (ADAPTER_CONFIG, ADAPTER_WEIGHTS, ROWS, BASE_MODEL)
+    return hash_files((name, folder / name) for name in names if (folder / name).is_file())
 
 
 def check_whole(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from mixmodal.classification.policies import Policy
 from mixmodal.classification.result import Classification
 from mixmodal.classification.templates import fill
 from mixmodal.classification.variants import VariantsConfig, encode_variants
-from mixmodal.files import sha256_of
+from mixmodal.files import hash_files
 from mixmodal.interop.export import find_export
 from mixmodal.pipeline.classify_config import ClassifyConfig
 from mixmodal.pipeline.drawing_config import DTYPES
@@ -269,9 +268,11 @@ def hash_model(method: str, model: str) -> str:
     Raises:
         ValueError: where there is no such model.
     """
-    folder, digest = METHODS[method].find(model), hashlib.sha256()
-    for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder)
-        if path.is_file() and path.suffix != ".md" and not any(part.startswith(".") for part in name.parts):
-            digest.update(f"{name.as_posix()} {sha256_of(path)}\n".encode())
-    return digest.hexdigest()
+    folder = METHODS[method].find(model)
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md"]
+    names = [path.relative_to(folder) for path in files]
+    return hash_files(
+        (name.as_posix(), path)
+        for name, path in zip(names, files, strict=True)
+        if not any(part.startswith(".") for part in name.parts)
+    )
