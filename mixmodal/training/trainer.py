@@ -31,6 +31,9 @@ from mixmodal.training.restoring import restore, save
 from mixmodal.training.run import Run
 from mixmodal.training.task import MODEL, Batch, Task, to_device
 
+EXPORT = "export"
+"""Folder of a run for what tasks export."""
+
 
 class FitResult(NamedTuple):
     """How training ended.
@@ -160,6 +163,8 @@ class Loop(Run):
             if finished:
                 self._evaluate(log, last=True)
                 self._export()
+                if (config.run_dir / EXPORT).is_dir():
+                    log.say(f"exported to {config.run_dir / EXPORT}")
             return FitResult(self.step, finished, self.last_eval)
 
     def _steps(self, batches: list[Batch], log: MetricsLog, stop: StopSignal) -> bool:
@@ -323,7 +328,7 @@ class Loop(Run):
     def _export(self) -> None:
         with self._evaluated_weights() as model, self.engine.whole_weights():
             if self.place.rank == 0:
-                self.task.export(model, self.config.run_dir / "export")
+                self.task.export(model, self.config.run_dir / EXPORT)
         if self.place.world_size > 1:
             dist.barrier()
 

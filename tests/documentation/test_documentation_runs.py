@@ -14,8 +14,20 @@ from pathlib import Path
 import pytest
 import tiny_world as world
 from documented import ROOT, Shown, blocks, commands_of, names_of_pages
-from executing import ADDED, FILLED, arguments_of, bring_the_hub_here, execute, run_block, shorten_quickstart
+from executing import (
+    ADDED,
+    FILLED,
+    SMALL,
+    SMALLER,
+    arguments_of,
+    bring_the_hub_here,
+    execute,
+    run_block,
+    shorten_quickstart,
+)
 from stories import CHECKED, MEASURED, NEEDS, STORIES, in_order, needs_of, pages_of
+
+from mixmodal.cli import COMMANDS
 
 
 @pytest.fixture(scope="session")
@@ -121,6 +133,9 @@ def test_no_entry_of_the_tables_is_idle() -> None:
         assert [one for one in shown if need in needs_of(one)], need.pattern
     run = [one for one in shown if one.words[0] not in CHECKED and not needs_of(one)]
     assert not [pattern for pattern in ADDED if not any(re.search(pattern, one.text) for one in run)]
+    code = "".join(block.text for page in names_of_pages() for block in blocks(page) if block.language == "python")
+    assert not [large for large in SMALLER if large not in code]
+    assert not SMALL.keys() - COMMANDS.keys()
     words = {(before, word) for one in run for before, word in zip(("", *one.words), one.words)}
     assert not [key for key in FILLED if key[1:] not in words and key[1] and key[2] != "..."]
     for name, story in STORIES.items():

@@ -268,7 +268,9 @@ def test_training_is_finished_where_the_data_end(
 ) -> None:
     result = fit(task=Ending(4), max_steps=6, save_every=3)
     assert (result.steps, result.finished) == (4, True)
-    assert "step 4 of 6 is the last: the toys are all used up" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step 4 of 6 is the last: the toys are all used up" in said
+    assert said.splitlines()[-1] == f"exported to {tmp_path / 'run' / 'export'}"
     assert (tmp_path / "run/checkpoints/latest").read_text().strip() == "step_00000004"
     assert [record["step"] for record in records(tmp_path / "run") if "eval_norm" in record] == [4]
     whole = exported()
