@@ -42,6 +42,7 @@ ADDED = {
     "configs/data/(conversations|tasks).yaml": OF_CHAMELEON,
     "import (FILE|Lumina)": "--image_size 64",
     "--config pairs.yaml": "--image_size 16",
+    "train/scenes.yaml": "--data.seq_len 128",
     "text_base.yaml --init_from": "--data.seq_len 128 --trainer.micro_batch_size 1 --trainer.global_batch_size 2",
     "img2dataset.yaml": "--tokens.device cpu",
     "demo_64px_64.yaml": "--adversarial.start_step 1",

@@ -207,7 +207,6 @@ STORIES: dict[str, Story] = {
             ("FILE", "classes.txt"),
         ),
     ),
-    "docs/results.md": Story(),
     "docs/sampling.md": Story(
         leaves=(
             "samples/results.jsonl",
@@ -226,7 +225,7 @@ STORIES: dict[str, Story] = {
     "docs/tokenizers.md": Story(made=(world.other_downloads,)),
     "configs/classify": Story(made=(world.labelled_pictures,), links=(("runs/NAME", "runs/quickstart"),)),
     "configs/data": Story(
-        made=(world.own_pictures, world.chameleon, world.conversations),
+        made=(world.own_pictures, world.chameleon, world.conversations, world.scenes),
         links=(
             ("my_pictures", "pictures"),
             ("MY_PICTURES", "pictures"),
@@ -237,8 +236,11 @@ STORIES: dict[str, Story] = {
     ),
     "configs/sample": Story(
         slow=True,
-        made=(world.prompt_files, world.lumina, world.chameleon, world.conversations, world.conversation_shards),
-        links=(("runs/NAME", "runs/quickstart"),),
+        made=(
+            *(world.prompt_files, world.lumina, world.chameleon, world.conversations, world.conversation_shards),
+            world.scenes,
+        ),
+        links=(("runs/NAME", "runs/quickstart"), ("runs/scenes/tuned", "runs/quickstart")),
     ),
     "configs/tasks": Story(made=(world.chameleon, world.conversations)),
     "configs/tokenizers": Story(
@@ -252,7 +254,7 @@ STORIES: dict[str, Story] = {
     ),
     "configs/train": Story(
         slow=True,
-        made=(world.meta_download, world.conversations, world.shards_of_classes),
+        made=(world.meta_download, world.conversations, world.shards_of_classes, world.scene_tokens),
         links=(
             ("MODEL", "models/chameleon_7b"),
             ("TOKENS", "runs/quickstart/tokens/train"),

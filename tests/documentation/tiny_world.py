@@ -18,6 +18,7 @@ from synthetic_download import write_download
 from mixmodal.cli import main
 from mixmodal.data.shards import read_samples
 from mixmodal.data.synthetic import synthetic_pairs
+from mixmodal.evaluation.scenes import write_scenes
 from mixmodal.quickstart import recipe
 
 CLASSES = ("circle", "square", "triangle")
@@ -195,6 +196,17 @@ def conversation_shards(root: Path) -> None:
         "MODEL/image_tokenizer",
     ]
     main(["prepare", "--config", "configs/data/conversations.yaml", "--image_size", "16", *tokenizers])
+
+
+def scenes(root: Path) -> None:
+    """What configs/data/scenes.yaml and configs/sample/evaluate_scenes.yaml read, of few questions."""
+    write_scenes(root / "runs/scenes", num_training=6, num_held_out=3, size=32)
+
+
+def scene_tokens(root: Path) -> None:
+    """What configs/data/scenes.yaml makes of them."""
+    scenes(root)
+    main(["prepare", "--config", "configs/data/scenes.yaml"])
 
 
 def diffusers_folder(root: Path) -> None:
