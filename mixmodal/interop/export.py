@@ -276,7 +276,7 @@ def fill_transformer(
         dtype: of them; None keeps the stored one.
 
     Raises:
-        ExportError: naming folder and file, for what is missing, broken or of other shapes.
+        ExportError: naming folder and file, for what is missing, broken or of other shapes, or NaN in a vector.
     """
     if not any((folder / name).is_file() for name in (WEIGHTS, INDEX)):
         raise ExportError(f"{folder} is not an exported model: {WEIGHTS} is missing")
@@ -284,6 +284,9 @@ def fill_transformer(
         load_weights(model, folder, device, dtype)
     except ValueError as error:
         raise ExportError(str(error)) from error
+    for name, vector in model.named_parameters():
+        if vector.dim() == 1 and not vector.isfinite().all():  # a training that diverges spoils these with all others
+            raise ExportError(f"{folder}: {name} holds values that are not finite; the training has diverged")
 
 
 def is_export(folder: Path) -> bool:

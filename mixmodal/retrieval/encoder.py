@@ -6,7 +6,6 @@ document's vector (RA-CM3, arXiv 2211.12561; CM3Leon, arXiv 2309.02591, section 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from mixmodal.environment import choose_device
 from mixmodal.extras import import_extra
-from mixmodal.files import sha256_of
+from mixmodal.files import hash_files
 from mixmodal.hub import find_folder
 
 T = TypeVar("T")
@@ -258,5 +257,4 @@ def check_folder(folder: Path) -> None:
 def identity_of(folder: Path) -> str:
     """SHA-256 over name and content of all that decides a vector: config, weights, tokenizer and image processor."""
     paths = {path.name: path for pattern in FILES for path in folder.glob(pattern)}
-    lines = [f"{name} {sha256_of(paths[name])}\n" for name in sorted(paths)]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return hash_files(sorted(paths.items()))

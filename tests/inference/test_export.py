@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import mixmodal
 from mixmodal.interop import export as module
@@ -153,6 +154,13 @@ def test_weights_of_other_shapes_name_the_tensor(folder: Path) -> None:
 def test_a_config_that_does_not_fit_is_named(folder: Path, section: str | None, changes: dict, message: str) -> None:
     edit(folder, section, **changes)
     with pytest.raises(ExportError, match=message):
+        load_export(folder)
+
+
+def test_a_model_of_a_training_that_has_diverged_is_refused(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(ExportError, match=r"norm\S* holds values that are not finite; the training has diverged"):
         load_export(folder)
 
 
