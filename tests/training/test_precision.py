@@ -14,6 +14,7 @@ from toy_task import Rows, ToyLoss, ToyTask
 
 from mixmodal.training.checks import NonFiniteError
 from mixmodal.training.engine import check_device
+from mixmodal.training.precision import autocast, compute_dtype, weight_dtype
 
 ROOT = Path(__file__).parents[2]
 Fit = Callable[..., Any]
@@ -123,3 +124,14 @@ def test_offload_changes_nothing_and_resumes(
     (tmp_path / "host/checkpoints/latest").write_text("step_00000002\n")
     fit("host", **options)
     assert all(torch.equal(exported("host")[name], value) for name, value in whole.items())
+
+
+def test_precision_in_torch():
+    names = ("float32", "bfloat16", "autocast_bfloat16", "float16")
+    assert [weight_dtype(name) for name in names] == [None, torch.bfloat16, None, torch.float16]
+    assert compute_dtype("autocast_bfloat16") == torch.bfloat16
+    ones = torch.ones(2, 2)
+    with autocast("autocast_bfloat16", "cpu"):
+        assert (ones @ ones).dtype == torch.bfloat16
+    with autocast("float32", "cpu"):
+        assert (ones @ ones).dtype == torch.float32
