@@ -97,6 +97,8 @@ class PretrainConfig:
             raise ValueError(
                 f"sample_every is {self.sample_every} and num_samples {self.num_samples}; at least 0 and 1"
             )
+        if self.trainer.eval_every and not self.data.held_out_tokens:
+            raise ValueError("trainer.eval_every can not act without data.held_out_tokens; give it, or set it to 0")
         needed = {
             "text_tokenizer": self.text_tokenizer,
             "image_tokenizer": self.image_tokenizer,

@@ -31,8 +31,9 @@ def config(tmp_path: Path, tokenizers: Path, write_shape_shards: Callable[..., N
     for name, count, seed in (("tokens", 12, 0), ("held_out", 9, 1)):
         write_shape_shards(tmp_path / f"{name}_shards", count, 16, seed)
         pretokenize(PretokenizeConfig(shards=(tmp_path / f"{name}_shards",), out=tmp_path / name, **files))
-    found = tiny_config(tmp_path, max_steps=4, eval_every=1)
-    return replace(found, **files, data=replace(found.data, held_out_tokens=tmp_path / "held_out"))
+    found = tiny_config(tmp_path, max_steps=4)
+    data, trainer = replace(found.data, held_out_tokens=tmp_path / "held_out"), replace(found.trainer, eval_every=1)
+    return replace(found, **files, data=data, trainer=trainer)
 
 
 def records(root: Path) -> list[dict[str, Any]]:

@@ -37,8 +37,14 @@ def records(root: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (root / "run/metrics.jsonl").read_text().splitlines()]
 
 
-def with_held_out(config: PretrainConfig, root: Path) -> PretrainConfig:
-    return replace(config, data=replace(config.data, held_out_tokens=root / "held_out"))
+def with_held_out(config: PretrainConfig, root: Path, **trainer: Any) -> PretrainConfig:
+    data = replace(config.data, held_out_tokens=root / "held_out")
+    return replace(config, data=data, trainer=replace(config.trainer, **trainer))
+
+
+def test_evaluations_need_something_to_evaluate_on(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"eval_every can not act without data\.held_out_tokens"):
+        tiny_config(tmp_path, max_steps=3, eval_every=2)
 
 
 def test_a_few_documents_are_learnt(tmp_path: Path) -> None:
@@ -53,7 +59,7 @@ def test_a_few_documents_are_learnt(tmp_path: Path) -> None:
 
 
 def test_a_run_writes_metrics_and_a_network_that_loads(shapes: Path) -> None:
-    result = pretrain(with_held_out(tiny_config(shapes, max_steps=3, eval_every=2, peak_flops=1e12), shapes))
+    result = pretrain(with_held_out(tiny_config(shapes, max_steps=3, peak_flops=1e12), shapes, eval_every=2))
     *_, trained, evaluated = records(shapes)
     assert {"step", "wall_time_s", "loss", "z_loss", "loss_text", "loss_image", "loss_control"} <= set(trained)
     assert {"tokens_per_second", "mfu", "grad_norm", "lr", "logit_norm", "output_norm"} <= set(trained)
