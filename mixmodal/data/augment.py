@@ -18,14 +18,6 @@ NUM_DRAWS = 12
 whether to crop, area, aspect, two places. New ones go to the end, so that the others stay what they are."""
 
 
-EXTENTS = {
-    "move_share": ("max_shift", "max_scale"),
-    "hue_share": ("max_hue",),
-    "crop_share": ("min_crop_area", "max_crop_aspect"),
-}
-"""How far pictures are changed, by the share of those that are."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
     """How far pictures are changed; with the defaults they are left alone.
@@ -70,10 +62,6 @@ class AugmentConfig:
             raise ValueError(f"augment.min_crop_area is {self.min_crop_area}; it must be above 0 and at most 1")
         if not 1 <= self.max_crop_aspect < float("inf"):
             raise ValueError(f"augment.max_crop_aspect is {self.max_crop_aspect}; it must be at least 1 and finite")
-        for share, extents in EXTENTS.items():
-            for name in extents:
-                if not getattr(self, share) and getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                    raise ValueError(f"augment.{name} can not act where augment.{share} is 0; leave it out")
 
     @property
     def changes_pictures(self) -> bool:

@@ -105,8 +105,6 @@ class ImageTokenizerTrainingConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in 0 .. 1")
         check_autoencoder(self.tokenizer.autoencoder, self.tokenizer.image_size, "tokenizer.autoencoder")
         check_quantizer(self.tokenizer.quantizer, "tokenizer.quantizer")
-        if self.augment_until != 1 and not self.augment.changes_pictures:
-            raise ValueError("augment_until can not act without a share of augment; leave it out")
         if self.max_psnr_drop < 0:
             raise ValueError(f"max_psnr_drop is {self.max_psnr_drop}; it must not be negative")
         if self.adversarial:

@@ -263,15 +263,6 @@ def test_augmentation_errors_name_the_key(fields: dict) -> None:
         AugmentConfig(**fields)
 
 
-@pytest.mark.parametrize(
-    ("name", "share"), [("max_shift", "move"), ("max_scale", "move"), ("max_hue", "hue"), ("min_crop_area", "crop")]
-)
-def test_how_far_pictures_are_changed_needs_a_share_of_them(name: str, share: str) -> None:
-    AugmentConfig(**{name: 0.25, f"{share}_share": 0.1})
-    with pytest.raises(ValueError, match=f"augment.{name} can not act where augment.{share}_share is 0"):
-        AugmentConfig(**{name: 0.25, "flip_share": 0.5})
-
-
 def test_what_was_written_is_what_is_decoded(shape_shards: Path, draw_shapes: Draw) -> None:
     names, pixels = decode_first([shape_shards], SIZE, SampleLimits(), 3)
     assert torch.equal(pixels, draw_shapes(3, SIZE))
