@@ -2,15 +2,18 @@
 
     python benchmarks/house.py start       # --help, import, the wheel
     python benchmarks/house.py coverage    # make test under coverage.py: about 15 minutes
+    python benchmarks/house.py duplicates  # six lines or more that stand twice, by pylint (pip install pylint)
 
 The share of lines is that of the tests' own process: lines which only processes run that tests start, such as those of
-several ranks, count as not run.
+several ranks, count as not run. Lines stand twice where they are the same but for white space; imports, signatures,
+comments and docstrings are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +24,10 @@ from record import record
 
 ROOT = Path(__file__).resolve().parents[1]
 REPEATS = 7
+LINES = 6
+CODE = ("mixmodal", "train", "sample", "tokenizers", "benchmarks", "tests")
+REASONS: dict[frozenset[str], str] = {}
+"""Why lines stand twice, by the modules that they stand in."""
 
 
 def seconds(command: list[str]) -> float:
@@ -65,7 +72,25 @@ def measure_coverage() -> None:
         print(f"{file['summary']['percent_covered']:6.1f} %  {name}")
 
 
+def measure_duplicates() -> None:
+    """Prints each run without a reason."""
+    options = ["ignore-imports", "ignore-signatures", "ignore-docstrings", "ignore-comments"]
+    command = [sys.executable, "-m", "pylint", "--disable=all", "--enable=duplicate-code", "--output-format=json"]
+    command += [f"--min-similarity-lines={LINES}", *(f"--{name}=y" for name in options), "--recursive=y", *CODE]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if not done.stdout.startswith("["):
+        sys.exit(f"pylint: {done.stderr[-500:]}")
+    found = [one["message"] for one in json.loads(done.stdout) if one["symbol"] == "duplicate-code"]
+    places = {text: frozenset(re.findall(r"^==([\w.]+):", text, re.MULTILINE)) for text in found}
+    unexplained = [text for text, modules in places.items() if modules not in REASONS]
+    print("\n\n".join(unexplained))
+    reasons = {", ".join(sorted(modules)): reason for modules, reason in REASONS.items()}
+    subject = "runs of lines that stand twice without a reason"
+    record("house", subject, [len(unexplained)], "", "cpu", {"lines": LINES, "all": len(found), "reasons": reasons})
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("start", "coverage"))
-    {"start": measure_start, "coverage": measure_coverage}[parser.parse_args().what]()
+    parser.add_argument("what", choices=("start", "coverage", "duplicates"))
+    measures = {"start": measure_start, "coverage": measure_coverage, "duplicates": measure_duplicates}
+    measures[parser.parse_args().what]()

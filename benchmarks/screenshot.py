@@ -1,7 +1,7 @@
 """The top of a page that we write, as a picture for docs/: what a headless Chromium shows of it.
 
     python benchmarks/screenshot.py runs/quickstart/report.html docs/report.png --height 1510
-    python benchmarks/screenshot.py runs/quickstart/evaluation/evaluation.html docs/evaluation.png --height 1600
+    python benchmarks/screenshot.py runs/quickstart/evaluation/evaluation.html docs/evaluation.png --height 1500
 
 The demo pictures on it come under their own licences: see Art in README.md.
 """
