@@ -80,7 +80,7 @@ MUTATIONS = (
         ("objectives",),
     ),
     Mutation("data/packing.py", "ramp[: stop - start]", "ramp[start:stop]", ("data",)),
-    Mutation("data/packing.py", "used + len(sample.ids) > seq_len", "used + len(sample.ids) >= seq_len", ("data",)),
+    Mutation("data/packing.py", "used + len(document.ids) > seq_len", "used + len(document.ids) >= seq_len", ("data",)),
     Mutation("models/attention.py", "value=-direction", "value=direction", ("models",)),
     Mutation("models/attention.py", "heads.float(), heads.shape[-1:]", "heads.float(), heads.shape[-2:]", ("models",)),
     Mutation(

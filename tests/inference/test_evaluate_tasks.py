@@ -83,7 +83,7 @@ def test_planted_repeats_of_training_are_found_beside_those_of_held_out_pictures
     drawn, nearest = (np.array(Pictures.open(folder / f"000004{end}.png"), int) for end in ("", ".nearest"))
     assert np.abs(drawn - nearest).max() <= 1  # of 255; decoded with others, which rounds otherwise
     shown = found["shown"]
-    assert shown[2]["pictures"]["000002.nearest.png"] == "nearest in training, 94% of the codes equal"
+    assert shown[2]["pictures"]["000002.nearest.png"] == "trained on, 94%"
     assert (tmp_path / "out" / "evaluation.html").read_text().count("data:image/png") == 14
     named = [json.loads(line) for line in (folder / "nearest.jsonl").read_text().splitlines()]
     assert [row["key"] for row in named] == [f"{place:06d}" for place in range(7)]

@@ -108,8 +108,8 @@ def find_nearest_training(
     name_nearest(setup, entries, found)
     note = (
         f"The codes that were drawn are compared with those of {found.num_training} training pictures at equal places, "
-        f"beside those of {len(alike)} held-out pictures as the image tokenizer encodes them. The nearest training "
-        f"picture is the one with the most equal codes, decoded from them; {NEAREST} names that of every sample."
+        f"beside those of {len(alike)} held-out pictures as the image tokenizer encodes them. Beside each stands, decoded "
+        f"from its codes, the training picture with the most equal ones, and their share; {NEAREST} names it for all."
     )
     digest = hashlib.sha256("".join(one.digest for one in shards).encode()).hexdigest()
     return NearestTraining(metrics, draw_nearest(setup, entries, found), note, digest)
@@ -144,9 +144,7 @@ def draw_nearest(setup: Setup, entries: Sequence[Mapping[str, Any]], found: Repe
     grid = np.shape(entries[0]["codes"])
     nearest = setup.load().codec.decode_images([Image(codes.reshape(grid)) for codes in found.codes[:SHOWN]])
     return {
-        entry["key"]: {
-            save(setup, picture, f"{entry['key']}.nearest"): f"nearest in training, {equal:.0%} of the codes equal"
-        }
+        entry["key"]: {save(setup, picture, f"{entry['key']}.nearest"): f"trained on, {equal:.0%}"}
         for entry, picture, equal in zip(entries, nearest, found.equal)
     }
 

@@ -29,40 +29,34 @@ def write_page(result: Mapping[str, Any], titles: Mapping[str, tuple[str, str]],
 
 def _body(result: Mapping[str, Any], titles: Mapping[str, tuple[str, str]], out: Path) -> Iterator[str]:
     yield f"<h1>Evaluation of {escape(str(result['model']))}</h1>"
-    yield table(*_metrics(result["tasks"], titles), numbers=range(2, 3 + len(COMPARED)))
     for name, summary in result["tasks"].items():
         title, introduction = titles[name]
         counts = f"{summary['num_samples']} samples"
         if summary["skipped"]:
             counts += ", skipped " + ", ".join(f"{count} {reason}" for reason, count in summary["skipped"].items())
         parts = [paragraph(note, "note") for note in (counts, *summary["notes"])]
-        if any(one["wanted"] for one in summary["shown"]):
-            parts.append(
-                paragraph("Below each picture stands what the model says, and smaller what is wanted.", "note")
-            )
+        parts = [table(*_metrics(summary["metrics"]), numbers=range(1, 2 + len(COMPARED))), *parts]
         if summary["shown"]:
             cells = [_tile(one, out / name) for one in summary["shown"]]
-            parts.append(tiles(cells, TILES, "more"))
+            wanted = any(one["wanted"] for one in summary["shown"])
+            introduction += " Below each stands what the model says, and smaller what is wanted." * wanted
+            parts = [tiles(cells, TILES, "more"), *parts]
         parts.append(_settings(summary["settings"]))
         yield section(title, introduction, *parts)
     known = {key: value for key, value in result.items() if key != "tasks"}
     yield section("How it was measured", "Model, code and versions.", _rows(known))
 
 
-def _metrics(
-    tasks: Mapping[str, Any], titles: Mapping[str, tuple[str, str]]
-) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of all metrics, what one is compared with beside it, in a column where there is such a number."""
+def _metrics(metrics: Mapping[str, float | None]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Header and rows of a task, what a metric is compared with beside it, in a column where there is such a number."""
     rows: list[dict[str, str]] = []
-    for name, summary in tasks.items():
-        metrics = summary["metrics"]
-        beside = {f"{metric}_{ending}" for metric in metrics for ending in COMPARED}
-        for metric, value in metrics.items():
-            if metric not in beside:
-                found = {words: metrics.get(f"{metric}_{ending}") for ending, words in COMPARED.items()}
-                more = {words: shown(one) for words, one in found.items() if one is not None}
-                rows.append({"task": titles[name][0], "metric": metric, "value": shown(value), **more})
-    columns = ("task", "metric", "value", *(words for words in COMPARED.values() if any(words in row for row in rows)))
+    beside = {f"{metric}_{ending}" for metric in metrics for ending in COMPARED}
+    for metric, value in metrics.items():
+        if metric not in beside:
+            found = {words: metrics.get(f"{metric}_{ending}") for ending, words in COMPARED.items()}
+            more = {words: shown(one) for words, one in found.items() if one is not None}
+            rows.append({"metric": metric, "value": shown(value), **more})
+    columns = ("metric", "value", *(words for words in COMPARED.values() if any(words in row for row in rows)))
     return columns, [tuple(row.get(column, "") for column in columns) for row in rows]
 
 
