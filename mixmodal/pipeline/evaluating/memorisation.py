@@ -108,8 +108,8 @@ def find_nearest_training(
     name_nearest(setup, entries, found)
     note = (
         f"The codes that were drawn are compared with those of {found.num_training} training pictures at equal places, "
-        f"beside those of {len(alike)} held-out pictures as the image tokenizer encodes them. Beside each stands, decoded "
-        f"from its codes, the training picture with the most equal ones, and their share; {NEAREST} names it for all."
+        f"beside those of {len(alike)} held-out pictures as the image tokenizer encodes them. Beside each stands, "
+        f"decoded, the training picture with the most equal codes, and their share; {NEAREST} names it for all."
     )
     digest = hashlib.sha256("".join(one.digest for one in shards).encode()).hexdigest()
     return NearestTraining(metrics, draw_nearest(setup, entries, found), note, digest)
