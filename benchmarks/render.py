@@ -57,7 +57,6 @@ TITLES = {
 ORDER = [*TITLES]
 PIVOTED = (
     "quickstart",
-    "evaluation",
     "modality_balance",
     "tuning_tasks",
     "tuning_adapters",
@@ -82,7 +81,7 @@ PIVOTED = (
 """Benchmarks whose subjects are `ARM: FIGURE`: a row for each arm, a column for each figure, all repeats in a cell."""
 DOTTED = ("quickstart",)
 """Those whose subjects are `ARM.FIGURE`, as in a JSON file."""
-APART = ("quickstart", "evaluation")
+APART = ("quickstart",)
 """Those of which arms with other figures stand in a table of their own."""
 
 ON_CPU = (
