@@ -157,6 +157,11 @@ def test_a_config_that_does_not_fit_is_named(folder: Path, section: str | None, 
         load_export(folder)
 
 
+def test_a_whole_number_stands_for_a_fraction(folder: Path) -> None:
+    edit(folder, "model", rope_theta=10_000, norm_eps=1e-5)
+    assert load_transformer(folder).config.rope_theta == 10_000
+
+
 def test_a_model_of_a_training_that_has_diverged_is_refused(folder: Path) -> None:
     path = folder / "model.safetensors"
     save_file({name: torch.full_like(tensor, torch.nan) for name, tensor in load_file(path).items()}, path)
