@@ -65,12 +65,6 @@ def write(folder: Path, count: int = len(VECTORS), kind: str = "flat", **options
     write_memory(folder, documents(count), **{"embed": embed, **given, **options})
 
 
-@pytest.mark.parametrize("name", ["part_documents", "batch_size"])
-def test_parts_and_batches_hold_something(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name}( is)? 0"):
-        write(tmp_path / "memory", **{name: 0})
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 

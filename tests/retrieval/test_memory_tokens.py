@@ -196,3 +196,9 @@ def test_documents_are_read_without_faiss_index_and_vectors(tmp_path: Path, monk
     (tmp_path / "part_00001.tokens.npy").unlink()
     with pytest.raises(ValueError, match=r"part_00001\.tokens\.npy: missing, though .*manifest\.json names it"):
         open_memory(tmp_path, encoder_identity=None, searched=False)
+
+
+@pytest.mark.parametrize("name", ["part_documents", "batch_size"])
+def test_parts_and_batches_hold_something(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}( is)? 0"):
+        write(tmp_path / "memory", **{name: 0})
