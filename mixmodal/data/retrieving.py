@@ -23,7 +23,7 @@ from mixmodal.manifests import MANIFEST_NAME
 from mixmodal.retrieval.candidates import CandidateStore, CandidateWriter, open_candidates
 from mixmodal.retrieval.encoder import DocumentEncoder, DocumentParts, combine, load_encoder
 from mixmodal.retrieval.leaks import LeakGuard
-from mixmodal.retrieval.memory import Memory, find_wrong, open_memory, read_manifest
+from mixmodal.retrieval.memory import Memory, find_wrong, open_memory, read_memory_manifest
 from mixmodal.retrieval.selection import Chosen, SelectionConfig, drop_words, select
 
 
@@ -142,7 +142,7 @@ def describe(store: CandidateStore) -> str:
 
 def _load_encoder(config: RetrieveConfig) -> DocumentEncoder:
     path = config.memory / MANIFEST_NAME
-    source = config.encoder or read_manifest(config.memory)["encoder"]
+    source = config.encoder or read_memory_manifest(config.memory)["encoder"]
     try:
         return load_encoder(source, config.device, config.batch_size)
     except ValueError as error:

@@ -39,7 +39,7 @@ from mixmodal.retrieval.memory import (
     find_wrong,
     map_part,
     part_path,
-    read_manifest,
+    read_memory_manifest,
 )
 from mixmodal.retrieval.parts import PartsWriter
 from mixmodal.retrieval.token_rows import TokenRows, Variants
@@ -88,7 +88,7 @@ class MemoryWriter(PartsWriter):
         section = json.loads(json.dumps({key: tokens[key] for key in TOKEN_KEYS}))
         new = {"format_version": FORMAT_VERSION, "encoder": encoder, "encoder_identity": encoder_identity, "dim": dim}
         new |= {"tokens": section, "index": None, "parts": []}
-        self.manifest: dict[str, Any] = read_manifest(self.folder) if path.exists() else new
+        self.manifest: dict[str, Any] = read_memory_manifest(self.folder) if path.exists() else new
         check_encoder(path, self.manifest, encoder_identity)
         check_section(path, self.manifest["tokens"], section)
         if self.manifest["dim"] != dim:

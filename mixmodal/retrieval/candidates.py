@@ -17,9 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mixmodal import manifests
 from mixmodal.files import replacing, sha256_of
-from mixmodal.manifests import MANIFEST_NAME, check_file, reading
+from mixmodal.manifests import MANIFEST_NAME, check_file, read_manifest, reading
 from mixmodal.ragged import map_npy
 from mixmodal.retrieval.memory import Memory
 from mixmodal.retrieval.parts import PartsWriter
@@ -93,7 +92,7 @@ def open_candidates(folder: Path | str, *, memory: Memory, tokens_digest: str) -
             unfinished; naming a part that is missing or damaged.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = read_candidates_manifest(folder)
     path = folder / MANIFEST_NAME
     for key, own, what in (
         ("memory_digest", memory.digest, f"in another memory than {memory.folder}, or before documents were added"),
@@ -131,7 +130,9 @@ class CandidateWriter(PartsWriter):
         self.folder = Path(folder)
         path = self.folder / MANIFEST_NAME
         wanted = json.loads(json.dumps({"format_version": FORMAT_VERSION, **settings}))
-        self.manifest: dict[str, Any] = read_manifest(self.folder) if path.exists() else {**wanted, "parts": []}
+        self.manifest: dict[str, Any] = (
+            read_candidates_manifest(self.folder) if path.exists() else {**wanted, "parts": []}
+        )
         for key, value in wanted.items():
             if self.manifest.get(key) != value:
                 raise ValueError(
@@ -161,13 +162,13 @@ class CandidateWriter(PartsWriter):
         self._put(number, {**entry, "sha256": sha256_of(path)})
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_candidates_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of candidates.
 
     Raises:
         ValueError: naming it, where it is missing or something else.
     """
-    return manifests.read_manifest(folder, WHAT, version=FORMAT_VERSION, keys=KEYS, remedy=REMEDY)
+    return read_manifest(folder, WHAT, version=FORMAT_VERSION, keys=KEYS, remedy=REMEDY)
 
 
 def check_part(folder: Path, part: Mapping[str, Any]) -> None:

@@ -21,8 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mixmodal import manifests
-from mixmodal.manifests import MANIFEST_NAME, check_file, reading
+from mixmodal.manifests import MANIFEST_NAME, check_file, read_manifest, reading
 from mixmodal.ragged import RaggedArray, RaggedShard, Strings, map_npy
 from mixmodal.retrieval.index import check_fits, read_index, search_index
 
@@ -260,7 +259,7 @@ def open_memory(
             missing or changed, or an index that does not fit the memory of the machine.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = read_memory_manifest(folder)
     with reading(folder / MANIFEST_NAME, WHAT, REMEDY):
         return _open(folder, manifest, encoder_identity, verify, mapped, searched)
 
@@ -291,13 +290,13 @@ def _open(
     return Memory(folder, manifest, read_index(folder / entry["file"], mapped))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_memory_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a memory.
 
     Raises:
         ValueError: naming it, where it is missing or something else.
     """
-    manifest = manifests.read_manifest(folder, WHAT, version=FORMAT_VERSION, keys=KEYS, remedy=REMEDY)
+    manifest = read_manifest(folder, WHAT, version=FORMAT_VERSION, keys=KEYS, remedy=REMEDY)
     with reading(folder / MANIFEST_NAME, WHAT, REMEDY):
         missing = sorted(set(TOKEN_KEYS) - set(manifest["tokens"]))
     if missing:
